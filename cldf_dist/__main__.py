@@ -1,0 +1,109 @@
+"""The command line: `cldf STAGE CONFIG [CONFIG ...] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from cldf_dist import __version__
+from cldf_dist.config import Config, load
+from cldf_dist.stages import STAGES, Stage, stage_named
+
+EPILOG = """\
+stages, in order:
+{stages}
+  run                all of them; finished ones are skipped
+
+examples:
+  cldf run configs/demo.yaml
+  cldf train-diffusion configs/brats.yaml configs/small.yaml data.root=/data/brats fit.steps=2000
+  cldf segment configs/brats.yaml input=/data/new_scans output=masks
+  accelerate launch --config_file configs/accelerate/ddp.yaml -m cldf_dist run configs/brats.yaml
+
+Later files override earlier ones, words override files. To resume, run the same command again.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line says; the process's exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options.stage, options.words, options.dry_run)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("CLDF_TRACEBACK"):
+            raise
+        print(f"cldf: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cldf: interrupted; the same command resumes", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    stages = "\n".join(f"  {stage.name:<18} {stage.does}" for stage in STAGES)
+    parser = argparse.ArgumentParser(
+        prog="cldf",
+        description="CLDF: medical image segmentation from image-level labels.",
+        epilog=EPILOG.format(stages=stages),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", metavar="STAGE", help="a stage's name, or run")
+    parser.add_argument(
+        "words", metavar="CONFIG|key=value", nargs="+", help="YAML files, then settings"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print settings, inputs, outputs and sizes; exit"
+    )
+    parser.add_argument("--version", action="version", version=f"cldf {__version__}")
+    return parser
+
+
+def _run(name: str, words: Sequence[str], dry: bool) -> int:
+    stages = STAGES if name == "run" else (stage_named(name),)
+    files = [word for word in words if "=" not in word]
+    settings = [word for word in words if "=" in word]
+    config = load(files, settings, fit_section=stages[0].fit_section if len(stages) == 1 else "")
+    _check_new_scans(name, config)
+    from cldf_dist import pipeline
+
+    if dry:
+        print(pipeline.dry_run(config, stages))
+        return 0
+    if config.input:
+        from cldf_dist.stages.segment import segment_new
+
+        for path in segment_new(config):
+            print(path)
+        return 0
+    return _run_stages(config, stages, name)
+
+
+def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:
+    from cldf_dist import pipeline
+    from cldf_dist.fit import Stopped
+    from cldf_dist.processes import processes
+
+    try:
+        if name == "run":
+            pipeline.run_all(config)
+        else:
+            pipeline.run_stage(config, stages[0])
+    except Stopped as stop:
+        print(f"cldf: {stop}; the same command resumes", file=sys.stderr)
+        # under a launcher a rank that was asked to stop has done its duty: DONE tells the rest
+        return 0 if processes().world_size > 1 else 128 + stop.number
+    return 0
+
+
+def _check_new_scans(name: str, config: Config) -> None:
+    if bool(config.input) != bool(config.output):
+        raise ValueError("input= and output= belong together: the new scans, and their masks")
+    if config.input and name != "segment":
+        raise ValueError(f"input= is for the segment stage, not for {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""Every knob of the pipeline, with its one default, its unit and where the number comes from.
+
+Provenance of the constants: only the abstract of the CLDF paper (arXiv 2506.23460) is public, so
+each number below is our choice; where one rests on a measurement, `docs/log.md` holds it.
+This module imports no torch, so that `cldf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CLASSES = ("no object", "object")
+UNCONDITIONAL = len(CLASSES)  # the class index that stands for "no label given"
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """The synthetic data set: what `data.dataset=phantom` generates."""
+
+    num_patients: int = 44
+    num_slices: int = 24
+    grid_size: int = 64  # pixels, in-plane
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: str = "brats"  # brats | phantom
+    root: str = ""  # folder of the native data set; unused by the phantom
+    splits: str = ""  # JSON file {"train": [patient, ...], "validation": ..., "test": ...}
+    validation_fraction: float = 0.15  # of the patients, where no splits file is given
+    test_fraction: float = 0.25  # of the patients, where no splits file is given
+    split_seed: int = 0
+    image_size: int = 128  # pixels; slices are cropped to the subject and resampled to a square
+    min_object_pixels: int = 50  # in-plane pixels of the original scan that make a slice positive
+    min_foreground_fraction: float = 0.05  # of the square; emptier slices are not used
+    clip_low: float = -3.5  # robust standard deviations from the median that map to -1
+    clip_high: float = 5.5  # robust standard deviations from the median that map to +1
+    slices_per_shard: int = 256
+    on_damaged: str = "error"  # error | skip: what to do with a slice whose checksum is wrong
+    phantom: Phantom = field(default_factory=Phantom)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training slice; a function of (seed, sample number) alone."""
+
+    flip: bool = True  # left-right; switch off where sides differ (abdomen)
+    rotate_degrees: float = 10.0  # uniform in +- this
+    scale: float = 0.08  # uniform relative change of size in +- this
+    shift: float = 0.03  # uniform shift in +- this, as a share of the image size
+    intensity: float = 0.05  # standard deviation of the channel-wise gain
+    probability: float = 0.8  # of the affine and intensity part
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training. Steps are optimizer steps; `batch_size` is global, over all processes."""
+
+    steps: int = 10_000
+    batch_size: int = 32
+    accumulate: int = 1  # micro-batches per optimizer step and process
+    learning_rate: float = 2e-4
+    warmup_steps: int = 200
+    final_learning_rate: float = 0.05  # share of `learning_rate` at the end of the cosine
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0  # gradient norm; 0 switches clipping off
+    average_decay: float = 0.999  # of the moving average of the weights; 0 switches it off
+    checkpoint_every: int = 1000  # steps
+    keep: int = 2  # checkpoints
+    validate_every: int = 500  # steps; 0 switches validation off
+    validation_samples: int = 128
+    preview_every: int = 0  # steps; 0 only at the end
+    log_every: int = 10  # steps
+    num_workers: int = 0  # loader processes per rank
+    compile: bool = False
+    max_skipped_steps: int = 20  # non-finite steps in a row before the training stops
+
+
+@dataclass(frozen=True)
+class UNet:
+    channels: tuple[int, ...] = (64, 128, 256, 256)  # per level, finest first
+    num_res_blocks: int = 2  # per level
+    attention_levels: tuple[bool, ...] = (False, False, True, True)
+    num_head_channels: int = 32
+    norm_num_groups: int = 16
+    attention: str = "sdpa"  # sdpa | xformers
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The class-conditional diffusion model (CDM)."""
+
+    net: UNet = field(default_factory=UNet)
+    num_timesteps: int = 1000
+    schedule: str = "cosine"  # cosine | linear
+    prediction: str = "v_prediction"  # v_prediction | epsilon
+    min_snr_gamma: float = 5.0  # loss weight min(SNR, gamma); Hang et al. 2023; 0 switches it off
+    label_dropout: float = 0.1  # share of samples trained without a label
+    augment: Augment = field(default_factory=Augment)
+    fit: Fit = field(default_factory=Fit)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The external classifier: it sees noised slices, its gradient is the gradient map."""
+
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    num_res_blocks: int = 1
+    attention_levels: tuple[bool, ...] = (False, False, False, True)
+    num_head_channels: int = 32
+    norm_num_groups: int = 16
+    dropout: float = 0.1  # before the linear layer
+    max_noise_level: int = 600  # timestep; training noise is drawn below it
+    clean_share: float = 0.3  # of the training samples get no noise
+    label_smoothing: float = 0.02
+    augment: Augment = field(default_factory=Augment)
+    fit: Fit = field(
+        default_factory=lambda: Fit(
+            steps=3000, learning_rate=5e-4, weight_decay=0.05, average_decay=0.99
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Cam:
+    """The clean classifier behind the class activation maps."""
+
+    channels: tuple[int, ...] = (32, 64, 128, 256)  # of the four ResNet stages
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
+    layer: str = "layer2"  # whose activations make the maps; finer layers localise better
+    dropout: float = 0.1
+    label_smoothing: float = 0.02
+    seed_method: str = "gradcam"  # gradcam | gradcam_pp | layercam: the map that makes the seeds
+    augment: Augment = field(default_factory=Augment)
+    fit: Fit = field(
+        default_factory=lambda: Fit(
+            steps=3000, learning_rate=5e-4, weight_decay=0.05, average_decay=0.99
+        )
+    )
+
+
+@dataclass(frozen=True)
+class GradientMap:
+    noise_levels: tuple[int, ...] = (50, 100, 200, 300)  # timesteps
+    draws: int = 2  # of the noise, per noise level
+    smooth_pixels: float = 1.0  # standard deviation of the Gaussian, in prepared pixels
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which activations of the frozen CDM are the diffusion features."""
+
+    taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
+    noise_levels: tuple[int, ...] = (50, 150, 300)  # timesteps
+    draws: int = 1  # averaged
+    condition: str = "object"  # object | no_object | none: the label given to the CDM
+    contrast: bool = False  # store features(object) - features(no object) beside them
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Which pixels we dare to trust. Both maps are scaled to [0, 1] within the slice."""
+
+    rule: str = "both"  # both | cam | gradient
+    foreground: float = 0.5  # a map above it speaks for the object
+    background: float = 0.2  # a map below it speaks for background
+    negative_slices: bool = True  # all foreground pixels of negative slices are background seeds
+
+
+@dataclass(frozen=True)
+class Cache:
+    slices_per_shard: int = 16  # every array is cut here: one file, one writer
+    batch_size: int = 16  # slices per forward pass and process
+
+
+@dataclass(frozen=True)
+class Contrast:
+    temperature: float = 0.1
+    foreground_pixels: int = 256  # per step, over all processes
+    background_pixels: int = 384  # per step, over all processes; half from negative slices
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The pixel decoder: a pointwise network from features to a unit-length embedding."""
+
+    hidden: int = 64
+    embedding: int = 16
+    dropout: float = 0.5  # of the standardised features
+    noise: float = 0.5  # standard deviation added to the standardised features
+    prototype_pixels: int = 20_000  # training seeds per class behind a prototype
+    contrast: Contrast = field(default_factory=Contrast)
+    fit: Fit = field(
+        default_factory=lambda: Fit(
+            steps=300, learning_rate=2e-3, warmup_steps=20, weight_decay=0.05, average_decay=0.98,
+            checkpoint_every=100, validate_every=0,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """CDM saliency by condition flip: |prediction(object) - prediction(no object)|."""
+
+    noise_levels: tuple[int, ...] = (100, 200, 300, 400)  # timesteps
+    draws: int = 1
+    smooth_pixels: float = 1.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    batch_size: int = 16  # slices per forward pass and process
+    gate_probability: float = 0.5  # slices that the external classifier puts below are emptied; 0: off
+    negative_fraction: float = 0.01  # headline rule: share of negative validation pixels above the cut
+    min_component_ml: float = 0.0  # smaller components are removed, in every row alike
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    confidence: float = 0.95
+    resamples: int = 10_000
+    upper_bound: bool = True  # train and report `supervised_decoder` where training masks exist
+
+
+@dataclass(frozen=True)
+class Report:
+    slices_per_patient: int = 3
+
+
+@dataclass(frozen=True)
+class Tracking:
+    enabled: bool = True
+    uri: str = ""  # empty: sqlite in the folder of runs
+    experiment: str = "cldf"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    heartbeat_seconds: float = 300.0  # silence of the main process that counts as its death
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""  # of the run; default: the config files' stems joined by "-"
+    runs: str = "runs"  # folder of all runs
+    seed: int = 0
+    mixed_precision: str = "auto"  # auto (bf16 on GPU) | no | bf16
+    input: str = ""  # segment only: a new scan or a folder of scans
+    output: str = ""  # segment only: where its masks go
+    data: Data = field(default_factory=Data)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    classifier: Classifier = field(default_factory=Classifier)
+    cam: Cam = field(default_factory=Cam)
+    gradient_map: GradientMap = field(default_factory=GradientMap)
+    features: Features = field(default_factory=Features)
+    seeds: Seeds = field(default_factory=Seeds)
+    cache: Cache = field(default_factory=Cache)
+    decoder: Decoder = field(default_factory=Decoder)
+    saliency: Saliency = field(default_factory=Saliency)
+    segment: Segment = field(default_factory=Segment)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    report: Report = field(default_factory=Report)
+    tracking: Tracking = field(default_factory=Tracking)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: str = "") -> Config:
+    """The defaults, overlaid by the YAML files in order, then by `key=value` words; checked.
+
+    `fit_section` names the training that a bare `fit.KEY=VALUE` on the command line means.
+    Raises ValueError with the dotted path for an unknown key, a wrong type or a broken rule, and
+    FileNotFoundError for a missing file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers: list[Any] = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no config file {path}; the ready ones are in configs/")
+        try:
+            layers.append(OmegaConf.load(path))
+        except Exception as error:
+            raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    try:
+        layers.append(OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides]))
+        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"cannot merge {', '.join(paths)}: {_one_line(error)}") from error
+    if not isinstance(merged, dict):
+        raise ValueError(f"{', '.join(paths)}: the top level must be a mapping of keys")
+    if not merged.get("name"):
+        merged["name"] = "-".join(Path(path).stem for path in paths) or "default"
+    config: Config = _build(Config, merged, "")
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ValueError (key, value, rule) for settings that cannot work together."""
+    from cldf_dist.config_rules import broken_rules
+
+    broken = broken_rules(config)
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted path, the same in YAML, on the command line and in MLflow."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        path = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{path}."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, ready for JSON and YAML."""
+    return {
+        item.name: to_plain(value)
+        if dataclasses.is_dataclass(value := getattr(config, item.name))
+        else (list(value) if isinstance(value, tuple) else value)
+        for item in dataclasses.fields(config)
+    }
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The configuration that `to_plain` wrote."""
+    config: Config = _build(Config, plain, "")
+    return config
+
+
+def build_section(section: type, plain: dict[str, Any]) -> Any:
+    """One section (say `UNet`) from its plain form, with the same strictness as `load`."""
+    return _build(section, plain, f"{section.__name__}.")
+
+
+def _meant(word: str, fit_section: str) -> str:
+    if "=" not in word:
+        raise ValueError(f"expected key=value, got {word!r}")
+    if word.startswith("fit."):
+        if not fit_section:
+            raise ValueError(
+                f"{word.split('=')[0]}: say which training, e.g. diffusion.{word}; "
+                "a bare fit.* is understood only with a train-* stage"
+            )
+        return f"{fit_section}.{word}"
+    return word
+
+
+def _build(section: type, mapping: Any, prefix: str) -> Any:
+    """An instance of the dataclass `section` from a mapping; unknown keys and types are errors."""
+    import difflib
+    import typing
+
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{prefix.rstrip('.')} must hold keys, got {mapping!r}")
+    hints = typing.get_type_hints(section)
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ValueError(f"unknown config key {path}; {remedy}")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{path}.")
+        else:
+            values[key] = _coerce(hints[key], value, path)
+    return section(**values)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    import typing
+
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path} must be a list of {item.__name__}, got {value!r}")
+        return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as text
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and value is None:
+        return ""
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not kind:
+        raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""What is on disk: native scans, prepared slices in shards, the sample stream, the cache."""

@@ -1,0 +1,138 @@
+"""NIfTI files: a volume in, a mask or map out."""
+
+import contextlib
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+Affine = npt.NDArray[np.float64]
+
+NIFTI2_HEADER_BYTES = 540
+SCANNER_COORDINATES = 1  # the sform and qform code of what we write
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, zlib.error),
+    *(ImageFileError, HeaderDataError, WrapStructError),
+)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One scan in the orientation of its file."""
+
+    patient: str
+    image: npt.NDArray[Any]  # (channels, x, y, slices), float32 or int16
+    foreground: npt.NDArray[np.bool_]  # (x, y, slices): where the subject is
+    mask: npt.NDArray[np.bool_] | None  # (x, y, slices): the object; None where nobody drew it
+    affine: Affine  # (4, 4), voxel index to mm
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the axes of the file."""
+        return voxel_size(self.affine)
+
+
+def voxel_size(affine: Affine) -> tuple[float, float, float]:
+    """Voxel size in mm along each array axis."""
+    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
+    return (x, y, z)
+
+
+def read_nifti(path: str | Path) -> tuple[npt.NDArray[Any], Affine]:
+    """The voxels (x, y, slices) as stored, scaled where the file says so, and the (4, 4) affine.
+
+    64-bit integers come back as int32, 64-bit floats as float32. The file's own checksum is
+    verified. Raises FileNotFoundError, or ValueError with the file's name where it is damaged, not
+    three-dimensional or holds numbers that are not finite.
+    """
+    path = Path(path)
+    image = _open(path)
+    try:
+        stored = np.asanyarray(image.dataobj)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
+    affine = np.asarray(image.affine, np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: the affine does not describe a grid in space: {affine.tolist()}")
+    return _plain_numbers(_three_dimensional(stored, path), path), affine
+
+
+def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> None:
+    """Write (x, y, slices) as `.nii.gz`; bool and uint8 become uint8, all else float32.
+
+    The same input gives the same bytes. The file appears whole or not at all.
+    """
+    path = Path(path)
+    if not path.name.endswith(".nii.gz"):
+        raise ValueError(f"the file name must end in .nii.gz, got {path}")
+    if array.ndim != 3:
+        raise ValueError(f"{path}: the array must be (x, y, slices), got shape {array.shape}")
+    whole_numbers = array.dtype == np.bool_ or array.dtype == np.uint8
+    image = nib.Nifti1Image(array.astype(np.uint8 if whole_numbers else np.float32), affine)
+    image.set_sform(affine, code=SCANNER_COORDINATES)
+    image.set_qform(affine, code=SCANNER_COORDINATES)
+    image.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with (
+            open(partial, "wb") as file,
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+        ):
+            packed.write(image.to_bytes())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _open(path: Path) -> Any:
+    """Unpack the whole file first: nibabel alone stops before it reaches gzip's checksum."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    content = path.read_bytes()
+    try:
+        if path.name.endswith(".gz"):
+            content = gzip.decompress(content)
+        header_bytes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
+        kind = nib.Nifti2Image if NIFTI2_HEADER_BYTES in header_bytes else nib.Nifti1Image
+        return kind.from_bytes(content)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
+
+
+def _three_dimensional(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(f"{path} must be three-dimensional, got shape {array.shape}")
+    return array
+
+
+def _plain_numbers(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+    """Native byte order, at most 32-bit integers or float32, finite."""
+    if array.dtype.kind in "iu":
+        wide = array.dtype.itemsize > 4 or array.dtype == np.uint32
+        if not wide:
+            return np.asarray(array, array.dtype.newbyteorder("="))
+        limits = np.iinfo(np.int32)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ValueError(f"{path}: {array.dtype} values must fit 32 bits; rescale the file")
+        return array.astype(np.int32)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{path}: voxels must be real numbers, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        count = int((~np.isfinite(numbers)).sum())
+        raise ValueError(f"{path}: {count} voxels are not finite numbers; repair the file")
+    return numbers

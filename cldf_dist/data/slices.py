@@ -1,0 +1,345 @@
+"""Volumes to normalised axial slices and back, and the patient-level split."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from cldf_dist.config import Data
+from cldf_dist.data.nifti import Affine, Volume, voxel_size
+from cldf_dist.seeding import sample_seed
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+SPLITS = ("train", "validation", "test")
+OBJECT, NO_OBJECT, TOO_LITTLE, UNKNOWN = 1, 0, -1, -2  # labels of a slice
+OUTSIDE = -1.0  # the value of every channel where the subject is not
+STEPS = 32767  # int16 steps from 0 to 1
+DARKEST = np.float32(
+    -(STEPS - 1) / STEPS
+)  # lowest value inside the subject, one step above OUTSIDE
+ORIENTATION = "LPS"  # of the axes that slices are cut from: to the left, to the back, to the head
+MARGIN = 0.04  # of the subject's longer side, kept free around it
+NORMAL_IQR = 1.349  # interquartile range of a normal distribution of standard deviation 1
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One prepared axial slice: rows run to the back, columns to the patient's left."""
+
+    key: str
+    patient: str
+    index: int  # slice number along the third axis of the LPS-oriented volume
+    label: int  # 1 object, 0 none, -1 too little object to call, -2 unknown: no mask
+    image: Floats  # (channels, height, width) in [-1, 1]; exactly -1 outside the subject
+    mask: Mask | None  # (height, width)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What it takes to put slices back onto the voxels they came from."""
+
+    patient: str
+    shape: tuple[int, int, int]  # (x, y, slices) of the file
+    affine: tuple[tuple[float, ...], ...]  # (4, 4) of the file
+    spacing: tuple[float, float, float]  # mm, along the file's axes
+    axes: str  # orientation of the file's axes, such as "LPS"
+    box: tuple[int, int, int, int]  # x0, x1, y0, y1 of the LPS-oriented array; may exceed it
+    image_size: int
+    indices: tuple[int, ...]  # the slices that were kept
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Geometry":
+        """The inverse of `to_json`."""
+        lists = {name: tuple(record[name]) for name in ("shape", "spacing", "box", "indices")}
+        affine = tuple(tuple(row) for row in record["affine"])
+        return cls(**{**record, **lists, "affine": affine})
+
+
+def slice_key(patient: str, index: int) -> str:
+    """The name of a slice, unique in its data set; it names shard members and cache rows."""
+    key = f"{patient}_{index:04d}"
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(
+            f"patient names must consist of A-Z, a-z, 0-9, '_' and '-' and be shorter than 60, "
+            f"got {patient!r}; rename the folder"
+        )
+    return key
+
+
+def foreground(images: Floats) -> Mask:
+    """Where the subject is: (..., channels, height, width) to (..., height, width)."""
+    return np.asarray((images > OUTSIDE).any(axis=-3))
+
+
+def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometry]:
+    """Cut a scan into normalised square slices around the subject.
+
+    Per channel, z = (v - median) / (IQR / 1.349) within the subject, clipped to
+    [clip_low, clip_high] and mapped to [-1, 1]. Raises ValueError, with the patient's name, where
+    there is no subject or a channel is constant.
+    """
+    transform = _to_lps(_orientation_of(volume.affine))
+    inside = _reorient(volume.foreground, transform)
+    if not inside.any():
+        raise ValueError(f"{volume.patient}: the scan is empty, every voxel is background")
+    spacing = voxel_size(volume.affine @ nib.orientations.inv_ornt_aff(transform, inside.shape))
+    geometry = _geometry(volume, settings.image_size, _square_around(inside, spacing))
+    weight = _resample(inside.astype(np.float64), geometry)
+    subject = weight > 0.5
+    channels = []
+    for number, channel in enumerate(volume.image):
+        name = f"{volume.patient}, channel {number}"
+        normal = _normalise(_reorient(channel, transform), inside, settings, name)
+        mean = _resample(normal * inside, geometry) / np.maximum(weight, 0.5)
+        channels.append(np.where(subject, np.clip(mean, DARKEST, 1), OUTSIDE).astype(np.float32))
+    mask = None if volume.mask is None else _reorient(volume.mask, transform)
+    small_mask = None if mask is None else _resample(mask.astype(np.float64), geometry) > 0.5
+
+    share = subject.mean(axis=(0, 1))
+    kept = np.flatnonzero(share >= settings.min_foreground_fraction).tolist()
+    geometry = dataclasses.replace(geometry, indices=tuple(kept))
+    slices = [
+        Slice(
+            key=slice_key(volume.patient, index),
+            patient=volume.patient,
+            index=index,
+            label=_slice_label(mask, index, settings.min_object_pixels),
+            image=np.stack([channel[:, :, index].T for channel in channels]),
+            mask=None if small_mask is None else small_mask[:, :, index].T.copy(),
+        )
+        for index in kept
+    ]
+    return slices, geometry
+
+
+def to_native(maps: Floats, geometry: Geometry, fill: float = 0.0) -> Floats:
+    """Put maps of the kept slices back onto the file's grid, in the file's orientation.
+
+    `maps` is (num_slices, height, width), in the order of `geometry.indices`; the result is
+    (x, y, slices). Voxels outside the box and dropped slices are `fill`.
+    """
+    size = geometry.image_size
+    expected = (len(geometry.indices), size, size)
+    if maps.shape != expected:
+        raise ValueError(f"{geometry.patient}: maps must be {expected}, got {maps.shape}")
+    file_orientation = nib.orientations.axcodes2ornt(geometry.axes)
+    shape = _lps_shape(geometry)
+    x0, x1, y0, y1 = geometry.box
+    columns, rows = resampling_weights(size, x1 - x0), resampling_weights(size, y1 - y0)
+    volume = np.full(shape, fill, np.float32)
+    left, right, front, back = max(x0, 0), min(x1, shape[0]), max(y0, 0), min(y1, shape[1])
+    for image, index in zip(maps, geometry.indices):
+        square = columns @ (rows @ image.astype(np.float64)).T  # (x, y)
+        volume[left:right, front:back, index] = square[
+            left - x0 : right - x0, front - y0 : back - y0
+        ]
+    back_transform = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt(ORIENTATION), file_orientation
+    )
+    return np.ascontiguousarray(_reorient(volume, back_transform))
+
+
+def resampling_weights(num_in: int, num_out: int) -> Any:
+    """Sparse (num_out, num_in) matrix of 1-D resampling; each row sums to 1.
+
+    Averages over the covered pixels when shrinking, linear interpolation when enlarging; the
+    outer edges of both grids coincide.
+    """
+    if num_out < num_in:
+        edges = np.arange(num_out + 1) * (num_in / num_out)
+        pixel = np.arange(num_in)
+        start = np.maximum(edges[:-1, None], pixel)
+        stop = np.minimum(edges[1:, None], pixel + 1)
+        overlap = np.clip(stop - start, 0, None)
+        return sparse.csr_array(overlap / overlap.sum(axis=1, keepdims=True))
+    centre = np.clip((np.arange(num_out) + 0.5) * (num_in / num_out) - 0.5, 0, num_in - 1)
+    distance = np.abs(centre[:, None] - np.arange(num_in))
+    return sparse.csr_array(np.clip(1 - distance, 0, None))
+
+
+def quantise(image: Floats) -> npt.NDArray[np.int16]:
+    """[-1, 1] to int16; -1 is kept exactly."""
+    return np.asarray(np.rint(image * np.float32(STEPS)), np.int16)
+
+
+def dequantise(stored: npt.NDArray[np.int16]) -> Floats:
+    """The inverse of `quantise`, to within half a step."""
+    return np.asarray(stored / np.float32(STEPS), np.float32)
+
+
+def split_patients(
+    patients: Mapping[str, float],
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, list[str]]:
+    """Patients per split, so that every split sees the same range of `patients`' values.
+
+    The value of a patient is what to balance, such as its share of positive slices: patients are
+    sorted into terciles of it, shuffled within each, and the held-out ones taken at even distances.
+    The order of `patients` does not matter. Raises ValueError where a split would be empty.
+    """
+    for name, value in (("validation", validation_fraction), ("test", test_fraction)):
+        if not 0 <= value < 1:
+            raise ValueError(f"data.{name}_fraction must be in [0, 1), got {value}")
+    by_chance = sorted(patients, key=lambda name: _chance(name, seed))
+    by_value = sorted(by_chance, key=lambda name: patients[name])
+    tercile = {name: 3 * rank // len(by_value) for rank, name in enumerate(by_value)}
+    ordered = sorted(by_chance, key=lambda name: tercile[name])
+    num_test = _held_out(len(ordered), test_fraction)
+    num_validation = _held_out(len(ordered), validation_fraction)
+    if len(ordered) <= num_test + num_validation:
+        raise ValueError(
+            f"{len(ordered)} patients are too few for {num_validation} validation and {num_test} "
+            f"test patients; add patients or lower data.validation_fraction and data.test_fraction"
+        )
+    test = _evenly(ordered, num_test)
+    rest = [name for name in ordered if name not in test]
+    validation = _evenly(rest, num_validation)
+    train = [name for name in rest if name not in validation]
+    return {"train": sorted(train), "validation": sorted(validation), "test": sorted(test)}
+
+
+def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str]]:
+    """The split of a JSON file {"train": [patient, ...], "validation": [...], "test": [...]}.
+
+    Raises ValueError unless each of `patients`, and nobody else, is in exactly one split.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.splits: {path} does not exist")
+    try:
+        splits = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"data.splits: {path} is not JSON: {error}") from error
+    if not isinstance(splits, dict) or sorted(splits) != sorted(SPLITS):
+        raise ValueError(f"data.splits: {path} must have exactly the keys {', '.join(SPLITS)}")
+    for split, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"data.splits: {split!r} of {path} must be a list of patient names")
+        if not names:
+            raise ValueError(f"data.splits: {split!r} of {path} has no patients")
+    listed = [name for split in SPLITS for name in splits[split]]
+    problems = {
+        "listed more than once": {name for name in listed if listed.count(name) > 1},
+        "not in the data": set(listed) - set(patients),
+        "missing from the file": set(patients) - set(listed),
+    }
+    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(f"data.splits: {path} must list every patient once; {'; '.join(found)}")
+    return {split: list(splits[split]) for split in SPLITS}
+
+
+def _orientation_of(affine: Affine) -> npt.NDArray[Any]:
+    return np.asarray(nib.orientations.io_orientation(affine))
+
+
+def _to_lps(orientation: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    lps = nib.orientations.axcodes2ornt(ORIENTATION)
+    return np.asarray(nib.orientations.ornt_transform(orientation, lps))
+
+
+def _reorient(array: npt.NDArray[Any], transform: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.asarray(nib.orientations.apply_orientation(array, transform))
+
+
+def _lps_shape(geometry: Geometry) -> tuple[int, int, int]:
+    transform = _to_lps(nib.orientations.axcodes2ornt(geometry.axes))
+    shape = [0, 0, 0]
+    for axis, target in enumerate(transform[:, 0].astype(int)):
+        shape[target] = geometry.shape[axis]
+    return (shape[0], shape[1], shape[2])
+
+
+def _geometry(volume: Volume, image_size: int, box: tuple[int, int, int, int]) -> Geometry:
+    x, y, z = volume.foreground.shape
+    return Geometry(
+        patient=volume.patient,
+        shape=(x, y, z),
+        affine=tuple(tuple(row) for row in np.asarray(volume.affine, float).tolist()),
+        spacing=volume.spacing,
+        axes="".join(nib.orientations.ornt2axcodes(_orientation_of(volume.affine))),
+        box=box,
+        image_size=image_size,
+        indices=(),
+    )
+
+
+def _square_around(inside: Mask, spacing: tuple[float, float, float]) -> tuple[int, int, int, int]:
+    """The box around the subject with its margin: equal sides in mm, to the nearest voxel."""
+    spans = [np.flatnonzero(inside.any(axis=axes)) for axes in ((1, 2), (0, 2))]
+    lows = [int(span[0]) for span in spans]
+    highs = [int(span[-1]) + 1 for span in spans]
+    side_mm = max((high - low) * mm for low, high, mm in zip(lows, highs, spacing))
+    side_mm *= 1 + 2 * MARGIN
+    lengths = [
+        max(int(np.ceil(side_mm / mm)), high - low) for low, high, mm in zip(lows, highs, spacing)
+    ]
+    starts = [(low + high - length) // 2 for low, high, length in zip(lows, highs, lengths)]
+    return (starts[0], starts[0] + lengths[0], starts[1], starts[1] + lengths[1])
+
+
+def _resample(volume: npt.NDArray[np.float64], geometry: Geometry) -> npt.NDArray[np.float64]:
+    """The box of an LPS-oriented volume on (image_size, image_size, slices); 0 beyond the array."""
+    size = geometry.image_size
+    x0, x1, y0, y1 = geometry.box
+    num_x, num_y, num_slices = volume.shape
+    along_x = resampling_weights(x1 - x0, size)[:, max(-x0, 0) : num_x - x0]
+    along_y = resampling_weights(y1 - y0, size)[:, max(-y0, 0) : num_y - y0]
+    crop = volume[max(x0, 0) : x1, max(y0, 0) : y1]  # (x, y, slices)
+    crop = (along_x @ crop.reshape(crop.shape[0], -1)).reshape(size, -1, num_slices)
+    crop = np.moveaxis(crop, 1, 0)  # (y, x, slices)
+    crop = (along_y @ crop.reshape(crop.shape[0], -1)).reshape(size, size, num_slices)
+    return np.moveaxis(crop, 1, 0)
+
+
+def _normalise(
+    channel: npt.NDArray[Any], inside: Mask, settings: Data, name: str
+) -> npt.NDArray[np.float64]:
+    low, median, high = np.percentile(channel[inside], (25, 50, 75))
+    if high <= low:
+        raise ValueError(
+            f"{name}: half of the subject's voxels have the same value, {median}; "
+            f"a channel must have contrast"
+        )
+    z = (channel - median) / ((high - low) / NORMAL_IQR)
+    z = np.clip(z, settings.clip_low, settings.clip_high)
+    return np.asarray(2 * (z - settings.clip_low) / (settings.clip_high - settings.clip_low) - 1)
+
+
+def _slice_label(mask: Mask | None, index: int, min_object_pixels: int) -> int:
+    if mask is None:
+        return UNKNOWN
+    num_pixels = int(mask[:, :, index].sum())
+    if num_pixels >= min_object_pixels:
+        return OBJECT
+    return NO_OBJECT if num_pixels == 0 else TOO_LITTLE
+
+
+def _chance(name: str, seed: int) -> int:
+    return sample_seed(seed, 0, f"split {name}")
+
+
+def _held_out(num_patients: int, fraction: float) -> int:
+    return max(1, round(num_patients * fraction)) if fraction > 0 else 0
+
+
+def _evenly(names: list[str], count: int) -> set[str]:
+    """`count` of the names, at even distances."""
+    return {names[int((number + 0.5) * len(names) / count)] for number in range(count)}

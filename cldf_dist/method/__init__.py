@@ -1,0 +1,1 @@
+"""CLDF's own steps as functions of tensors and arrays."""

@@ -1,0 +1,92 @@
+"""Class activation maps of the clean classifier: GradCAM, GradCAM++ and LayerCAM.
+
+MONAI has the first two, but its hooks stay on the network, GradCAM++ mixes the images of a batch
+(its score of shape (batch,) multiplies along the last axis), and neither takes the difference of
+two logits as the score; so the formulas are written out here and tested against MONAI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+METHODS = ("gradcam", "gradcam_pp", "layercam")
+
+
+def class_activation_maps(
+    net: nn.Module, images: Tensor, layer: str, methods: Sequence[str] = METHODS
+) -> dict[str, Tensor]:
+    """{method: (batch, height, width) >= 0} on the images' grid, and "probability" (batch,).
+
+    The score is the logit of "object" minus that of "no object". Maps keep their raw scale.
+    `net` is in evaluation mode and `layer` names a submodule whose output is >= 0.
+    Raises ValueError for an unknown layer or method.
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise ValueError(f"CAM methods are {', '.join(METHODS)}; got {', '.join(unknown)}")
+    activation, gradient, logits = _activation_and_gradient(net, images, layer)
+    formulas = {"gradcam": gradcam, "gradcam_pp": gradcam_pp, "layercam": layercam}
+    maps = {name: formulas[name](activation, gradient) for name in methods}
+    size = images.shape[2:]
+    upsampled = {name: _upsample(coarse, size) for name, coarse in maps.items()}
+    return upsampled | {"probability": logits.softmax(1)[:, 1]}
+
+
+def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Channels weighted by their mean gradient (Selvaraju et al. 2017)."""
+    weights = gradient.mean((2, 3), keepdim=True)
+    return (weights * activation).sum(1).relu()
+
+
+def gradcam_pp(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Channels weighted by their positive gradients (Chattopadhay et al. 2018).
+
+    With S the channel's summed activation, the paper's g^2 / (2 g^2 + S g^3) is 1 / (2 + S g);
+    only g > 0 counts and S >= 0, so nothing can vanish. The factor exp(score), one number per
+    image, is left out: it overflows and says nothing about where the object is.
+    """
+    positive = gradient.relu()
+    summed = activation.sum((2, 3), keepdim=True)
+    weights = (positive / (2 + summed * positive)).sum((2, 3), keepdim=True)
+    return (weights * activation).sum(1).relu()
+
+
+def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Every position weighted by its own positive gradient (Jiang et al. 2021)."""
+    return (gradient.relu() * activation).sum(1).relu()
+
+
+def _activation_and_gradient(
+    net: nn.Module, images: Tensor, layer: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of `layer`, the score's gradient there, both (batch, channels, h, w), and logits."""
+    try:
+        module = net.get_submodule(layer)
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in net.named_children())
+        raise ValueError(f"cam.layer must be one of {names}, got {layer!r}") from error
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        # a leaf of its own: no graph is built below the layer, and frozen nets work too
+        kept.append(output.detach().requires_grad_(True))
+        return kept[0]
+
+    handle = module.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = net(images).float()
+            (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept)
+    finally:
+        handle.remove()
+    return kept[0].detach(), gradient, logits.detach()
+
+
+def _upsample(maps: Tensor, size: torch.Size) -> Tensor:
+    return functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[
+        :, 0
+    ]

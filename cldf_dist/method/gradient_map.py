@@ -1,0 +1,91 @@
+"""The gradient map: where the external classifier's belief in the object comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cldf_dist.method.noise import Schedule, key_noise
+
+OBJECT = 1  # class index
+
+
+def gradient_map(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    images: Tensor,
+    keys: Sequence[str],
+    *,
+    noise_levels: Sequence[int],
+    draws: int,
+    smooth_pixels: float,
+) -> tuple[Tensor, Tensor]:
+    """Maps (batch, height, width) >= 0 and p(object) (batch,) of (batch, channels, height, width).
+
+    A map is the mean over noise levels and draws of |grad of log p(object | x_t) with respect to
+    x_t|, each gradient scaled to unit length, summed over channels, smoothed by a Gaussian of
+    `smooth_pixels`. The probability is the mean over the clean slice (t = 0) and the draws of the
+    lowest noise level. `classifier(x_t, timesteps)` gives logits and is in evaluation mode.
+    """
+    lowest = min(noise_levels)
+    maps = torch.zeros_like(images[:, 0])
+    with torch.no_grad():
+        probability = _object_probability(classifier(images, _timesteps(images, 0)))
+    for level in noise_levels:
+        timesteps = _timesteps(images, level)
+        for draw in range(draws):
+            noise = key_noise(keys, level, draw, images.shape[1:], images.device)
+            noised = schedule.add_noise(images, timesteps, noise)
+            gradient, logits = _log_odds_gradient(classifier, noised, timesteps)
+            maps += unit_length(gradient).abs().sum(1)
+            if level == lowest:
+                probability = probability + _object_probability(logits)
+    return smooth(maps / (len(noise_levels) * draws), smooth_pixels), probability / (1 + draws)
+
+
+def unit_length(gradients: Tensor) -> Tensor:
+    """Each image's gradient (batch, channels, height, width) divided by its L2 norm; 0 stays 0."""
+    norms: Tensor = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
+    return gradients / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+
+
+def smooth(maps: Tensor, pixels: float) -> Tensor:
+    """Gaussian smoothing of (batch, height, width), standard deviation in pixels; 0 does nothing.
+
+    The border reflects, so that a constant map stays constant.
+    """
+    if pixels == 0:
+        return maps
+    radius = int(3 * pixels + 0.5)
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-0.5 * (offsets / pixels) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = functional.pad(maps[:, None], (radius,) * 4, mode="reflect")
+    columns = functional.conv2d(padded, kernel[None, None, :, None])
+    return functional.conv2d(columns, kernel[None, None, None, :])[:, 0]
+
+
+def _log_odds_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor], noised: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of log p / (1 - p): that of log p times 1 / (1 - p), so of the same direction.
+
+    After scaling to unit length they are equal, but this one does not vanish where p rounds to 1.
+    """
+    with torch.enable_grad():
+        inputs = noised.detach().requires_grad_(True)
+        logits = classifier(inputs, timesteps)
+        others = torch.cat([logits[:, :OBJECT], logits[:, OBJECT + 1 :]], 1).logsumexp(1)
+        (gradient,) = torch.autograd.grad((logits[:, OBJECT] - others).sum(), inputs)
+    return gradient, logits.detach()
+
+
+def _object_probability(logits: Tensor) -> Tensor:
+    return logits.float().softmax(1)[:, OBJECT]
+
+
+def _timesteps(images: Tensor, level: int) -> Tensor:
+    return torch.full((len(images),), level, device=images.device)

@@ -1,0 +1,92 @@
+"""Seeds: the few pixels whose class the maps can be trusted on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+RULES = ("both", "cam", "gradient")
+OBJECT, BACKGROUND, UNKNOWN = 1, 0, -1
+
+
+def scale_to_unit(maps: Tensor, foreground: Tensor) -> Tensor:
+    """Each map (batch, height, width) scaled to [0, 1] within its subject, 0 outside.
+
+    `foreground` (batch, height, width) is True on the subject. A map that is constant there
+    becomes 0.
+    """
+    infinity = torch.full_like(maps, math.inf)
+    low = torch.where(foreground, maps, infinity).amin((1, 2), keepdim=True)
+    high = torch.where(foreground, maps, -infinity).amax((1, 2), keepdim=True)
+    scaled = (maps - low) / (high - low)
+    return torch.where(foreground & (high > low), scaled, torch.zeros_like(maps))
+
+
+def seed_labels(
+    gradient_map: Tensor,
+    cam: Tensor,
+    foreground: Tensor,
+    label: Tensor,
+    *,
+    rule: str,
+    foreground_cut: float,
+    background_cut: float,
+    negative_slices: bool,
+) -> Tensor:
+    """Label the pixels we dare to trust: int8 1 object, 0 background, -1 unknown.
+
+    Both maps are (batch, height, width) in [0, 1], `foreground` is True on the subject, `label`
+    (batch,) is the slice's class. In positive slices a pixel is object where the maps that `rule`
+    names exceed `foreground_cut`, background where they stay under `background_cut`. Negative
+    slices are background throughout the subject, or unknown without `negative_slices`; slices of
+    unknown class (label < 0) and pixels outside the subject are unknown.
+    Raises ValueError for an unknown rule or unless 0 <= background_cut <= foreground_cut <= 1.
+    """
+    if rule not in RULES:
+        raise ValueError(f"seeds.rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if not 0 <= background_cut <= foreground_cut <= 1:
+        raise ValueError(
+            f"seeds need 0 <= background <= foreground <= 1, "
+            f"got background {background_cut} and foreground {foreground_cut}"
+        )
+    maps = {"both": [gradient_map, cam], "cam": [cam], "gradient": [gradient_map]}[rule]
+    stacked = torch.stack(maps)
+    positive = (label == 1)[:, None, None] & foreground
+    negative = (label == 0)[:, None, None] & foreground
+    seeds = torch.full_like(foreground, UNKNOWN, dtype=torch.int8)
+    seeds[positive & (stacked > foreground_cut).all(0)] = OBJECT
+    seeds[positive & (stacked < background_cut).all(0)] = BACKGROUND
+    if negative_slices:
+        seeds[negative] = BACKGROUND
+    return seeds
+
+
+def seed_quality(seeds: Tensor, masks: Tensor) -> dict[str, float]:
+    """Compare seeds with true masks (both (batch, height, width)): a diagnostic, never trained on.
+
+    Precision is the share of right seeds of a class, recall the share of the object's pixels that
+    are object seeds; NaN where there is nothing to divide by.
+    """
+    masks = masks.bool()
+    object_seeds = seeds == OBJECT
+    background_seeds = seeds == BACKGROUND
+    right = int((object_seeds & masks).sum())
+    counts = {
+        "object_seeds": int(object_seeds.sum()),
+        "background_seeds": int(background_seeds.sum()),
+        "object_pixels": int(masks.sum()),
+    }
+    return {
+        "object_precision": _share(right, counts["object_seeds"]),
+        "object_recall": _share(right, counts["object_pixels"]),
+        "background_precision": _share(
+            int((background_seeds & ~masks).sum()), counts["background_seeds"]
+        ),
+        **counts,
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,1 @@
+"""Torch modules, tensors in and tensors out, built on MONAI."""

@@ -1,0 +1,198 @@
+"""Run one stage or all of them, on one process or many; say what would be done; print the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cldf_dist.config import Config, to_yaml
+from cldf_dist.processes import from_main, processes, wait_for_everyone
+from cldf_dist.run import Run, changed_keys, command_for, read_config, seconds_of, write_atomically
+from cldf_dist.stages import STAGES, Stage
+
+BEAT_SECONDS = 5.0
+POLL_SECONDS = 0.2
+
+
+def run_all(config: Config) -> None:
+    """All stages in order; finished ones are skipped."""
+    for stage in STAGES:
+        run_stage(config, stage)
+    if processes().is_main:
+        print(summary(config))
+
+
+def run_stage(config: Config, stage: Stage) -> None:
+    """One stage, unless it is finished. Raises what the stage raises, on every process."""
+    run = Run(config, stage.name, stage.all_sections)
+    for name in stage.needs:
+        run.needs(name)
+    if from_main(run.is_finished):
+        _check_unchanged(config, stage, run)
+        _say(f"{stage.name}: finished before, in {run.folder}")
+        return
+    _say(f"{stage.name}: {stage.does}")
+    _prepare_process()
+    if stage.distributed or processes().world_size == 1:
+        _run_together(config, stage, run)
+    else:
+        _run_on_main(config, stage, run)
+
+
+def _run_together(config: Config, stage: Stage, run: Run) -> None:
+    """Every process works; the main process owns the folder."""
+    problem: Exception | None = None
+    if run.is_main:
+        try:
+            run.open()
+        except Exception as error:
+            problem = error
+    problem = from_main(problem)
+    if problem is not None:
+        raise problem
+    try:
+        outputs = stage.run(config, run)
+        run.finish(outputs)
+    finally:
+        run.close()
+    wait_for_everyone()
+
+
+def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
+    """Main works; the others watch its word in the folder, not a collective that times out."""
+    attempt = from_main(uuid.uuid4().hex)
+    word = run.folder / ".attempt.json"
+    if not run.is_main:
+        _follow(run, word, attempt, config.run.heartbeat_seconds)
+        return
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with _heartbeat(word, attempt):
+            run.open()
+            run.finish(stage.run(config, run))
+    except BaseException as error:
+        _write_word(word, attempt, failed=" ".join(str(error).split()) or type(error).__name__)
+        raise
+    finally:
+        run.close()
+
+
+def _follow(run: Run, word: Path, attempt: str, patience: float) -> None:
+    last, heard = "", time.monotonic()
+    while not run.is_finished:
+        time.sleep(POLL_SECONDS)
+        text = word.read_text() if word.exists() else ""
+        if text != last:
+            last, heard = text, time.monotonic()
+        said = json.loads(text) if text else {}
+        if said.get("attempt") == attempt and said.get("failed"):
+            raise RuntimeError(f"{run.stage} failed on the main process: {said['failed']}")
+        if time.monotonic() - heard > patience:
+            raise TimeoutError(
+                f"{run.stage}: no sign of the main process for {patience:.0f} s "
+                "(run.heartbeat_seconds); look at its log"
+            )
+
+
+@contextmanager
+def _heartbeat(word: Path, attempt: str) -> Iterator[None]:
+    stop = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not stop.is_set():
+            _write_word(word, attempt, beat=number)
+            number += 1
+            stop.wait(BEAT_SECONDS)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _write_word(word: Path, attempt: str, **said: Any) -> None:
+    if word.parent.is_dir():
+        write_atomically(word, json.dumps({"attempt": attempt, **said}))
+
+
+def _check_unchanged(config: Config, stage: Stage, run: Run) -> None:
+    changed = changed_keys(read_config(run.folder / "config.yaml"), config, stage.all_sections)
+    if changed:
+        raise ValueError(
+            f"{run.folder} was made with {'; '.join(changed[:3])}; take another name=..., restore "
+            "the setting, or delete that folder and those of the stages after it"
+        )
+
+
+def _prepare_process() -> None:
+    """Settings that hold for every stage of this process."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    # float32 matrix products may use TF32 on GPUs: the nets tolerate it
+    torch.set_float32_matmul_precision("high")
+
+
+def dry_run(config: Config, stages: tuple[Stage, ...]) -> str:
+    """The resolved configuration, and per stage its inputs, outputs and estimates."""
+    lines = [to_yaml(config).rstrip(), ""]
+    for stage in stages:
+        folder = config.run_folder / stage.name
+        state = "finished" if (folder / "DONE").exists() else "to do"
+        lines.append(f"{stage.name}: {stage.does}")
+        lines.append(f"  output: {folder} ({state})")
+        for need in stage.needs:
+            ready = (config.run_folder / need / "DONE").exists()
+            found = "finished" if ready else f"missing; made by: {command_for(need)}"
+            lines.append(f"  input:  {config.run_folder / need} ({found})")
+        if stage.fit_section:
+            fit = getattr(config, stage.fit_section.split(".")[0]).fit
+            lines.append(f"  steps:  {fit.steps} of {fit.batch_size} samples over all processes")
+        estimate: Callable[[Config, Path], dict[str, str]] | None
+        estimate = getattr(stage.module, "estimate", None) if state == "to do" else None
+        if estimate is not None:
+            lines += [f"  {key}: {value}" for key, value in estimate(config, folder).items()]
+    return "\n".join(lines)
+
+
+def summary(config: Config) -> str:
+    """Time per stage, the results table, and where everything is."""
+    folder = config.run_folder
+    lines = ["", "stage              seconds"]
+    total = 0.0
+    for stage in STAGES:
+        seconds = seconds_of(folder / stage.name)
+        total += seconds
+        lines.append(f"{stage.name:<18} {seconds:>7.1f}")
+    lines.append(f"{'all':<18} {total:>7.1f}")
+    table = folder / "evaluate" / "table.txt"
+    if table.exists():
+        lines += ["", table.read_text().rstrip()]
+    lines += [
+        "",
+        f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",
+        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv",
+        f"report   {folder / 'report' / 'report.html'}",
+        f"tracking mlflow ui --backend-store-uri {_tracking_uri(config)}",
+    ]
+    return "\n".join(lines)
+
+
+def _tracking_uri(config: Config) -> str:
+    return config.tracking.uri or f"sqlite:///{Path(config.runs).resolve()}/mlflow.db"
+
+
+def _say(text: str) -> None:
+    if processes().is_main:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,255 @@
+"""The folder of one stage of a run: lock, provenance, metrics, and the word that it is finished.
+
+`runs/<name>/<stage>/` holds config.yaml, provenance.json, metrics.jsonl, checkpoints/, the stage's
+outputs and, last, DONE. metrics.jsonl is the truth about the numbers; MLflow mirrors it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from cldf_dist import config as configuration
+from cldf_dist.config import Config
+from cldf_dist.processes import processes
+from cldf_dist.tracking import Tracker
+
+DONE = "DONE"
+# settings that may differ between two starts of a stage: they do not change what it computes
+HARMLESS = (
+    "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
+    "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size", "data.root",
+    "data.on_damaged",
+)  # fmt: skip
+
+
+class Run:
+    """One stage of one run, as seen by one process; only the main process writes."""
+
+    def __init__(self, config: Config, stage: str, sections: Sequence[str]) -> None:
+        self.config, self.stage, self.sections = config, stage, tuple(sections)
+        self.folder = config.run_folder / stage
+        self.is_main = processes().is_main
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        self._tracker: Tracker | None = None
+        self._started = time.time()
+
+    @property
+    def id(self) -> str:
+        """Identifies this stage folder for good: a checkpoint of another run is not ours."""
+        return str(json.loads((self.folder / "run.json").read_text())["id"])
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / DONE).is_file()
+
+    def needs(self, stage: str) -> Path:
+        """The folder of a finished earlier stage; FileNotFoundError says how to make it."""
+        folder = self.config.run_folder / stage
+        if not (folder / DONE).is_file():
+            raise FileNotFoundError(f"{folder} is not finished; run: {command_for(stage)}")
+        return folder
+
+    def open(self) -> None:
+        """Take the stage folder (main process only): lock it, check it, write what is known."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write the run folder {self.folder}: {error.strerror}; "
+                          "choose another with runs=FOLDER") from error  # fmt: skip
+        self._lock = _locked(self.folder / ".lock", self.folder)
+        self._check_same_config()
+        identity = self.folder / "run.json"
+        if not identity.exists():
+            write_atomically(identity, json.dumps({"id": uuid.uuid4().hex}))
+        write_atomically(self.folder / "config.yaml", configuration.to_yaml(self.config))
+        write_atomically(self.folder / "provenance.json", json.dumps(self._provenance(), indent=1))
+        self._metrics = (self.folder / "metrics.jsonl").open("a")
+        self._tracker = Tracker(self.config, self.folder, self.stage)
+
+    def start_logging_from(self, step: int) -> None:
+        """Cut metrics.jsonl back to the checkpoint's step: what came later is done again."""
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) in range(step + 1)]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self._metrics = path.open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and mirror it; other ranks are silent."""
+        if self._metrics is None:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **metrics}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
+
+    def finish(self, outputs: Mapping[str, Any] | None = None) -> None:
+        """Declare the stage finished; `outputs` (numbers worth keeping) go into DONE."""
+        if self._metrics is None:
+            return
+        self._add_seconds()
+        word = {"stage": self.stage, "finished": round(time.time(), 3), **(outputs or {})}
+        write_atomically(self.folder / DONE, json.dumps(word, indent=1))
+        self.close("FINISHED")
+
+    def close(self, status: str = "KILLED") -> None:
+        """Let the folder go; without `finish` the stage counts as interrupted."""
+        if self._metrics is not None:
+            if not self.is_finished:
+                self._add_seconds()
+            self._metrics.close()
+            self._metrics = None
+        if self._tracker is not None:
+            self._tracker.close(status)
+            self._tracker = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _add_seconds(self) -> None:
+        seconds = seconds_of(self.folder) + time.time() - self._started
+        self._started = time.time()
+        write_atomically(self.folder / "seconds.json", json.dumps({"seconds": round(seconds, 2)}))
+
+    def _check_same_config(self) -> None:
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return
+        changed = changed_keys(read_config(path), self.config, self.sections)
+        if changed:
+            raise ValueError(
+                f"{self.folder} was made with {'; '.join(changed[:3])}; take another name=..., "
+                "restore the setting, or delete that folder and those of the stages after it"
+            )
+
+    def _provenance(self) -> dict[str, Any]:
+        previous = self.folder / "provenance.json"
+        starts = json.loads(previous.read_text())["starts"] if previous.exists() else []
+        start = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "git": _git_state(),
+            "host": socket.gethostname(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            "processes": processes().world_size,
+            "versions": _versions(),
+            "seed": self.config.seed,
+            "inputs": _digests_of_inputs(self.folder),
+        }
+        return {"starts": [*starts, start]}
+
+
+def command_for(stage: str) -> str:
+    """The command line that makes `stage`, with this process's config files and settings."""
+    words = [word for word in sys.argv[2:] if not word.startswith("--")]
+    return " ".join(["cldf", stage, *words])
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration that a stage folder holds."""
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return configuration.from_plain(plain)
+
+
+def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]:
+    """`key=old value, not new value` for each setting in `sections` that matters and differs."""
+    before, after = configuration.flatten(old), configuration.flatten(new)
+    return [
+        f"{key}={before[key]!r}, not {after[key]!r}"
+        for key in before
+        if before[key] != after.get(key)
+        and (key in sections or key.split(".")[0] in sections)
+        and not any(key.endswith(name) for name in HARMLESS)
+    ]
+
+
+def seconds_of(folder: Path) -> float:
+    """Wall time spent in a stage so far, over all its starts."""
+    path = folder / "seconds.json"
+    return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old or the new whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return -1  # a line cut short by a kill
+
+
+def _locked(path: Path, folder: Path) -> IO[str]:
+    import fcntl
+
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise RuntimeError(
+            f"{folder} is in use by {owner}; wait for it, stop it, or take another name=..."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _git_state() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except FileNotFoundError:
+        return {"commit": "", "dirty": False}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("cldf-dist", "torch", "accelerate", "deepspeed", "monai", "zarr", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _digests_of_inputs(folder: Path) -> dict[str, str]:
+    return {
+        done.parent.name: hashlib.sha256(done.read_bytes()).hexdigest()
+        for done in sorted(folder.parent.glob(f"*/{DONE}"))
+        if done.parent != folder
+    }

@@ -1,0 +1,16 @@
+"""Random numbers as a function of what they are for: nothing in training asks a global state."""
+
+import hashlib
+
+SEED_BITS = 63  # fits a signed 64-bit integer, so that torch, numpy and JSON all take it
+
+
+def sample_seed(seed: int, sample_number: int, purpose: str) -> int:
+    """A seed in [0, 2^63) that depends on nothing but its three arguments.
+
+    `purpose` keeps the draws apart that one sample needs: "augment", "noise" and so on. The result
+    is the same on every machine, in every process and after every resume.
+    """
+    text = f"{seed}:{sample_number}:{purpose}".encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)

@@ -1,0 +1,117 @@
+"""The pipeline, in order. This table imports no torch; each stage's module has `run(config, run)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from cldf_dist.config import Config
+    from cldf_dist.run import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    does: str
+    needs: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()  # its own settings; those of the stages it needs count too
+    distributed: bool = True  # False: the main process works, the others wait
+    fit_section: str = ""  # whose `fit` a bare fit.* on the command line means
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"cldf_dist.stages.{self.name.replace('-', '_')}")
+
+    @property
+    def run(self) -> Callable[[Config, Run], dict[str, Any]]:
+        function: Callable[[Config, Run], dict[str, Any]] = self.module.run
+        return function
+
+    @property
+    def all_sections(self) -> tuple[str, ...]:
+        """Every setting that this stage's outputs depend on."""
+        found = [*self.sections]
+        for name in self.needs:
+            found += stage_named(name).all_sections
+        return tuple(dict.fromkeys(found))
+
+
+STAGES = (
+    Stage(
+        "prepare",
+        "scans -> normalised, sharded slices, split by patient",
+        sections=("data",),
+        distributed=False,
+    ),
+    Stage(
+        "train-diffusion",
+        "the class-conditional diffusion model (CDM)",
+        needs=("prepare",),
+        sections=("diffusion", "seed"),
+        fit_section="diffusion.fit",
+    ),
+    Stage(
+        "train-classifier",
+        "the external classifier of noised slices, for gradient maps",
+        needs=("prepare",),
+        # it is trained on the CDM's noise, so the noise schedule is its setting too
+        sections=(
+            "classifier", "seed", "diffusion.num_timesteps", "diffusion.schedule",
+        ),
+        fit_section="classifier.fit",
+    ),
+    Stage(
+        "train-cam",
+        "the clean classifier, for class activation maps",
+        needs=("prepare",),
+        sections=("cam", "seed"),
+        fit_section="cam.fit",
+    ),
+    Stage(
+        "cache",
+        "diffusion features, maps and seeds of the training slices, once",
+        needs=("train-diffusion", "train-classifier", "train-cam"),
+        sections=("cache", "features", "gradient_map", "seeds"),
+    ),
+    Stage(
+        "train-decoder",
+        "the pixel decoder, by the contrastive loss on seed pixels",
+        needs=("cache",),
+        sections=("decoder", "evaluate.upper_bound"),
+        fit_section="decoder.fit",
+    ),
+    Stage(
+        "segment",
+        "score maps and masks of the test patients, or of new scans (input=, output=)",
+        needs=("train-decoder",),
+        sections=("segment", "saliency"),
+    ),
+    Stage(
+        "evaluate",
+        "Dice, IoU, HD95 per patient, intervals, paired tests",
+        needs=("segment",),
+        sections=("evaluate",),
+        distributed=False,
+    ),
+    Stage(
+        "report",
+        "one self-contained HTML page with table, curves and pictures",
+        needs=("evaluate",),
+        sections=("report",),
+        distributed=False,
+    ),
+)  # fmt: skip
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name; ValueError lists the known ones."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    known = ", ".join(stage.name for stage in STAGES)
+    raise ValueError(f"unknown stage {name!r}; stages, in order: {known}; or run, for all of them")

@@ -1,0 +1,75 @@
+"""What several stages load: slices as a stream, and the trained nets with their noise schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cldf_dist import config as settings
+from cldf_dist.checkpoint import load_net, read_description
+from cldf_dist.config import Augment, Config, build_section
+from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.method.noise import Schedule
+from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.nets.unet import build_unet
+from cldf_dist.processes import accelerator
+from cldf_dist.run import Run
+
+
+def shard_set(config: Config, run: Run) -> ShardSet:
+    return ShardSet(run.needs("prepare"), on_damaged=config.data.on_damaged)
+
+
+def training_stream(config: Config, shards: ShardSet, augment: Augment) -> Stream:
+    """Labelled slices of the training patients, changed at random."""
+    items = LabelledSlices(shards.split("train"), augment, config.seed)
+    return Stream(items, items.groups, config.seed)
+
+
+def validation_stream(config: Config, shards: ShardSet) -> Stream:
+    """Labelled slices of the validation patients as they are."""
+    items = LabelledSlices(shards.split("validation"), None, config.seed)
+    return Stream(items, items.groups, config.seed)
+
+
+def noise_schedule(config: Config) -> Schedule:
+    diffusion = config.diffusion
+    return Schedule(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction)
+
+
+def load_diffusion(folder: Path) -> tuple[nn.Module, Schedule]:
+    """The frozen CDM on this process's device, and its noise schedule."""
+    about = read_description(folder)
+    net = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
+    schedule = Schedule(about["num_timesteps"], about["schedule"], about["prediction"])
+    return _ready(net, folder), schedule
+
+
+def load_classifier(folder: Path) -> nn.Module:
+    """The frozen external classifier on this process's device."""
+    about = read_description(folder)
+    section = build_section(settings.Classifier, about["net"])
+    return _ready(NoisyClassifier(section, about["num_channels"]), folder)
+
+
+def load_cam(folder: Path) -> nn.Module:
+    """The frozen clean classifier on this process's device."""
+    about = read_description(folder)
+    return _ready(CamClassifier(build_section(settings.Cam, about["net"]), about["num_channels"]), folder)
+
+
+def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
+    """The frozen pixel decoder on this process's device, and its prototypes (2, embedding)."""
+    about = read_description(folder)
+    net = PixelDecoder(about["tap_channels"], about["hidden"], about["embedding"])
+    ready: Any = _ready(net, folder)
+    return ready, torch.tensor(about["prototypes"], device=accelerator().device)
+
+
+def _ready(net: nn.Module, folder: Path) -> nn.Module:
+    return load_net(net, folder).to(accelerator().device, memory_format=torch.channels_last)

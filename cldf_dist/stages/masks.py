@@ -1,0 +1,103 @@
+"""From score maps at the prepared resolution to masks in the scan's own grid, alike for every row.
+
+`segment` writes the masks of the headline rule with these functions, `evaluate` those of the other
+threshold rules: same gate, same grid, same post-processing for CLDF and all baselines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist.data.slices import Geometry, to_native
+
+FloatArray = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+METHODS = ("gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cldf")
+SUPERVISED = "supervised_decoder"  # a reference row: it saw the training masks
+
+
+@dataclass(frozen=True)
+class PatientScores:
+    """What `segment` knows about one patient, at the prepared resolution."""
+
+    patient: str
+    scores: dict[str, FloatArray]  # method -> (slices, height, width); higher means object
+    probability: FloatArray  # (slices,) of the object, from the external classifier
+    foreground: Mask  # (slices, height, width) of the subject
+
+    def save(self, folder: Path) -> None:
+        arrays: dict[str, Any] = {f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()}
+        arrays |= {"probability": self.probability, "foreground": self.foreground}
+        temporary = folder / f".{self.patient}.partial.npz"
+        np.savez_compressed(temporary, **arrays)
+        temporary.replace(folder / f"{self.patient}.npz")
+
+    @classmethod
+    def load(cls, folder: Path, patient: str) -> PatientScores:
+        with np.load(folder / f"{patient}.npz", allow_pickle=False) as stored:
+            return cls(
+                patient,
+                {n.removeprefix("score_"): stored[n] for n in stored if n.startswith("score_")},
+                stored["probability"],
+                stored["foreground"],
+            )
+
+
+def open_slices(patient: PatientScores, gate_probability: float) -> Mask:
+    """The slices (slices,) that may hold the object: those the classifier does not call negative."""
+    passed: Mask = patient.probability >= gate_probability
+    return passed
+
+
+def native_scores(
+    patient: PatientScores, method: str, geometry: Geometry, gate_probability: float
+) -> tuple[FloatArray, Mask]:
+    """Score (x, y, slices) on the scan's own grid, and where a mask may lie at all.
+
+    The second is False outside the subject, on slices that were not prepared, and on slices that
+    the classifier calls negative.
+    """
+    scores = to_native(patient.scores[method].astype(np.float32), geometry)
+    allowed = patient.foreground & open_slices(patient, gate_probability)[:, None, None]
+    return scores, to_native(allowed.astype(np.float32), geometry) > 0.5
+
+
+def object_mask(
+    scores: FloatArray, allowed: Mask, cut: float, *, spacing: tuple[float, float, float],
+    min_component_ml: float = 0.0,
+) -> Mask:  # fmt: skip
+    """The pixels above the cut, where allowed, without components below `min_component_ml`."""
+    mask: Mask = (scores > cut) & allowed
+    if min_component_ml <= 0 or not mask.any():
+        return mask
+    import cc3d
+
+    voxel_ml = float(np.prod(spacing)) / 1000.0
+    kept = cc3d.dust(mask, threshold=int(np.ceil(min_component_ml / voxel_ml)), connectivity=26)
+    return np.asarray(kept, dtype=bool)
+
+
+def otsu_mask(
+    patient: PatientScores, method: str, geometry: Geometry, gate_probability: float,
+    *, min_component_ml: float = 0.0,
+) -> Mask:  # fmt: skip
+    """The mask by Otsu's threshold within each slice that passes the gate, as the CDM code does."""
+    from cldf_dist.method.threshold import otsu_cut
+
+    scores = patient.scores[method].astype(np.float32)
+    above = np.full(scores.shape, -1.0, dtype=np.float32)
+    for index in np.flatnonzero(open_slices(patient, gate_probability)):
+        inside = scores[index][patient.foreground[index]]
+        if inside.size:
+            above[index] = scores[index] - otsu_cut(inside)
+    shifted = PatientScores(patient.patient, {method: above}, patient.probability, patient.foreground)
+    native, allowed = native_scores(shifted, method, geometry, gate_probability)
+    return object_mask(
+        native, allowed, 0.0, spacing=geometry.spacing, min_component_ml=min_component_ml
+    )

@@ -1,0 +1,161 @@
+"""Native scans -> normalised slices in shards, with a patient-level split.
+
+Each patient is prepared once and spooled to disk; an interrupted run goes on with the patients that
+are missing. Masks give the slice labels here; after that only diagnostics and the reference rows,
+which say so, read them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cldf_dist.config import Config, Data, to_plain
+from cldf_dist.data import datasets
+from cldf_dist.data.nifti import write_nifti
+from cldf_dist.data.shards import write_manifest, write_shards
+from cldf_dist.data.slices import (
+    Geometry,
+    Slice,
+    dequantise,
+    prepare_volume,
+    quantise,
+    read_splits,
+    slice_key,
+    split_patients,
+)
+from cldf_dist.progress import progress
+from cldf_dist.run import Run
+
+SPLITS = ("train", "validation", "test")
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    names = datasets.patients(config.data)
+    spool = run.folder / ".spool"
+    spool.mkdir(exist_ok=True)
+    with progress("prepare", len(names), "patients") as bar:
+        for name in names:
+            if not (spool / f"{name}.npz").exists():
+                _spool_patient(config.data, name, spool)
+            bar.advance(note=name)
+    splits = _splits(config.data, names, spool)
+    shards = []
+    for split in SPLITS:
+        slices = (item for name in splits[split] for item in _spooled(spool, name))
+        shards += write_shards(run.folder, split, slices, config.data.slices_per_shard)
+    _check_labels(shards)
+    _keep_truth(spool, run.folder / "truth", splits["test"])
+    write_manifest(
+        run.folder,
+        settings=to_plain(config.data),
+        channels=datasets.channels(config.data),
+        splits=splits,
+        geometry={name: _geometry(spool, name) for name in names},
+        shards=shards,
+    )
+    shutil.rmtree(spool)
+    return {
+        "patients": {split: len(splits[split]) for split in SPLITS},
+        "slices": {
+            split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
+        },
+        "positive_slices": {split: _count(shards, split, 1) for split in SPLITS},
+    }
+
+
+def estimate(config: Config, folder: Path) -> dict[str, str]:
+    """What `--dry-run` prints: counts and bytes before anything is written."""
+    names = datasets.patients(config.data)
+    per_slice = len(datasets.channels(config.data)) * config.data.image_size**2 * 2
+    return {
+        "patients": str(len(names)),
+        "size": f"about {per_slice / 1e6:.2f} MB per slice, twice that while it runs",
+    }
+
+
+def _spool_patient(settings: Data, name: str, spool: Path) -> None:
+    volume = datasets.read_patient(settings, name)
+    slices, geometry = prepare_volume(volume, settings)
+    if volume.mask is not None:
+        write_nifti(spool / f"{name}.nii.gz", volume.mask.astype(np.uint8), volume.affine)
+    arrays: dict[str, Any] = {
+        "images": np.stack([quantise(item.image) for item in slices]) if slices else np.zeros(0),
+        "labels": np.array([item.label for item in slices]),
+        "geometry": np.array(json.dumps(geometry.to_json())),
+        "positive_share": np.array(_positive_share(slices)),
+    }
+    if volume.mask is not None and slices:
+        arrays["masks"] = np.stack([item.mask for item in slices if item.mask is not None])
+    temporary = spool / f".{name}.partial.npz"
+    np.savez(temporary, **arrays)
+    temporary.replace(spool / f"{name}.npz")
+
+
+def _spooled(spool: Path, name: str) -> Iterator[Slice]:
+    with np.load(spool / f"{name}.npz", allow_pickle=False) as stored:
+        geometry = Geometry.from_json(json.loads(str(stored["geometry"])))
+        images, labels = stored["images"], stored["labels"]
+        masks = stored["masks"] if "masks" in stored else None
+    for row, index in enumerate(geometry.indices):
+        yield Slice(
+            key=slice_key(name, index),
+            patient=name,
+            index=index,
+            label=int(labels[row]),
+            image=dequantise(images[row]),
+            mask=None if masks is None else masks[row],
+        )
+
+
+def _geometry(spool: Path, name: str) -> Geometry:
+    with np.load(spool / f"{name}.npz", allow_pickle=False) as stored:
+        return Geometry.from_json(json.loads(str(stored["geometry"])))
+
+
+def _positive_share(slices: Sequence[Slice]) -> float:
+    return float(np.mean([item.label == 1 for item in slices])) if slices else 0.0
+
+
+def _splits(settings: Data, names: Sequence[str], spool: Path) -> dict[str, list[str]]:
+    if settings.splits:
+        return read_splits(settings.splits, names)
+    strata = {}
+    for name in names:
+        with np.load(spool / f"{name}.npz", allow_pickle=False) as stored:
+            strata[name] = float(stored["positive_share"])
+    return split_patients(
+        strata, settings.validation_fraction, settings.test_fraction, settings.split_seed
+    )
+
+
+def _keep_truth(spool: Path, folder: Path, patients: Sequence[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in patients:
+        source = spool / f"{name}.nii.gz"
+        if source.exists():
+            shutil.copyfile(source, folder / source.name)
+
+
+def _check_labels(shards: Sequence[dict[str, Any]]) -> None:
+    for split in ("train", "validation"):
+        positive, negative = _count(shards, split, 1), _count(shards, split, 0)
+        if not positive or not negative:
+            raise ValueError(
+                f"the {split} split has {positive} slices with and {negative} without the object; "
+                "both kinds are needed: check the masks, data.min_object_pixels and data.splits"
+            )
+
+
+def _count(shards: Sequence[dict[str, Any]], split: str, label: int) -> int:
+    return sum(
+        sample["label"] == label
+        for shard in shards
+        if shard["split"] == split
+        for sample in shard["samples"]
+    )

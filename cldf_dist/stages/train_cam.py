@@ -1,0 +1,38 @@
+"""Train the classifier of clean slices whose activations give the class activation maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cldf_dist.checkpoint import save_net
+from cldf_dist.config import Config, to_plain
+from cldf_dist.fit import fit
+from cldf_dist.nets.classifiers import CamClassifier
+from cldf_dist.run import Run
+from cldf_dist.stages.loading import shard_set, training_stream, validation_stream
+from cldf_dist.tasks.classify import Classify
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    settings = config.cam
+    shards = shard_set(config, run)
+    num_channels = len(shards.manifest["channels"])
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    task = Classify(
+        CamClassifier(settings, num_channels),
+        label_smoothing=settings.label_smoothing,
+        noise=None,
+        seed=config.seed,
+    )
+    stream = training_stream(config, shards, settings.augment)
+    net = fit(task, stream, settings.fit, run, validation_stream(config, shards))
+    if run.is_main:
+        about = {
+            "kind": "classifier of clean slices",
+            "net": to_plain(settings),
+            "num_channels": num_channels,
+        }
+        save_net(net, run.folder, about)
+    return {"parameters": sum(p.numel() for p in net.parameters())}

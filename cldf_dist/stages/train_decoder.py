@@ -1,0 +1,170 @@
+"""Train the pixel decoder on cached features at seed pixels, and take prototypes from the seeds.
+
+Where the training masks are known, a second decoder is trained on them in the same way: the upper
+bound `supervised_decoder` of the table. It is the only training that reads a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cldf_dist.checkpoint import save_net
+from cldf_dist.config import Config
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.pixels import SeedPixels, gather_pixels
+from cldf_dist.data.slices import foreground
+from cldf_dist.data.stream import Stream
+from cldf_dist.fit import fit
+from cldf_dist.method.prototypes import class_prototypes
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.processes import accelerator, from_main, wait_for_everyone
+from cldf_dist.run import Run
+from cldf_dist.seeding import sample_seed
+from cldf_dist.stages.cache import STORE, Slices, cached_slices
+from cldf_dist.stages.loading import shard_set
+from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.tasks.contrast import Contrast
+
+STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
+
+Labels = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class TrainingPixels:
+    """The cache with a label for each pixel of its training slices, and where they came from."""
+
+    cache: FeatureCache
+    taps: tuple[str, ...]
+    rows: npt.NDArray[np.int64]  # cache rows of the training slices
+    labels: Labels  # (slices, height, width) 1 object, 0 background, -1 unknown
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    cache = FeatureCache(run.needs("cache") / STORE)
+    slices = cached_slices(shard_set(config, run))
+    rows = np.arange(len(slices.tables[0]))
+    seeds = np.stack([cache.read("seeds", int(row)) for row in rows])
+    pixels = TrainingPixels(cache, config.features.taps, rows, seeds)
+    result = _train(config, run, pixels)
+    truth = _true_labels(slices) if config.evaluate.upper_bound else None
+    if truth is not None:
+        _train_supervised(config, run, TrainingPixels(cache, config.features.taps, rows, truth))
+    return result
+
+
+def _train_supervised(config: Config, run: Run, pixels: TrainingPixels) -> None:
+    """The reference row: its own folder below this stage's, resumed and finished like a stage."""
+    reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections)
+    if from_main(reference.is_finished):
+        return
+    if run.is_main:
+        reference.open()
+    wait_for_everyone()
+    try:
+        reference.finish(_train(config, reference, pixels))
+    finally:
+        reference.close()
+
+
+def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
+    settings = config.decoder
+    tap_channels = {tap: _channels(pixels.cache, tap) for tap in pixels.taps}
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    net = PixelDecoder(
+        tap_channels, settings.hidden, settings.embedding, settings.dropout, settings.noise
+    )
+    net.standardise(*feature_statistics(pixels, config.seed))
+    batch = settings.fit.batch_size
+    items = SeedPixels(
+        pixels.cache,
+        pixels.taps,
+        rows=pixels.rows,
+        seeds=pixels.labels,
+        num_foreground=settings.contrast.foreground_pixels // batch,
+        num_background=settings.contrast.background_pixels // batch,
+        seed=config.seed,
+    )
+    task = Contrast(net, temperature=settings.contrast.temperature, seed=config.seed)
+    trained: Any = fit(task, Stream(items, items.shard_of, config.seed), settings.fit, run)
+    if run.is_main:
+        prototypes = _prototypes(config, trained, pixels)
+        about = {
+            "kind": "pixel decoder",
+            "tap_channels": tap_channels,
+            "hidden": settings.hidden,
+            "embedding": settings.embedding,
+            "prototypes": prototypes.tolist(),
+        }
+        save_net(trained, run.folder, about)
+    return {"slices_with_object_seeds": len(items.positive)}
+
+
+def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each feature over a sample of the training slices."""
+    rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
+    rows = rng.permutation(pixels.rows)[:STATISTICS_SLICES]
+    means, spreads = [], []
+    for tap in pixels.taps:
+        count, total, squares = 0, np.zeros(_channels(pixels.cache, tap)), 0.0
+        for row in rows:
+            stored = pixels.cache.read(tap, int(row)).astype(np.float64)
+            flat = stored.transpose(1, 2, 0, 3).reshape(-1, total.size)
+            count += len(flat)
+            total = total + flat.sum(0)
+            squares = squares + np.square(flat).sum(0)
+        mean = total / count
+        means.append(mean)
+        spreads.append(np.sqrt(np.maximum(squares / count - mean**2, 1e-12)))
+    return (
+        torch.from_numpy(np.concatenate(means)).float(),
+        torch.from_numpy(np.concatenate(spreads)).float(),
+    )
+
+
+def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> torch.Tensor:
+    """Mean embedding of a random choice of training seeds of each class, unit length (2, E)."""
+    rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
+    embeddings, labels = [], []
+    for label in (0, 1):
+        having = [row for row in pixels.rows if (pixels.labels[row] == label).any()]
+        per_slice = -(-config.decoder.prototype_pixels // len(having))
+        for row in having:
+            features = _features_of(pixels, int(row), label, per_slice, rng)
+            with torch.no_grad():
+                embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
+            labels.append(torch.full((len(features),), label))
+    return class_prototypes(torch.cat(embeddings), torch.cat(labels))
+
+
+def _features_of(
+    pixels: TrainingPixels, row: int, label: int, limit: int, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    height, width = pixels.labels.shape[1:]
+    candidates = np.flatnonzero(pixels.labels[row] == label)
+    chosen = rng.permutation(candidates)[:limit]
+    places = np.stack(np.divmod(chosen, width), axis=1)
+    return gather_pixels(pixels.cache, pixels.taps, row, places, (height, width))
+
+
+def _true_labels(slices: Slices) -> Labels | None:
+    """True masks of the training slices as pixel labels; None where any is missing."""
+    table = slices.tables[0]
+    labels = []
+    for row in range(len(table)):
+        mask = table.read_mask(row)
+        if mask is None:
+            return None
+        inside = foreground(table.read_image(row))
+        labels.append(np.where(inside, mask, -1).astype(np.int8))
+    return np.stack(labels)
+
+
+def _channels(cache: FeatureCache, tap: str) -> int:
+    levels, _, _, channels = cache.row_shape(tap)
+    return levels * channels

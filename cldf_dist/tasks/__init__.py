@@ -1,0 +1,1 @@
+"""Net and loss in one module: what `fit` trains."""

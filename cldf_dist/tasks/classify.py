@@ -1,0 +1,83 @@
+"""Train a slice classifier, on clean or on noised slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cldf_dist.method.noise import Schedule, sample_dropout, sample_noise, spread_uniform
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """Noise that the training slices get: timesteps below `max_noise_level`, or none at all."""
+
+    schedule: Schedule
+    max_noise_level: int  # timestep, exclusive
+    clean_share: float  # of the samples stays clean, at timestep 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_noise_level <= self.schedule.num_timesteps:
+            raise ValueError(
+                f"classifier.max_noise_level must be in [1, {self.schedule.num_timesteps}], "
+                f"got {self.max_noise_level}"
+            )
+        if not 0 <= self.clean_share <= 1:
+            raise ValueError(f"classifier.clean_share must be in [0, 1], got {self.clean_share}")
+
+
+class Classify(nn.Module):
+    """Cross-entropy of the slice's class; with `noise` the net also gets the timesteps.
+
+    Timestep, noise and dropout of a sample are functions of (seed, sample number).
+    """
+
+    def __init__(
+        self, net: nn.Module, *, label_smoothing: float, noise: NoiseRange | None, seed: int
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.label_smoothing = label_smoothing
+        self.noise = noise
+        self.seed = seed
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, numbers = batch["image"], batch["sample_number"]
+        labels = batch["label"].to(images.device)
+        scale = self._dropout(numbers, images.device)
+        if self.noise is None:
+            logits = self.net(images, feature_scale=scale).float()
+        else:
+            noised, timesteps = self._noised(self.noise, images, numbers)
+            logits = self.net(noised, timesteps, feature_scale=scale).float()
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": loss, "accuracy": accuracy.detach()}
+
+    def _noised(
+        self, settings: NoiseRange, images: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        timesteps, clean = noise_levels(numbers, self.seed, settings)
+        timesteps, clean = timesteps.to(images.device), clean.to(images.device)
+        noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", images.device)
+        noised = settings.schedule.add_noise(images, timesteps, noise)
+        return torch.where(clean[:, None, None, None], images, noised), timesteps
+
+    def _dropout(self, numbers: Tensor, device: torch.device) -> Tensor | None:
+        rate = float(self.net.dropout)  # type: ignore[arg-type]
+        if not self.training or rate == 0:
+            return None
+        shape = (int(self.net.num_features),)  # type: ignore[arg-type]
+        return sample_dropout(shape, numbers, self.seed, rate, device)
+
+
+def noise_levels(numbers: Tensor, seed: int, settings: NoiseRange) -> tuple[Tensor, Tensor]:
+    """Timestep of each sample, and whether it stays clean (then the timestep is 0)."""
+    position = spread_uniform(numbers, seed, "noise level")
+    clean = position < settings.clean_share
+    spread = (position - settings.clean_share) / max(1 - settings.clean_share, 1e-9)
+    timesteps = (spread * settings.max_noise_level).long().clamp(max=settings.max_noise_level - 1)
+    return timesteps.masked_fill(clean, 0), clean

@@ -1,0 +1,261 @@
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cldf_dist.config import Augment
+from cldf_dist.data.shards import ShardSet, write_manifest, write_shards
+from cldf_dist.data.slices import Slice
+from cldf_dist.data.stream import LabelledSlices, Stream
+
+NUM_ITEMS, NUM_SHARDS = 29, 8
+PINNED = [
+    7,
+    1,
+    4,
+    2,
+    6,
+    3,
+    0,
+    5,
+    24,
+    23,
+    9,
+    25,
+    8,
+    22,
+    10,
+    15,
+    28,
+    17,
+    16,
+    27,
+    18,
+    26,
+    19,
+    21,
+    20,
+    11,
+    14,
+    12,
+    13,
+]
+
+
+class Numbers:
+    """Items that are their own position."""
+
+    def __len__(self) -> int:
+        return NUM_ITEMS
+
+    def get(self, position: int, sample_number: int) -> dict[str, Tensor | int]:
+        return {"position": position, "sample_number": sample_number}
+
+
+def make_stream(seed: int = 0, window: int = 2) -> Stream:
+    return Stream(Numbers(), np.arange(NUM_ITEMS) * NUM_SHARDS // NUM_ITEMS, seed, window)
+
+
+def global_order(stream: Stream, consumed: int, num_steps: int, world_size: int) -> list[int]:
+    """Positions in the order of the sample numbers, put together from every rank's batches."""
+    pairs = []
+    for rank in range(world_size):
+        batches = stream.batches(consumed, batch_size=6, rank=rank, world_size=world_size)
+        for step, batch in enumerate(islice(batches, num_steps)):
+            assert len(batch["position"]) == 6 // world_size
+            assert batch["sample_number"].min() >= consumed + 6 * step
+            assert batch["sample_number"].max() < consumed + 6 * (step + 1)
+            pairs += zip(batch["sample_number"].tolist(), batch["position"].tolist())
+    pairs.sort()
+    assert [number for number, _ in pairs] == list(range(consumed, consumed + 6 * num_steps))
+    return [position for _, position in pairs]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_order_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    expected = global_order(make_stream(), 0, 12, 1)
+    assert global_order(make_stream(), 0, 12, world_size) == expected
+
+
+@pytest.mark.parametrize("consumed", [1, 6, NUM_ITEMS - 1, NUM_ITEMS, 2 * NUM_ITEMS + 5])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_stream_continues_the_same_order(consumed: int, world_size: int) -> None:
+    uninterrupted = global_order(make_stream(), 0, 20, 1)
+    resumed = global_order(make_stream(), consumed, 6, world_size)
+    assert resumed == uninterrupted[consumed : consumed + 36]
+
+
+def test_every_epoch_covers_every_item_once_in_another_order() -> None:
+    stream = make_stream()
+    positions = [stream.position(number) for number in range(4 * NUM_ITEMS)]
+    epochs = [tuple(positions[start::1][:NUM_ITEMS]) for start in range(0, 116, NUM_ITEMS)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_ITEMS))
+    assert len(set(epochs)) == 4
+
+
+def test_position_may_be_asked_in_any_order() -> None:
+    stream = make_stream()
+    expected = [stream.position(number) for number in range(4 * NUM_ITEMS)]
+    backwards = [make_stream().position(number) for number in reversed(range(4 * NUM_ITEMS))]
+    assert backwards[::-1] == expected
+    jumping = make_stream()
+    for number in (100, 3, 60, 29, 28, 115, 0):
+        assert jumping.position(number) == expected[number]
+
+
+def test_order_is_a_function_of_the_seed() -> None:
+    orders = {
+        tuple(make_stream(seed).position(n) for n in range(NUM_ITEMS)) for seed in (0, 0, 1, 2)
+    }
+    assert len(orders) == 3
+
+
+def test_order_is_pinned() -> None:
+    """A run that is resumed with a newer version of any library must see the same order."""
+    found = [make_stream().position(number) for number in range(NUM_ITEMS)]
+    assert found == PINNED
+
+
+def test_items_are_shuffled_within_a_window_of_shards() -> None:
+    stream = make_stream(window=2)
+    shards = [int(stream.groups[stream.position(number)]) for number in range(NUM_ITEMS)]
+    windows = list(dict.fromkeys(shards))
+    sizes = Counter(shards)
+    start = 0
+    for first in range(0, NUM_SHARDS, 2):
+        pair = set(windows[first : first + 2])
+        stop = start + sum(sizes[shard] for shard in pair)
+        assert set(shards[start:stop]) == pair
+        start = stop
+    assert windows != sorted(windows)
+
+
+def test_one_window_over_all_shards_mixes_everything() -> None:
+    stream = make_stream(window=NUM_SHARDS)
+    shards = [int(stream.groups[stream.position(number)]) for number in range(NUM_ITEMS)]
+    assert len(set(shards[: NUM_ITEMS // 2])) > NUM_SHARDS // 2
+
+
+def test_fixed_samples_are_the_first_ones_every_time() -> None:
+    stream = make_stream()
+    batches = list(stream.fixed(10, 4))
+    assert [len(batch["position"]) for batch in batches] == [4, 4, 2]
+    positions = [int(position) for batch in batches for position in batch["position"]]
+    assert positions == [stream.position(number) for number in range(10)]
+    assert torch.equal(next(stream.fixed(10, 4))["position"], batches[0]["position"])
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(islice(make_stream().batches(0, batch_size=4), 3))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_impossible_requests_are_refused() -> None:
+    stream = make_stream()
+    with pytest.raises(ValueError, match="multiple of the number of processes, got 5 for 2"):
+        stream.batches(0, batch_size=5, rank=0, world_size=2)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        stream.batches(0, batch_size=4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="one entry per item, got 3 for 29"):
+        Stream(Numbers(), np.zeros(3, int), 0)
+    with pytest.raises(ValueError, match="window must be >= 1"):
+        make_stream(window=0)
+
+
+def prepare(folder: Path, with_mask: bool = True) -> None:
+    """24 slices in shards of 5; labels 0, 1, -1, -2, 0, 1, ..."""
+    source = np.random.default_rng(0)
+    slices = []
+    for index in range(24):
+        image = source.uniform(-0.9, 1, (2, 16, 16)).astype(np.float32)
+        image[:, :3] = -1
+        mask = source.random((16, 16)) > 0.5 if with_mask else None
+        if not with_mask:
+            source.random((16, 16))
+        label = (0, 1, -1, -2)[index % 4]
+        slices.append(Slice(f"case_{index:04d}", "case", index, label, image, mask))
+    records = write_shards(folder, "train", slices, 5)
+    write_manifest(
+        folder,
+        settings={},
+        channels=("a", "b"),
+        splits={"train": ["case"]},
+        geometry={},
+        shards=records,
+    )
+
+
+def labelled(folder: Path, augment: Augment | None = None, seed: int = 7) -> Stream:
+    items = LabelledSlices(ShardSet(folder).split("train"), augment, seed)
+    return Stream(items, items.groups, seed)
+
+
+def test_labelled_slices_hold_image_and_label_of_usable_slices(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    table = ShardSet(tmp_path).split("train")
+    items = LabelledSlices(table, None, 0)
+    assert len(items) == 12
+    assert items.rows.tolist() == [row for row in range(24) if row % 4 < 2]
+    item = items.get(3, 99)
+    assert set(item) == {"image", "label", "sample_number"}
+    assert torch.equal(torch.as_tensor(item["image"]), torch.from_numpy(table.read_image(5)))
+    batch = next(Stream(items, items.groups, 0).batches(0, batch_size=4))
+    assert batch["image"].shape == (4, 2, 16, 16)
+    assert batch["image"].dtype == torch.float32
+    assert batch["label"].dtype == batch["sample_number"].dtype == torch.int64
+    assert set(batch["label"].tolist()) <= {0, 1}
+
+
+def test_training_never_reads_a_mask(tmp_path: Path) -> None:
+    """Shards without masks, and shards whose every mask is destroyed, train alike."""
+    prepare(tmp_path / "masked")
+    prepare(tmp_path / "plain", with_mask=False)
+    prepare(tmp_path / "destroyed")
+    for shard in json.loads((tmp_path / "destroyed/manifest.json").read_text())["shards"]:
+        with open(tmp_path / "destroyed" / shard["name"], "r+b") as file:
+            for sample in shard["samples"]:
+                file.seek(sample["mask"][0])
+                file.write(b"\xff" * sample["mask"][1])
+    with pytest.raises(ValueError, match="mask"):
+        ShardSet(tmp_path / "destroyed").split("train").read_mask(0)
+    streams = [labelled(tmp_path / name, Augment()) for name in ("masked", "plain", "destroyed")]
+    for first, second, third in islice(
+        zip(*(stream.batches(0, batch_size=4) for stream in streams)), 4
+    ):
+        assert set(first) == {"image", "label", "sample_number"}
+        for name in first:
+            assert torch.equal(first[name], second[name])
+            assert torch.equal(first[name], third[name])
+
+
+def test_without_usable_slices_there_is_no_stream(tmp_path: Path) -> None:
+    records = write_shards(
+        tmp_path, "train", [Slice("a_0000", "a", 0, -2, np.zeros((1, 4, 4), np.float32), None)], 1
+    )
+    write_manifest(
+        tmp_path, settings={}, channels=["a"], splits={"train": ["a"]}, geometry={}, shards=records
+    )
+    with pytest.raises(ValueError, match="no samples"):
+        labelled(tmp_path)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
+    """Two spawned workers, across the end of an epoch, with augmentation."""
+    prepare(tmp_path)
+    alone = labelled(tmp_path, Augment()).batches(5, batch_size=4, rank=1, world_size=2)
+    spawned = labelled(tmp_path, Augment()).batches(
+        5, batch_size=4, rank=1, world_size=2, num_workers=2
+    )
+    for expected, found in islice(zip(alone, spawned), 8):
+        assert set(found) == set(expected)
+        for name in expected:
+            assert torch.equal(found[name], expected[name])
