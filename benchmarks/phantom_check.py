@@ -239,7 +239,7 @@ def _head_mask(image: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     head = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
     for index in range(head.shape[2]):
         head[:, :, index] = ndimage.binary_fill_holes(head[:, :, index])
-    return head
+    return np.asarray(head, dtype=np.bool_)
 
 
 def _append_rows(path: Path, seed: int, rows: list[tuple[str, float, float]]) -> None:

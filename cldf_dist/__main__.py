@@ -83,8 +83,8 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
 
 def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:
     from cldf_dist import pipeline
-    from cldf_dist.fit import Stopped
     from cldf_dist.processes import processes
+    from cldf_dist.stopping import Stopped
 
     try:
         if name == "run":

@@ -30,7 +30,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, run_id: str, state: Mapping[str, Any], tensors: Mapping[str, Tensors], *, keep: int
+    folder: Path,
+    run_id: str,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensors],
+    *,
+    keep: int,
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest `keep`."""
     final = folder / f"step-{state['step']:08d}"

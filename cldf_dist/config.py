@@ -197,8 +197,13 @@ class Decoder:
     contrast: Contrast = field(default_factory=Contrast)
     fit: Fit = field(
         default_factory=lambda: Fit(
-            steps=300, learning_rate=2e-3, warmup_steps=20, weight_decay=0.05, average_decay=0.98,
-            checkpoint_every=100, validate_every=0,
+            steps=300,
+            learning_rate=2e-3,
+            warmup_steps=20,
+            weight_decay=0.05,
+            average_decay=0.98,
+            checkpoint_every=100,
+            validate_every=0,
         )
     )
 
@@ -215,8 +220,12 @@ class Saliency:
 @dataclass(frozen=True)
 class Segment:
     batch_size: int = 16  # slices per forward pass and process
-    gate_probability: float = 0.5  # slices that the external classifier puts below are emptied; 0: off
-    negative_fraction: float = 0.01  # headline rule: share of negative validation pixels above the cut
+    gate_probability: float = (
+        0.5  # slices that the external classifier puts below are emptied; 0: off
+    )
+    negative_fraction: float = (
+        0.01  # headline rule: share of negative validation pixels above the cut
+    )
     min_component_ml: float = 0.0  # smaller components are removed, in every row alike
 
 

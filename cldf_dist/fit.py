@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +29,11 @@ from cldf_dist.processes import accelerator, from_main, processes, wait_for_ever
 from cldf_dist.progress import progress
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
+from cldf_dist.stopping import Stopped, agreed, stop_signals
 
 Batch = Mapping[str, Any]
+# the layout in which convolutions are fastest; torch's types do not know this form of `to`
+CHANNELS_LAST: Any = {"memory_format": torch.channels_last}
 
 
 class Batches(Protocol):
@@ -45,14 +46,6 @@ class Batches(Protocol):
     def fixed(
         self, num_samples: int, batch_size: int, *, rank: int, world_size: int
     ) -> Iterator[Batch]: ...
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: training was asked to stop, and has saved
-    """Raised after the checkpoint is written; holds the signal that asked."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, all saved")
-        self.number = number
 
 
 def fit(
@@ -82,11 +75,15 @@ def fit(
             step += 1
             bar.advance(note=training.note)
             last = step == settings.steps
-            if validation and settings.validate_every and (last or not step % settings.validate_every):
+            if (
+                validation
+                and settings.validate_every
+                and (last or not step % settings.validate_every)
+            ):
                 training.validate(step, validation)
             if settings.preview_every and not step % settings.preview_every:
                 training.preview(step)
-            stop = _agreed(asked)
+            stop = agreed(asked)
             if stop or last or step % settings.checkpoint_every == 0:
                 training.save(step)
             if stop and not last:
@@ -103,7 +100,7 @@ class _Training:
         self.settings, self.run = settings, run
         self.accelerator = accelerator()
         self.device = self.accelerator.device
-        self.task = task.to(self.device, memory_format=torch.channels_last)
+        self.task: nn.Module = task.to(self.device).to(**CHANNELS_LAST)
         self.average = copy.deepcopy(self.task).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             self.task.parameters(),
@@ -180,10 +177,11 @@ class _Training:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.settings.max_skipped_steps:
             path = self.run.folder / f"bad_batch_rank{processes().rank}.pt"
-            torch.save({key: value for key, value in batch.items()}, path)
+            torch.save(dict(batch), path)
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite gradient, the last is "
-                f"step {step + 1}; its batch is in {path}; lower fit.learning_rate or look at the data"
+                f"step {step + 1}; its batch is in {path}; lower fit.learning_rate or look at "
+                "the data"
             )
 
     def _update_average(self, step: int) -> None:
@@ -221,7 +219,8 @@ class _Training:
 
         folder = self.run.folder / "previews"
         folder.mkdir(exist_ok=True)
-        for name, picture in self.average.preview(self.average.net).items():
+        average: Any = self.average
+        for name, picture in average.preview(average.net).items():
             image.imsave(folder / f"{name}-{step:08d}.png", picture, cmap="gray", vmin=0, vmax=255)
 
     def save(self, step: int) -> None:
@@ -240,8 +239,8 @@ class _Training:
         wait_for_everyone()
 
     def result(self) -> nn.Module:
-        task = self.average if self.settings.average_decay else self.task
-        net: nn.Module = task.net  # type: ignore[assignment]
+        task: Any = self.average if self.settings.average_decay else self.task
+        net: nn.Module = task.net
         return net.eval().requires_grad_(False)
 
     def _autocast(self) -> torch.autocast:
@@ -291,35 +290,6 @@ def learning_rate(step: int, settings: Fit) -> float:
         return peak * (step + 1) / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying; a second Ctrl-C kills."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _agreed(asked: list[int]) -> int:
-    """The signal that any rank received, on all ranks; 0 where none did."""
-    mine = max(asked, default=0)
-    if processes().world_size == 1:
-        return mine
-    flag = torch.tensor(mine, device=accelerator().device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return int(flag)
 
 
 def _check_batch(task: nn.Module, settings: Fit) -> None:

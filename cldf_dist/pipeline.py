@@ -1,4 +1,4 @@
-"""Run one stage or all of them, on one process or many; say what would be done; print the tables."""
+"""Run one stage or all, on one process or many; say what would be done; print the tables."""
 
 from __future__ import annotations
 

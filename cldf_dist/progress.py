@@ -1,4 +1,4 @@
-"""A progress line with rate and time left: a bar in a terminal, a plain line now and then in a log."""
+"""Progress with rate and time left: a bar in a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Progressing:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str = "steps", *, shown: bool = True) -> Iterator[Progressing]:
+def progress(
+    label: str, total: int, unit: str = "steps", *, shown: bool = True
+) -> Iterator[Progressing]:
     """Count `total` pieces of work; with `shown=False` (other ranks) count silently."""
     if not shown:
         yield Progressing(label, total, unit, None, shown=False)
@@ -101,4 +103,3 @@ def progress(label: str, total: int, unit: str = "steps", *, shown: bool = True)
         console=Console(stderr=True),
     ) as bar:
         yield Progressing(label, total, unit, bar)
-

@@ -91,8 +91,8 @@ class Tracker:
             self._client = None
             reason = " ".join(str(error).split())[:200]
             print(
-                f"warning: MLflow is out of reach ({reason}); metrics.jsonl still holds everything. "
-                "tracking.enabled=false silences this",
+                f"warning: MLflow is out of reach ({reason}); metrics.jsonl still holds "
+                "everything. tracking.enabled=false silences this",
                 file=sys.stderr,
             )
 

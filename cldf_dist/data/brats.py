@@ -35,14 +35,15 @@ def brats_patients(root: str | Path) -> list[str]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root is not a folder: {root}; expected {LAYOUT}")
-    found = [
-        folder.name
-        for folder in sorted(root.iterdir())
-        if folder.is_dir() and any(_files(folder, channel) for channel in CHANNELS)
-    ]
+    found = [folder.name for folder in sorted(root.iterdir()) if is_patient_folder(folder)]
     if not found:
         raise ValueError(f"{root} holds no BraTS scans; expected {LAYOUT}")
     return found
+
+
+def is_patient_folder(folder: Path) -> bool:
+    """True where `folder` holds at least one scan."""
+    return folder.is_dir() and any(_files(folder, channel) for channel in CHANNELS)
 
 
 def read_brats(root: str | Path, patient: str, with_mask: bool = True) -> Volume:

@@ -20,6 +20,8 @@ from zarr.codecs import Crc32cCodec
 Array = npt.NDArray[Any]
 KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
 FORMAT = "cldf-features"
+ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
+REPAIR = "delete the cache stage's folder and run: cldf cache CONFIG"
 
 
 class FeatureCache:
@@ -34,13 +36,19 @@ class FeatureCache:
             raise FileNotFoundError(f"no feature cache at {self.folder}; run: cldf cache CONFIG")
         self._group: zarr.Group | None = None
         self._arrays: dict[str, Any] = {}
+        self._shards: dict[tuple[str, int], MappedShard] = {}
         self._known_done: set[int] = set()  # shards never become undone
-        self._attributes = dict(self._opened().attrs)
+        self._attributes: dict[str, Any] = dict(self._opened().attrs)
         if self._attributes.get("format") != FORMAT:
             raise ValueError(f"{self.folder} is a zarr group, but not a {FORMAT} one")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None, "_arrays": {}}  # reopened in the worker
+        return {
+            **self.__dict__,
+            "_group": None,
+            "_arrays": {},
+            "_shards": {},
+        }  # reopened in the worker
 
     @classmethod
     def create(
@@ -128,17 +136,15 @@ class FeatureCache:
         self._array("done")[rows.start : rows.stop] = done
 
     def read(self, name: str, row: int) -> Array:
-        """One slice of one array. RuntimeError where it was never written, ValueError if damaged."""
+        """One slice of an array. RuntimeError where it was never written, ValueError if damaged."""
         if name not in self.names:
             raise KeyError(f"{self.folder} holds no array {name!r}; it has {', '.join(self.names)}")
         if not self.is_done(row // self.slices_per_shard):
             raise RuntimeError(
                 f"slice {row} of {self.folder} was never written; run: cldf cache CONFIG"
             )
-        try:
-            return np.asarray(self._array(name)[row])
-        except ValueError as error:
-            raise ValueError(f"{self.folder}: array {name}, slice {row} is damaged: {error}") from error
+        shard, place = divmod(row, self.slices_per_shard)
+        return self._shard(name, shard).chunk(place)
 
     def verify(self, row: int) -> bool:
         """True where the slice's bytes are those that were signed."""
@@ -173,15 +179,68 @@ class FeatureCache:
             self._arrays[name] = self._opened()[name]
         return self._arrays[name]
 
+    def _shard(self, name: str, shard: int) -> MappedShard:
+        if (name, shard) not in self._shards:
+            array = self._array(name)
+            self._shards[name, shard] = MappedShard(
+                self._path(name, shard), self.slices_per_shard, array.shape[1:], array.dtype
+            )
+        return self._shards[name, shard]
+
+    def _path(self, name: str, shard: int) -> Path:
+        rank = len(self._array(name).shape) - 1
+        return self.folder / name / "c" / "/".join([str(shard), *["0"] * rank])
+
     def _sync(self, shard: int) -> None:
         for name in (*self.names, "key"):
-            rank = len(self._array(name).shape) - 1
-            path = self.folder / name / "c" / "/".join([str(shard), *["0"] * rank])
+            path = self._path(name, shard)
             if not path.exists():
                 continue  # zarr leaves a shard of nothing but zeros out
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
+
+
+class MappedShard:
+    """An uncompressed zarr v3 shard read through the page cache: one chunk a slice, no copy.
+
+    The file ends with its index, (offset, length) as little-endian uint64 for each chunk and a
+    crc32c; each chunk ends with its own crc32c, checked the first time this process touches it.
+    A file that does not exist stands for zeros, as zarr leaves such shards out.
+    """
+
+    def __init__(
+        self, path: Path, num_chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.path, self.shape, self.dtype = path, tuple(shape), dtype
+        self._verified: set[int] = set()
+        self._bytes: npt.NDArray[np.uint8] | None = None
+        if not path.exists():
+            return
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        index = np.array(self._bytes[-(16 * num_chunks + 4) :])
+        if len(index) != 16 * num_chunks + 4 or not _is_signed(index):
+            raise ValueError(f"{path} is damaged: its index is cut or changed; {REPAIR}")
+        self._index = index[:-4].view("<u8").reshape(num_chunks, 2)
+
+    def chunk(self, place: int) -> Array:
+        """The slice at `place` of the shard, read-only. ValueError where its bytes changed."""
+        if self._bytes is None:
+            return np.zeros(self.shape, self.dtype)
+        offset, length = (int(number) for number in self._index[place])
+        if offset == ABSENT:  # a chunk of nothing but zeros
+            return np.zeros(self.shape, self.dtype)
+        signed = self._bytes[offset : offset + length]
+        if place not in self._verified:
+            if not _is_signed(signed):
+                raise ValueError(f"{self.path}, slice {place} of the file, is damaged; {REPAIR}")
+            self._verified.add(place)
+        return signed[:-4].view(self.dtype).reshape(self.shape)
+
+
+def _is_signed(block: npt.NDArray[np.uint8]) -> bool:
+    """True where the last four bytes are the crc32c of those before."""
+    return int(google_crc32c.value(block[:-4].tobytes())) == int(block[-4:].copy().view("<u4")[0])
 
 
 def _encoded(key: str) -> npt.NDArray[np.uint8]:

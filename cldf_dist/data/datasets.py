@@ -1,5 +1,7 @@
 """The native data sets by name: who is in them, and one patient as a Volume."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,25 @@ def read_patient(settings: Data, patient: str) -> Volume:
     if settings.dataset == "phantom":
         return _read_phantom(settings, patient)
     return brats.read_brats(_root(settings), patient)
+
+
+def new_scans(settings: Data, path: str | Path) -> list[Path]:
+    """The scan folders at `path`: itself, or those in it; for scans that come without a mask."""
+    _check_known(settings)
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"input={path} is not a folder; expected {brats.LAYOUT}")
+    if brats.is_patient_folder(path):
+        return [path]
+    return [path / name for name in brats.brats_patients(path)]
+
+
+def read_scan(settings: Data, path: Path) -> Volume:
+    """One new scan, laid out like a BraTS patient; a segmentation beside it is not opened."""
+    volume = brats.read_scan(path, with_mask=False)
+    if settings.dataset == "phantom":  # its air is not zero
+        return dataclasses.replace(volume, foreground=subject_mask(volume.image))
+    return volume
 
 
 def subject_mask(image: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

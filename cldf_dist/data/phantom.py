@@ -118,7 +118,7 @@ class _Grid:
     def field(self, rng: np.random.Generator, width_mm: float) -> Volume:
         """A Gaussian random field of mean 0 and variance 1, smooth on the scale of `width_mm`."""
         values = self.smooth(rng.standard_normal(self.shape), width_mm)
-        return (values - values.mean()) / (values.std() + 1e-12)
+        return np.asarray((values - values.mean()) / (values.std() + 1e-12))
 
 
 class _Head:
@@ -280,7 +280,8 @@ def _distance_to_random_centre(
     x = offset[0] * np.cos(turn) + offset[1] * np.sin(turn)
     y = offset[1] * np.cos(turn) - offset[0] * np.sin(turn)
     tall = rng.uniform(1.0, 1.5)
-    return np.sqrt((x * stretch) ** 2 + (y / stretch) ** 2 + (offset[2] / tall) ** 2)
+    distance = np.sqrt((x * stretch) ** 2 + (y / stretch) ** 2 + (offset[2] / tall) ** 2)
+    return np.asarray(distance)
 
 
 def _scan(grid: _Grid, rng: np.random.Generator, image: Volume) -> npt.NDArray[np.int16]:

@@ -244,11 +244,8 @@ class _OpenFiles:
             os.close(self._descriptors.popitem(last=False)[1])
         return os.pread(descriptor, length, offset)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._descriptors = OrderedDict()
+    def __reduce__(self) -> tuple[type["_OpenFiles"], tuple[()]]:
+        return _OpenFiles, ()
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():

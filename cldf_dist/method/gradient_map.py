@@ -60,6 +60,11 @@ def smooth(maps: Tensor, pixels: float) -> Tensor:
     if pixels == 0:
         return maps
     radius = int(3 * pixels + 0.5)
+    if pixels < 0 or radius >= min(maps.shape[1:]):
+        raise ValueError(
+            f"smooth_pixels must be >= 0 and its kernel fit into the map, "
+            f"got {pixels} for maps of {tuple(maps.shape[1:])}"
+        )
     offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
     kernel = torch.exp(-0.5 * (offsets / pixels) ** 2)
     kernel = kernel / kernel.sum()

@@ -38,26 +38,29 @@ def oracle_cut(
     """(cut, mean Dice over patients) of the best cut: it uses masks, so for reference rows only.
 
     One 1-D array per patient in each list. The cuts tried are quantiles of all scores, denser
-    towards the top; a patient without object counts 1 where nothing exceeds the cut, else 0.
+    towards the top. A patient without object counts 0 where anything exceeds the cut and not at
+    all elsewhere, as in `metrics`.
     """
     pooled = np.concatenate(list(scores))
     _check(pooled)
     # quantiles 1 - s with s falling evenly on a logarithmic scale to a single pixel
     shares = np.geomspace(1.0, 1.0 / len(pooled), num_cuts)
     cuts = np.unique(np.quantile(pooled, 1 - shares))
-    dice = np.mean([_dice_at(s, t, cuts) for s, t in zip(scores, truth, strict=True)], axis=0)
-    best = int(np.argmax(dice))
-    return float(cuts[best]), float(dice[best])
+    dice = np.array([_dice_at(s, t, cuts) for s, t in zip(scores, truth, strict=True)])
+    num_counting = np.maximum((~np.isnan(dice)).sum(0), 1)
+    means = np.nan_to_num(dice).sum(0) / num_counting
+    best = int(np.argmax(means))
+    return float(cuts[best]), float(means[best])
 
 
 def _dice_at(scores: Scores, truth: npt.NDArray[np.bool_], cuts: Scores) -> npt.NDArray[np.float64]:
-    """Dice of `scores > cut` for each cut."""
+    """Dice of `scores > cut` for each cut; NaN where prediction and truth are both empty."""
     order = np.argsort(scores, kind="stable")
     num_below = np.searchsorted(scores[order], cuts, side="right")
     hits = np.concatenate([np.cumsum(truth[order][::-1])[::-1], [0]])[num_below]
     predicted = len(scores) - num_below
     total = predicted + int(truth.sum())
-    return np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
+    return np.where(total > 0, 2 * hits / np.maximum(total, 1), np.nan)
 
 
 def _check(scores: Scores) -> None:

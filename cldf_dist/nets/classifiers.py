@@ -12,6 +12,10 @@ from cldf_dist.nets.attention import use_attention
 from cldf_dist.nets.unet import check_levels, head_channels
 
 NORM_GROUPS = 8  # of the ResNet
+# oneDNN's weight gradient of a strided 1x1 convolution, which MONAI's shortcuts are, writes out of
+# bounds in channels_last for fewer input channels than this (github.com/uxlfoundation/oneDNN,
+# issue 6035; open, torch 2.13 crashes)
+MIN_CHANNELS = 16
 
 
 class NoisyClassifier(nn.Module):
@@ -63,11 +67,12 @@ class CamClassifier(nn.Module):
 
     def __init__(self, settings: Cam, num_channels: int, num_classes: int = len(CLASSES)) -> None:
         super().__init__()
-        odd = [width for width in settings.channels if width % NORM_GROUPS]
+        odd = [width for width in settings.channels if width % NORM_GROUPS or width < MIN_CHANNELS]
         if odd or len(settings.channels) != 4 or len(settings.blocks) != 4:
             raise ValueError(
-                f"the ResNet has four stages, their channels multiples of {NORM_GROUPS}; "
-                f"got channels {tuple(settings.channels)}, blocks {tuple(settings.blocks)}"
+                f"cam.channels and cam.blocks must have four entries, the channels multiples of "
+                f"{NORM_GROUPS} from {MIN_CHANNELS} on; "
+                f"got {tuple(settings.channels)} and {tuple(settings.blocks)}"
             )
         resnet = ResNet(
             block="basic",

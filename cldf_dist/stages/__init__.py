@@ -1,4 +1,4 @@
-"""The pipeline, in order. This table imports no torch; each stage's module has `run(config, run)`."""
+"""The pipeline, in order. The table imports no torch; a stage's module has `run(config, run)`."""
 
 from __future__ import annotations
 

@@ -257,4 +257,8 @@ def _seed_report(cache: FeatureCache, slices: Slices) -> dict[str, Any]:
         return {}
     quality = seed_quality(torch.stack(seeds), torch.stack(masks))
     report = {name: None if np.isnan(value) else value for name, value in quality.items()}
-    return {**report, "slices": len(masks), "object_seeds_per_slice": quality["object_seeds"] / len(masks)}
+    return {
+        **report,
+        "slices": len(masks),
+        "object_seeds_per_slice": quality["object_seeds"] / len(masks),
+    }

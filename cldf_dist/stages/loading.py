@@ -13,6 +13,7 @@ from cldf_dist.checkpoint import load_net, read_description
 from cldf_dist.config import Augment, Config, build_section
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.fit import CHANNELS_LAST
 from cldf_dist.method.noise import Schedule
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
@@ -60,7 +61,9 @@ def load_classifier(folder: Path) -> nn.Module:
 def load_cam(folder: Path) -> nn.Module:
     """The frozen clean classifier on this process's device."""
     about = read_description(folder)
-    return _ready(CamClassifier(build_section(settings.Cam, about["net"]), about["num_channels"]), folder)
+    return _ready(
+        CamClassifier(build_section(settings.Cam, about["net"]), about["num_channels"]), folder
+    )
 
 
 def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
@@ -72,4 +75,4 @@ def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
 
 
 def _ready(net: nn.Module, folder: Path) -> nn.Module:
-    return load_net(net, folder).to(accelerator().device, memory_format=torch.channels_last)
+    return load_net(net, folder).to(accelerator().device).to(**CHANNELS_LAST)

@@ -32,7 +32,9 @@ class PatientScores:
     foreground: Mask  # (slices, height, width) of the subject
 
     def save(self, folder: Path) -> None:
-        arrays: dict[str, Any] = {f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()}
+        arrays: dict[str, Any] = {
+            f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()
+        }
         arrays |= {"probability": self.probability, "foreground": self.foreground}
         temporary = folder / f".{self.patient}.partial.npz"
         np.savez_compressed(temporary, **arrays)
@@ -50,7 +52,7 @@ class PatientScores:
 
 
 def open_slices(patient: PatientScores, gate_probability: float) -> Mask:
-    """The slices (slices,) that may hold the object: those the classifier does not call negative."""
+    """Which slices (slices,) may hold the object: the classifier does not call them negative."""
     passed: Mask = patient.probability >= gate_probability
     return passed
 
@@ -96,7 +98,9 @@ def otsu_mask(
         inside = scores[index][patient.foreground[index]]
         if inside.size:
             above[index] = scores[index] - otsu_cut(inside)
-    shifted = PatientScores(patient.patient, {method: above}, patient.probability, patient.foreground)
+    shifted = PatientScores(
+        patient.patient, {method: above}, patient.probability, patient.foreground
+    )
     native, allowed = native_scores(shifted, method, geometry, gate_probability)
     return object_mask(
         native, allowed, 0.0, spacing=geometry.spacing, min_component_ml=min_component_ml

@@ -117,7 +117,8 @@ def _panels(
         shown = np.where(scores.foreground, values, 0)[rows]
         return _Panel(title, on_scan(shown), "magma", 0.0, high)
 
-    image = on_scan(_first_channel(table, scores.patient, drawn), fill=OUTSIDE)
+    first = _first_channel(table, scores.patient, drawn, geometry.image_size)
+    image = on_scan(first, fill=OUTSIDE)
     seeds = _would_be_seeds(scores, rows, config)
     cam = config.cam.seed_method
     panels = [
@@ -179,11 +180,13 @@ def _seed_colours(is_object: FloatArray, is_background: FloatArray) -> npt.NDArr
     return colours
 
 
-def _first_channel(table: SliceTable, patient: str, drawn: Sequence[int]) -> FloatArray:
+def _first_channel(
+    table: SliceTable, patient: str, drawn: Sequence[int], image_size: int
+) -> FloatArray:
     """The prepared images (slices, height, width); black where a slice was dropped as damaged."""
     row_of = {int(table.indices[r]): r for r, name in enumerate(table.patients) if name == patient}
     images = {index: table.read_image(row_of[index])[0] for index in drawn if index in row_of}
-    blank = np.full_like(next(iter(images.values())), OUTSIDE)
+    blank = np.full((image_size, image_size), OUTSIDE, dtype=np.float32)
     return np.stack([images.get(index, blank) for index in drawn])
 
 

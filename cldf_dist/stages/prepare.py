@@ -101,7 +101,7 @@ def _spooled(spool: Path, name: str) -> Iterator[Slice]:
     with np.load(spool / f"{name}.npz", allow_pickle=False) as stored:
         geometry = Geometry.from_json(json.loads(str(stored["geometry"])))
         images, labels = stored["images"], stored["labels"]
-        masks = stored["masks"] if "masks" in stored else None
+        masks = stored.get("masks")
     for row, index in enumerate(geometry.indices):
         yield Slice(
             key=slice_key(name, index),

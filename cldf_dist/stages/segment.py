@@ -98,12 +98,17 @@ class Segmenter:
                 draws=saliency.draws,
                 smooth_pixels=saliency.smooth_pixels,
             )
-            features = extract_features(nets.diffusion, nets.schedule, pixels, keys, config.features)
+            features = extract_features(
+                nets.diffusion, nets.schedule, pixels, keys, config.features
+            )
             taps = {tap: _as_decoded(value) for tap, value in features.items()}
             for row, (decoder, prototypes) in self.decoders.items():
                 embedding = decoder.embed_maps(taps, images.shape[2:])
                 scores[row] = prototype_score(embedding.movedim(1, -1), prototypes)
-        return {**{name: value.float() for name, value in scores.items()}, "probability": probability}
+        return {
+            **{name: value.float() for name, value in scores.items()},
+            "probability": probability,
+        }
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def segment_new(config: Config) -> list[Path]:
 
 
 def _as_decoded(features: Tensor) -> Tensor:
-    """(batch, levels, channels, h, w) -> (batch, levels x channels, h, w), rounded like the cache."""
+    """(batch, levels, channels, h, w) -> (batch, levels x channels, h, w), rounded as cached."""
     stored = half_pixel_major(features).float()  # (batch, levels, h, w, channels)
     return stored.permute(0, 1, 4, 2, 3).flatten(1, 2)
 

@@ -30,7 +30,7 @@ def naive_supcon(
         meets &= group[:, None] == group[None, :]
     if bank is not None and bank_labels is not None:
         keys = torch.cat([z, torch.where(bank_labels[:, None] >= 0, bank, 0)])
-        key_labels = torch.cat([labels, bank_labels.to(labels.dtype)])
+        key_labels = torch.cat([labels, bank_labels])
         meets = torch.cat([meets, meets.new_ones(num_pixels, len(bank))], dim=1)
     meets = meets & kept[:, None] & (key_labels >= 0)[None, :]
 

@@ -95,6 +95,13 @@ def test_shift_is_a_share_of_the_image_size() -> None:
     assert (shifts.amin(dim=0) < -0.15 * 64).all()
 
 
+def test_shift_does_not_depend_on_rotation_and_scale() -> None:
+    for number in range(20):
+        alone = centroid(augment(disc(), only(shift=0.2), 0, number))
+        together = augment(disc(), only(shift=0.2, rotate_degrees=60, scale=0.2), 0, number)
+        assert torch.allclose(centroid(together), alone, atol=0.5)
+
+
 def test_scale_changes_the_size() -> None:
     area = float(inside(disc()).sum())
     ratios = [

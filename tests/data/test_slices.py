@@ -155,6 +155,20 @@ def test_intensities_are_robust_standard_deviations() -> None:
     assert slices[0].image[0][foreground(slices[0].image)].min() == DARKEST
 
 
+def test_edge_of_the_subject_is_not_mixed_with_its_surroundings() -> None:
+    """Only the subject's own voxels make a pixel: its values stay within the subject's range."""
+    x, y = np.meshgrid(np.arange(61), np.arange(61), indexing="ij")
+    inside = ((x - 30) ** 2 + (y - 30) ** 2 < 25**2)[:, :, None]
+    image = np.where(inside, np.random.default_rng(0).uniform(990, 1010, inside.shape), 0)
+    image[~inside] = -5000
+    settings = Data(image_size=20, clip_low=-1, clip_high=9)
+    volume = Volume("case_1", image[None], inside, None, np.diag([-1.0, -1, 1, 1]))
+    slices, _ = prepare_volume(volume, settings)
+    values = slices[0].image[0][foreground(slices[0].image)]
+    assert values.max() < -0.6  # z = 1 or less, of a range from -1 to 9
+    assert values.mean() == pytest.approx(-0.8, abs=0.02)
+
+
 @pytest.mark.parametrize(("minimum", "label"), [(1, 1), (9, 1), (10, -1)])
 def test_label_counts_pixels_of_the_original_scan(minimum: int, label: int) -> None:
     volume = head()

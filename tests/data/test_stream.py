@@ -92,11 +92,19 @@ def test_resumed_stream_continues_the_same_order(consumed: int, world_size: int)
 
 def test_every_epoch_covers_every_item_once_in_another_order() -> None:
     stream = make_stream()
-    positions = [stream.position(number) for number in range(4 * NUM_ITEMS)]
-    epochs = [tuple(positions[start::1][:NUM_ITEMS]) for start in range(0, 116, NUM_ITEMS)]
+    epochs = [
+        tuple(stream.position(epoch * NUM_ITEMS + place) for place in range(NUM_ITEMS))
+        for epoch in range(4)
+    ]
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM_ITEMS))
     assert len(set(epochs)) == 4
+
+
+def test_epochs_differ_even_within_one_shard() -> None:
+    stream = Stream(Numbers(), np.zeros(NUM_ITEMS, int), seed=0)
+    epochs = [[stream.position(start + n) for n in range(NUM_ITEMS)] for start in (0, NUM_ITEMS)]
+    assert epochs[0] != epochs[1]
 
 
 def test_position_may_be_asked_in_any_order() -> None:

@@ -345,6 +345,15 @@ def test_auto_and_torch_run_the_tiled_path(backend):
     assert "TiledSupCon" not in supcon_reference(z, labels).grad_fn.name()
 
 
+def test_deterministic_and_explicit_float32_are_accepted_and_repeat_to_the_last_bit():
+    z, labels = make_pixels(400, 8, dtype=torch.float32)
+    options = {"deterministic": True, "precision": "fp32"}
+    first, first_grad = value_and_grad(supcon_loss, z, labels, **options)
+    second, second_grad = value_and_grad(supcon_loss, z, labels, **options)
+    assert torch.equal(first, second)
+    assert torch.equal(first_grad, second_grad)
+
+
 def test_module_holds_the_keyword_arguments():
     z, labels = make_pixels(30, 4)
     module = SupConLoss(temperature=0.3, negatives="other")

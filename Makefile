@@ -1,0 +1,58 @@
+# make demo   the whole pipeline on the embedded data
+# make test   the tests
+# Both create .venv first. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# saves the download of the CUDA libraries.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+DEMO ?= configs/demo.yaml
+
+.PHONY: install check test test-gpu demo bench phantom-check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) '$(TORCH)')
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# each worker is a process of its own: one thread each is faster than fighting over the cores
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# two single-thread processes beat one process of two threads on small CPUs
+demo: $(STAMP)
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/python -m cldf_dist run $(DEMO) $(DEMO_ARGS)
+else ifeq ($(CORES),1)
+	$(BIN)/python -m cldf_dist run $(DEMO) $(DEMO_ARGS)
+else
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
+		-m cldf_dist run $(DEMO) $(DEMO_ARGS)
+endif
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_contrast.py
+
+phantom-check: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/phantom_check.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

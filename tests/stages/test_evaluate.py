@@ -1,0 +1,225 @@
+"""Evaluation of a run whose every number is known by hand."""
+
+import csv
+import json
+from math import hypot
+
+import numpy as np
+import pytest
+from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make_run, settings
+
+from cldf_dist.method.metrics import score_case
+from cldf_dist.run import Run
+from cldf_dist.stages import evaluate
+from cldf_dist.stages.evaluate import OracleSearch, results_table
+from cldf_dist.stages.masks import SUPERVISED
+
+DIAGONAL_MM = hypot(16, 16, 12)
+BASELINES = ("gradcam", "gradient_map", "cdm")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    config = settings(tmp_path_factory.mktemp("runs"))
+    make_run(config)
+    run = Run(config, "evaluate", ())
+    run.open()
+    run.finish(evaluate.run(config, run))
+    return config.run_folder / "evaluate"
+
+
+@pytest.fixture(scope="module")
+def summary(evaluated):
+    return json.loads((evaluated / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def strict(summary):
+    return summary["strict"]
+
+
+def rows_of(evaluated):
+    with (evaluated / "cases.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("rule", ["methods", "methods_otsu"])
+def test_found_missed_and_false_alarm_enter_the_means_and_true_negatives_do_not(strict, rule):
+    row = strict[rule]["cldf"]
+    assert row["dice"]["mean"] == pytest.approx(5 / 7)
+    assert row["iou"]["mean"] == pytest.approx(5 / 7)
+    assert row["hd95_mm"]["mean"] == pytest.approx(2 * DIAGONAL_MM / 7)
+    assert row["dice"]["num_patients"] == 7
+    assert row["dice"]["low"] < 5 / 7 < row["dice"]["high"]
+    assert (row["misses"], row["false_alarms"]) == (1, 1)
+    assert row["specificity"] == {
+        "specificity": 0.5,
+        "num_true_negatives": 1,
+        "num_empty_truth": 2,
+    }
+
+
+def test_half_found_object_scores_two_thirds(strict):
+    # 16 of 32 voxels: Dice 2 * 16 / 48, IoU 16 / 32
+    row = strict["methods"]["gradcam"]
+    assert row["dice"]["mean"] == pytest.approx(5 * (2 / 3) / 6)
+    assert row["iou"]["mean"] == pytest.approx(5 * (1 / 2) / 6)
+    assert row["specificity"]["specificity"] == 1.0
+
+
+def test_a_method_that_finds_nothing_misses_every_object(strict):
+    row = strict["methods"]["cdm"]
+    assert (row["dice"]["mean"], row["misses"], row["false_alarms"]) == (0.0, 6, 0)
+
+
+def test_patients_are_counted_with_those_that_cannot_be_scored(strict):
+    assert strict["num_test_patients"] == 8
+    assert strict["num_without_object"] == 2
+    assert strict["num_without_truth"] == 1
+    assert "1 %" in strict["headline_rule"]
+
+
+def test_comparison_pairs_patients_and_says_how_many_it_drops(strict):
+    row = strict["comparisons"]["gradcam"]
+    assert row["difference"] == pytest.approx(5 * (1 / 3) / 6)
+    assert (row["num_patients"], row["num_dropped"]) == (6, 2)
+    # six differences, one of them 0: 2 x 2 of 64 sign patterns are as extreme
+    assert row["p"] == pytest.approx(4 / 64)
+
+
+def test_holm_family_holds_the_baselines_only(strict):
+    for method in BASELINES:
+        assert strict["comparisons"][method]["p_holm"] == pytest.approx(3 * 4 / 64)
+    assert "cldf" not in strict["comparisons"]
+
+
+def test_supervised_reference_gets_a_difference_but_no_test(strict):
+    row = strict["comparisons"][SUPERVISED]
+    assert (row["p"], row["p_holm"]) == (None, None)
+    assert row["difference"] == pytest.approx(0.0)
+    assert row["low"] == row["high"] == 0.0
+
+
+def test_oracle_is_apart_and_never_below_the_headline(strict):
+    assert set(strict["oracle_threshold"]) == set(strict["methods"])
+    for method, oracle in strict["oracle_threshold"].items():
+        assert oracle["dice"] >= strict["methods"][method]["dice"]["mean"] - 1e-9
+    assert strict["oracle_threshold"]["cldf"]["dice"] == pytest.approx(5 / 7)
+    # CDM says nothing: the oracle can do no better than to take the whole open slices
+    everything = 2 * 32 / (2 * 14 * 14 + 32)
+    assert strict["oracle_threshold"]["cdm"]["dice"] == pytest.approx(5 * everything / 7)
+
+
+def test_oracle_search_equals_scoring_every_cut():
+    rng = np.random.default_rng(0)
+    cuts = np.linspace(-0.1, 1.1, 25, dtype=np.float32)
+    search = OracleSearch(cuts)
+    dice_of_patients = []
+    for share in (0.3, 0.05, 0.0):  # the last has no object
+        truth = rng.random((6, 5, 4)) < share
+        scores = (rng.random(truth.shape) * 0.6 + 0.4 * truth).astype(np.float32)
+        allowed = rng.random(truth.shape) < 0.8
+        search.add(scores[allowed], truth[allowed], int(truth.sum()))
+        cases = [score_case((scores > cut) & allowed, truth, (1, 1, 1)) for cut in cuts]
+        dice_of_patients.append([np.nan if c.dice is None else c.dice for c in cases])
+    mean = np.nanmean(dice_of_patients, axis=0)
+    best = search.best()
+    assert best["dice"] == pytest.approx(mean.max())
+    assert best["cut"] == cuts[mean.argmax()]
+
+
+def test_oracle_without_any_object_or_mask_is_undefined():
+    search = OracleSearch(np.array([0.5], np.float32))
+    search.add(np.zeros(3, np.float32), np.zeros(3, bool), 0)
+    assert search.best() == {"cut": None, "dice": None}
+
+
+def test_gate_is_judged_on_labelled_slices_of_both_splits(summary):
+    # test: 8 labelled patients x 6 slices; the missed object's 2 and the alarm's 2 are wrong
+    test = summary["gate"]["test"]
+    assert test["num_slices"] == 48
+    assert test["slice_accuracy"] == pytest.approx(44 / 48)
+    assert test["slice_auroc"] == pytest.approx((10 * 36 + 2 * 34 / 2) / (12 * 36))
+    # the slice with one object pixel is neither positive nor negative
+    assert summary["gate"]["validation"] == {
+        "slice_accuracy": 1.0,
+        "slice_auroc": 1.0,
+        "num_slices": 5,
+    }
+
+
+def test_seed_quality_is_taken_over_from_the_cache(summary):
+    assert summary["seeds"] == SEEDS
+
+
+def test_cases_hold_one_row_per_patient_method_and_rule(evaluated):
+    rows = rows_of(evaluated)
+    assert len(rows) == 8 * 5 * 2
+    keys = {(row["patient"], row["method"], row["rule"]) for row in rows}
+    assert len(keys) == len(rows)
+    assert not any(row["patient"] == UNSCORED for row in rows)
+    ours = {r["patient"]: r for r in rows if (r["method"], r["rule"]) == ("cldf", "headline")}
+    assert float(ours[FOUND[0]]["dice"]) == 1.0
+    assert float(ours[FOUND[1]]["dice"]) == 1.0  # stored in another orientation
+    assert float(ours[FOUND[0]]["truth_ml"]) == pytest.approx(0.064)
+    assert ours[MISSED]["outcome"] == "miss"
+    assert (ours[ALARM]["outcome"], ours[ALARM]["dice"]) == ("false_alarm", "0.0")
+    assert (ours[CLEAN]["outcome"], ours[CLEAN]["dice"]) == ("true_negative", "")
+
+
+def test_table_marks_what_used_the_masks(evaluated, summary):
+    table = (evaluated / "table.txt").read_text()
+    assert table == results_table(summary)
+    assert "supervised_decoder *" in table
+    assert "saw the training masks" in table
+    assert "chosen WITH the test masks" in table
+    assert "0.714 [" in table
+    assert "0.50 (1/2)" in table
+    assert "+0.278 [" in table
+
+
+def test_summary_is_strict_json(evaluated):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((evaluated / "summary.json").read_text(), parse_constant=refuse)
+
+
+def test_what_is_written_is_what_is_scored(tmp_path):
+    """A mask file that disagrees with the scores decides."""
+    from cldf_dist.data.nifti import write_nifti
+
+    config = settings(tmp_path)
+    make_run(config)
+    path = config.run_folder / "segment" / "masks" / "cldf" / f"{FOUND[0]}.nii.gz"
+    write_nifti(path, np.zeros((16, 16, 6), np.uint8), np.diag([-1.0, -1, 2, 1]))
+    run = Run(config, "evaluate", ())
+    run.open()
+    numbers = evaluate.run(config, run)
+    run.close()
+    assert numbers["dice"]["cldf"] == pytest.approx(4 / 7)
+    rows = rows_of(config.run_folder / "evaluate")
+    found = {r["rule"]: r["outcome"] for r in rows if (r["patient"], r["method"]) == (FOUND[0], "cldf")}
+    assert found == {"headline": "miss", "otsu": "overlap"}
+
+
+def test_without_any_truth_mask_it_says_what_to_do(tmp_path):
+    config = settings(tmp_path)
+    make_run(config, with_truth=False)
+    run = Run(config, "evaluate", ())
+    run.open()
+    with pytest.raises(ValueError, match=r"no truth mask of any of its 9 test patients.*splits"):
+        evaluate.run(config, run)
+    run.close()
+
+
+def test_without_segment_it_names_the_command(tmp_path):
+    config = settings(tmp_path)
+    with pytest.raises(FileNotFoundError, match="cldf prepare"):
+        evaluate.run(config, Run(config, "evaluate", ()))
+
+
+def test_headline_cut_is_among_those_the_oracle_tries():
+    scores = [np.linspace(0, 1, 50, dtype=np.float32)]
+    assert np.float32(CUT + 0.003) in evaluate._cuts_to_try(scores, CUT + 0.003)
+    assert evaluate._cuts_to_try([], CUT).tolist() == [CUT]

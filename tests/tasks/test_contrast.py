@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+import torch
+from cldf_kernels import supcon_reference
+from torch import Tensor, distributed, multiprocessing
+
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.tasks.contrast import Contrast
+
+
+def decoder(dropout: float = 0.0, noise: float = 0.0) -> PixelDecoder:
+    torch.manual_seed(0)
+    return PixelDecoder({"up0.1": 5, "up1.1": 4}, 8, 6, dropout, noise)
+
+
+def batch(num_samples: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "features": torch.randn(num_samples, 10, 9, generator=generator),
+        "labels": torch.randint(-1, 2, (num_samples, 10), generator=generator),
+        "sample_number": torch.arange(num_samples) + 100,
+    }
+
+
+def part(data: dict[str, Tensor], chosen: slice) -> dict[str, Tensor]:
+    return {name: tensor[chosen] for name, tensor in data.items()}
+
+
+def test_loss_is_that_of_all_pixels_of_the_batch():
+    net, data = decoder(), batch()
+    loss = Contrast(net, temperature=0.2)(data)["loss"]
+    embeddings = net(data["features"]).flatten(0, 1)
+    expected = supcon_reference(embeddings, data["labels"].flatten(), temperature=0.2)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_unused_pixels_change_nothing():
+    data = batch()
+    other = {name: tensor.clone() for name, tensor in data.items()}
+    other["features"][data["labels"] < 0] = 1e3
+    task = Contrast(decoder(dropout=0.5, noise=0.5), temperature=0.1)
+    assert torch.equal(task(data)["loss"], task(other)["loss"])
+
+
+def test_perturbation_is_a_function_of_the_sample_and_ends_with_training():
+    task, plain = Contrast(decoder(0.5, 0.5), temperature=0.1), Contrast(decoder(), temperature=0.1)
+    first = task(batch())["loss"]
+    torch.manual_seed(99)
+    assert torch.equal(task(batch())["loss"], first)
+    later = batch() | {"sample_number": torch.arange(4) + 200}
+    assert not torch.equal(task(later)["loss"], first)
+    other_seed = Contrast(decoder(0.5, 0.5), temperature=0.1, seed=1)
+    assert not torch.equal(other_seed(batch())["loss"], first)
+    assert torch.equal(task.eval()(batch())["loss"], plain(batch())["loss"])
+
+
+def test_training_separates_the_classes():
+    data = batch()
+    data["features"][..., :3] += 2.0 * (2 * data["labels"].clamp(min=0) - 1)[..., None]
+    net = decoder(dropout=0.2, noise=0.1)
+    task = Contrast(net, temperature=0.1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for step in range(40):
+        optimizer.zero_grad()
+        numbers = data["sample_number"] + 4 * step
+        task(data | {"sample_number": numbers})["loss"].backward()
+        optimizer.step()
+    embeddings = net(data["features"])
+    centres = [embeddings[data["labels"] == index].mean(0) for index in (0, 1)]
+    assert centres[0] @ centres[1] < 0
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        Contrast(decoder(), temperature=0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_loss(tmp_path):
+    """Each process holds half of the samples; loss and averaged gradient are those of all."""
+    net = decoder(0.5, 0.5)
+    loss = Contrast(net, temperature=0.1)(unequal_batch())["loss"]
+    loss.backward()
+    multiprocessing.spawn(_one_process, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["loss"], loss.detach())
+        for gradient, parameter in zip(found["gradients"], net.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def _one_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(Path(folder) / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        net = decoder(0.5, 0.5)
+        task = torch.nn.parallel.DistributedDataParallel(Contrast(net, temperature=0.1))
+        result = task(part(unequal_batch(), slice(2 * rank, 2 * rank + 2)))
+        result["loss"].backward()
+        gradients = [parameter.grad for parameter in net.parameters()]
+        found = {"loss": result["loss"].detach(), "gradients": gradients}
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def unequal_batch() -> dict[str, Tensor]:
+    """The second half has fewer pixels that count."""
+    data = batch()
+    data["labels"][3] = -1
+    return data
