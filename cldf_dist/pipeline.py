@@ -39,11 +39,11 @@ def run_stage(config: Config, stage: Stage) -> None:
         _say(f"{stage.name}: finished before, in {run.folder}")
         return
     _say(f"{stage.name}: {stage.does}")
-    _prepare_process()
-    if stage.distributed or processes().world_size == 1:
-        _run_together(config, stage, run)
-    else:
-        _run_on_main(config, stage, run)
+    with _fast_arithmetic(stage):
+        if stage.distributed or processes().world_size == 1:
+            _run_together(config, stage, run)
+        else:
+            _run_on_main(config, stage, run)
 
 
 def _run_together(config: Config, stage: Stage, run: Run) -> None:
@@ -135,13 +135,26 @@ def _check_unchanged(config: Config, stage: Stage, run: Run) -> None:
         )
 
 
-def _prepare_process() -> None:
-    """Settings that hold for every stage of this process."""
+@contextmanager
+def _fast_arithmetic(stage: Stage) -> Iterator[None]:
+    """While nets are at work denormals are zero, and float32 products may use TF32 on GPUs.
+
+    Not elsewhere: SciPy's KDTree splits at nextafter(0), and where that is 0 it recurses without
+    end. The stages that only the main process works on run no nets.
+    """
     import torch
 
+    if not stage.distributed:
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
     torch.set_flush_denormal(True)
-    # float32 matrix products may use TF32 on GPUs: the nets tolerate it
     torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision(precision)
 
 
 def dry_run(config: Config, stages: tuple[Stage, ...]) -> str:

@@ -118,7 +118,7 @@ class Stream:
         shards = shards[_shuffled(len(shards), sample_seed(self.seed, epoch, "order of shards"))]
         rank_of = {int(shard): rank for rank, shard in enumerate(shards)}
         window_of = np.array([rank_of[int(shard)] // self.window for shard in self.groups])
-        mixed = _shuffled(len(self.items), sample_seed(self.seed, 0, "order of samples"))
+        mixed = _shuffled(len(self.items), sample_seed(self.seed, epoch, "order of samples"))
         return mixed[np.argsort(window_of[mixed], kind="stable")]
 
 

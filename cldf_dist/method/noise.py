@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from monai.networks.schedulers import DDPMScheduler
 from torch import Tensor
 
 from cldf_dist.seeding import sample_seed
@@ -35,6 +34,9 @@ class Schedule:
             raise ValueError(
                 f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}"
             )
+        # MONAI takes seconds to import; the draws below do without it, and so do their users
+        from monai.networks.schedulers import DDPMScheduler
+
         scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, schedule=SCHEDULES[kind])
         betas: Tensor = scheduler.betas
         self.num_timesteps = num_timesteps

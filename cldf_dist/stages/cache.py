@@ -251,7 +251,7 @@ def _seed_report(cache: FeatureCache, slices: Slices) -> dict[str, Any]:
     for row in np.flatnonzero(table.labels == 1):
         mask = table.read_mask(int(row))
         if mask is not None:
-            seeds.append(torch.from_numpy(cache.read("seeds", int(row))))
+            seeds.append(torch.from_numpy(cache.read("seeds", int(row)).copy()))  # it is read-only
             masks.append(torch.from_numpy(mask))
     if not masks:
         return {}

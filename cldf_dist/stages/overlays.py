@@ -119,6 +119,9 @@ def _panels(
 
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
     image = on_scan(first, fill=OUTSIDE)
+    brightest = float(np.percentile(image, TOP_PERCENTILE))
+    if brightest > OUTSIDE:  # use the whole grey scale
+        image = (image - OUTSIDE) * (1 - OUTSIDE) / (brightest - OUTSIDE) + OUTSIDE
     seeds = _would_be_seeds(scores, rows, config)
     cam = config.cam.seed_method
     panels = [
