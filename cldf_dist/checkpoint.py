@@ -55,7 +55,9 @@ def save_checkpoint(
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    # a later one was passed over as damaged: it must not count among those that are kept
+    older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+    for old in older[: max(len(older) + 1 - keep, 0)]:
         shutil.rmtree(old)
     return final
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cldf_dist.config_types import build
+
 CLASSES = ("no object", "object")
 UNCONDITIONAL = len(CLASSES)  # the class index that stands for "no label given"
 
@@ -309,7 +311,7 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
         raise ValueError(f"{', '.join(paths)}: the top level must be a mapping of keys")
     if not merged.get("name"):
         merged["name"] = "-".join(Path(path).stem for path in paths) or "default"
-    config: Config = _build(Config, merged, "")
+    config: Config = build(Config, merged, "")
     check(config)
     return config
 
@@ -355,13 +357,13 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any]) -> Config:
     """The configuration that `to_plain` wrote."""
-    config: Config = _build(Config, plain, "")
+    config: Config = build(Config, plain, "")
     return config
 
 
 def build_section(section: type, plain: dict[str, Any]) -> Any:
     """One section (say `UNet`) from its plain form, with the same strictness as `load`."""
-    return _build(section, plain, f"{section.__name__}.")
+    return build(section, plain, f"{section.__name__}.")
 
 
 def _meant(word: str, fit_section: str) -> str:
@@ -375,52 +377,6 @@ def _meant(word: str, fit_section: str) -> str:
             )
         return f"{fit_section}.{word}"
     return word
-
-
-def _build(section: type, mapping: Any, prefix: str) -> Any:
-    """An instance of the dataclass `section` from a mapping; unknown keys and types are errors."""
-    import difflib
-    import typing
-
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{prefix.rstrip('.')} must hold keys, got {mapping!r}")
-    hints = typing.get_type_hints(section)
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        path = f"{prefix}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ValueError(f"unknown config key {path}; {remedy}")
-        if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(typing.cast(type, hints[key]), value, f"{path}.")
-        else:
-            values[key] = _coerce(hints[key], value, path)
-    return section(**values)
-
-
-def _coerce(kind: Any, value: Any, path: str) -> Any:
-    import typing
-
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{path} must be a list of {item.__name__}, got {value!r}")
-        return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as text
-            return float(value)
-        except ValueError:
-            pass
-    if kind is str and value is None:
-        return ""
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is not kind:
-        raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
-    return value
 
 
 def _one_line(error: Exception) -> str:

@@ -135,6 +135,9 @@ class _Training:
             self.average.load_state_dict(found.tensors["average"])
             load_optimizer(self.optimizer, found.tensors["optimizer"])
             self.skipped = found.state["skipped"]
+            for name, total in found.state["sums"].items():  # over all processes: main takes it on
+                mine = total if self.run.is_main else 0.0
+                self._sums[name] = torch.tensor(mine, device=self.device)
             if self.run.is_main:
                 print(f"{self.run.stage}: resuming after step {step}", file=sys.stderr)
         self._logged = (time.monotonic(), step)
@@ -224,11 +227,18 @@ class _Training:
             image.imsave(folder / f"{name}-{step:08d}.png", picture, cmap="gray", vmin=0, vmax=255)
 
     def save(self, step: int) -> None:
+        # since the last log: without them the next line of a resumed run would be another mean
+        sums = self._totals()
         if self.run.is_main:
             save_checkpoint(
                 self.run.folder / "checkpoints",
                 self.run.id,
-                {"step": step, "skipped": self.skipped, "world_size": processes().world_size},
+                {
+                    "step": step,
+                    "skipped": self.skipped,
+                    "sums": sums,
+                    "world_size": processes().world_size,
+                },
                 {
                     "task": self.task.state_dict(),
                     "average": self.average.state_dict(),
@@ -254,19 +264,19 @@ class _Training:
             self._sums.setdefault(count, torch.zeros((), device=self.device))
             self._sums[count] += 1
 
-    def _log(self, step: int) -> None:
+    def _totals(self) -> dict[str, float]:
+        """The sums since the last log, over all processes."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
-        totals = dict(
-            zip(
-                names,
-                self.accelerator.reduce(
-                    torch.stack([self._sums[name] for name in names]), "sum"
-                ).tolist(),
-            )
-        )
+        stacked = torch.stack([self._sums[name] for name in names])
+        return dict(zip(names, self.accelerator.reduce(stacked, "sum").tolist()))
+
+    def _log(self, step: int) -> None:
+        totals = self._totals()
         metrics = {
-            f"train/{name}": totals[name] / totals[f"#{name}"]
-            for name in names
+            f"train/{name}": total / totals[f"#{name}"]
+            for name, total in totals.items()
             if not name.startswith("#")
         }
         then, step_then = self._logged

@@ -69,6 +69,13 @@ class Run:
             raise OSError(f"cannot write the run folder {self.folder}: {error.strerror}; "
                           "choose another with runs=FOLDER") from error  # fmt: skip
         self._lock = _locked(self.folder / ".lock", self.folder)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         self._check_same_config()
         identity = self.folder / "run.json"
         if not identity.exists():

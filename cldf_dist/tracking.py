@@ -6,6 +6,7 @@ Only the main process writes, in batches. An outage is announced once and never 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -60,6 +61,8 @@ class Tracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not the table-by-table set-up
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         runs = Path(config.runs).resolve()
         client = MlflowClient(tracking_uri=config.tracking.uri or f"sqlite:///{runs}/mlflow.db")
         known = client.get_experiment_by_name(config.tracking.experiment)

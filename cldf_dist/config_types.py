@@ -1,0 +1,49 @@
+"""Turn plain dicts, as YAML gives them, into dataclasses: strict about keys and types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+
+def build(section: type, mapping: Any, prefix: str) -> Any:
+    """An instance of the dataclass `section` from a mapping; unknown keys and types are errors."""
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{prefix.rstrip('.')} must hold keys, got {mapping!r}")
+    hints = typing.get_type_hints(section)
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ValueError(f"unknown config key {path}; {remedy}")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = build(typing.cast(type, hints[key]), value, f"{path}.")
+        else:
+            values[key] = _coerce(hints[key], value, path)
+    return section(**values)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path} must be a list of {item.__name__}, got {value!r}")
+        return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as text
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and value is None:
+        return ""
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not kind:
+        raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
+    return value
