@@ -287,7 +287,7 @@ class Config:
 def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: str = "") -> Config:
     """The defaults, overlaid by the YAML files in order, then by `key=value` words; checked.
 
-    `fit_section` names the training that a bare `fit.KEY=VALUE` on the command line means.
+    `fit_section` is the section that a bare `fit.KEY=VALUE` on the command line means, say `cam.fit`.
     Raises ValueError with the dotted path for an unknown key, a wrong type or a broken rule, and
     FileNotFoundError for a missing file.
     """
@@ -375,7 +375,7 @@ def _meant(word: str, fit_section: str) -> str:
                 f"{word.split('=')[0]}: say which training, e.g. diffusion.{word}; "
                 "a bare fit.* is understood only with a train-* stage"
             )
-        return f"{fit_section}.{word}"
+        return fit_section + word.removeprefix("fit")
     return word
 
 

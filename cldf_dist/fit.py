@@ -111,9 +111,10 @@ class _Training:
         self.autocast = _uses_bf16(run.config.mixed_precision, self.device) and bool(
             getattr(task, "autocast", True)
         )
+        if settings.compile:  # the net, not the task: tasks make generators
+            net: Any = self.task.net
+            net.compile()
         self.wrapped: Any = self.accelerator.prepare_model(self.task)
-        if settings.compile:
-            self.wrapped = torch.compile(self.wrapped)
         self.note = ""
         self.skipped = self.skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}

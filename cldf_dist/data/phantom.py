@@ -16,7 +16,7 @@ from scipy import fft
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 FIELD_OF_VIEW_MM = (192.0, 192.0, 108.0)  # x, y, z: the head fills it at every grid size
 HEALTHY_EVERY = 11  # one patient in so many has no lesion
-BACKGROUND, NECROSIS, OEDEMA, ENHANCING = 0, 1, 2, 4  # labels as in BraTS
+NECROSIS, OEDEMA, ENHANCING = 1, 2, 4  # labels as in BraTS; 0 is everything else
 
 Volume = npt.NDArray[np.float64]
 
@@ -80,10 +80,8 @@ def phantom_patient(
     head = _Head(grid, anatomy_rng)
     image = _paint_anatomy(grid, head, anatomy_rng)
     mask = np.zeros(settings.shape, np.uint8)
-    num_lesions = (
-        0 if index % HEALTHY_EVERY == HEALTHY_EVERY // 2 else lesion_rng.integers(4) // 3 + 1
-    )
-    for _ in range(num_lesions):
+    is_healthy = index % HEALTHY_EVERY == HEALTHY_EVERY // 2
+    for _ in range(0 if is_healthy else 1 + lesion_rng.integers(4) // 3):
         _paint_lesion(grid, head, lesion_rng, image, mask)
     affine = np.diag([*(s * d for s, d in zip(settings.spacing, (-1, -1, 1))), 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(settings.shape) - 1) / 2)
@@ -233,20 +231,16 @@ def _paint_anatomy(grid: _Grid, head: _Head, rng: np.random.Generator) -> Volume
 
 
 def _paint_lesion(
-    grid: _Grid,
-    head: _Head,
-    rng: np.random.Generator,
-    image: Volume,
-    mask: npt.NDArray[np.uint8],
+    grid: _Grid, head: _Head, rng: np.random.Generator, image: Volume, mask: npt.NDArray[np.uint8]
 ) -> None:
     """Add one lesion to `image` and `mask`: oedema around a core, which may be hollow."""
     is_small = rng.random() < 0.25
-    radius = rng.uniform(11, 15) if is_small else rng.uniform(17, 29)
+    radius = rng.uniform(12, 16) if is_small else rng.uniform(17, 29)
     outside = _distance_to_random_centre(grid, head, rng, radius)
     ragged = radius * (0.22 * grid.field(rng, 9) + 0.10 * grid.field(rng, 4.5))
     tissue = head.brain * (1 - head.ventricles)
     whole = _edge(radius + ragged - outside, 5) * tissue
-    has_core = is_small or rng.random() < 0.85  # a small one without is no different from a spot
+    has_core = is_small or rng.random() < 0.85  # else a mere spot
     core_radius = radius * rng.uniform(0.40, 0.70) * has_core
     core_depth = core_radius * (1 + 0.25 * grid.field(rng, 6)) - outside
     core = _edge(core_depth, 4) * whole
@@ -260,7 +254,7 @@ def _paint_lesion(
     _paint(image, uptake * core, signal["enhancing"], 1 + 0.10 * mottle)
     _paint(image, necrosis, signal["necrosis"], 1 + 0.05 * mottle)
 
-    mask[(whole > 0.5) & (mask == BACKGROUND)] = OEDEMA
+    mask[whole > 0.5] = OEDEMA
     mask[core > 0.5] = ENHANCING
     mask[necrosis > 0.5] = NECROSIS
 
@@ -309,12 +303,7 @@ def _edge(distance_mm: Volume, width_mm: float) -> Volume:
     return np.asarray(ramp * ramp * (3 - 2 * ramp))
 
 
-def _paint(
-    image: Volume,
-    fraction: Volume,
-    signal: npt.NDArray[np.float64],
-    texture: Volume | float = 1.0,
-) -> None:
+def _paint(image: Volume, fraction: Volume, signal: Volume, texture: Volume | float = 1.0) -> None:
     """Mix a tissue into `image` in place, by its fraction of each voxel."""
     for channel, value in enumerate(signal):
         image[channel] += fraction * (value * texture - image[channel])

@@ -81,3 +81,7 @@ def test_unusable_scores_are_refused(scores):
 def test_impossible_fraction_is_refused():
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
         negative_cut(np.arange(3.0), 1.0)
+
+
+def test_oracle_cut_is_exclusive():
+    assert oracle_cut([np.ones(4)], [np.ones(4, bool)]) == (1.0, 0.0)

@@ -47,6 +47,15 @@ def test_weights_load_both_ways_and_give_what_plain_monai_gives():
     torch.testing.assert_close(back(images, times, class_labels=labels), expected)
 
 
+def test_replacing_the_attention_of_a_trained_net_changes_nothing():
+    net = plain_monai()
+    randomise(net)
+    inputs = (torch.randn(2, 2, 16, 16), torch.tensor([1, 500]))
+    expected = net(*inputs, class_labels=torch.arange(2))
+    use_attention(net, "sdpa")
+    torch.testing.assert_close(net(*inputs, class_labels=torch.arange(2)), expected)
+
+
 def test_every_self_attention_is_ours():
     blocks = [type(m) for m in build_unet(SETTINGS, 2).modules() if hasattr(m, "to_q")]
     assert blocks

@@ -55,7 +55,9 @@ def test_nothing_outside_the_subject_is_ever_object():
 
 
 def test_score_at_the_cut_is_not_object():
-    mask = object_mask(np.full((2, 2, 2), 0.5, np.float32), np.ones((2, 2, 2), bool), 0.5, spacing=SPACING)
+    mask = object_mask(
+        np.full((2, 2, 2), 0.5, np.float32), np.ones((2, 2, 2), bool), 0.5, spacing=SPACING
+    )
     assert not mask.any()
 
 

@@ -62,6 +62,13 @@ def test_perturbation_is_a_function_of_the_sample_and_ends_with_training():
     assert torch.equal(task.eval()(batch())["loss"], plain(batch())["loss"])
 
 
+@pytest.mark.parametrize("rates", [(0.5, 0.0), (0.0, 0.5)])
+def test_dropout_and_noise_each_act_alone(rates):
+    perturbed, plain = Contrast(decoder(*rates), temperature=0.1), decoder()
+    plain_loss = Contrast(plain, temperature=0.1)(batch())["loss"]
+    assert (perturbed(batch())["loss"] - plain_loss).abs() > 1e-3
+
+
 def test_training_separates_the_classes():
     data = batch()
     data["features"][..., :3] += 2.0 * (2 * data["labels"].clamp(min=0) - 1)[..., None]

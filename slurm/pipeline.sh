@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All stages that are not finished, each as a job that starts when those it needs have succeeded.
+#   slurm/pipeline.sh [--dry-run] CONFIG [CONFIG ...] [key=value ...]
+# --dry-run prints the table and submits nothing. Options for sbatch come from slurm/cluster.env.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry=
+if [[ ${1:-} == --dry-run ]]; then
+    dry=yes
+    shift
+fi
+(($# >= 1)) || { echo "usage: slurm/pipeline.sh [--dry-run] CONFIG [CONFIG ...] [key=value ...]" >&2; exit 2; }
+settings=${CLDF_CLUSTER_ENV:-slurm/cluster.env}
+if [[ -f $settings ]]; then
+    # shellcheck disable=SC1090  # the cluster's own file
+    source "$settings"
+fi
+if [[ -z ${CLDF_PYTHON:-} ]]; then
+    CLDF_PYTHON=python
+    if [[ -x .venv/bin/python ]]; then CLDF_PYTHON=$PWD/.venv/bin/python; fi
+fi
+
+# one line a stage: name, finished or to-do, all-nodes or one-node, stages it needs
+table=$("$CLDF_PYTHON" - "$@" <<'PY'
+import sys
+
+from cldf_dist.config import load
+from cldf_dist.stages import STAGES
+
+words = sys.argv[1:]
+config = load([w for w in words if "=" not in w], [w for w in words if "=" in w])
+if config.input:
+    raise SystemExit("pipeline.sh: input= is for one stage: sbatch slurm/stage.sbatch segment ...")
+for stage in STAGES:
+    state = "finished" if (config.run_folder / stage.name / "DONE").is_file() else "to-do"
+    print(stage.name, state, "all-nodes" if stage.distributed else "one-node", *stage.needs)
+PY
+)
+
+declare -A job
+printf '%-17s %-9s %-17s %-34s %s\n' stage state job options after
+while read -r stage state nodes needs; do
+    options=() after='' id=-
+    if [[ $state == to-do ]]; then
+        if [[ $nodes == all-nodes ]]; then
+            read -ra options <<<"${CLDF_SBATCH:-}"
+        else
+            read -ra options <<<"${CLDF_SBATCH_ONE_NODE:-}"
+        fi
+        for need in $needs; do after+=${job[$need]:+:${job[$need]}}; done
+        after=${after:+afterok$after}
+        if [[ -n $dry ]]; then
+            id=$stage
+        else
+            id=$(sbatch --parsable --job-name="cldf-$stage" \
+                ${after:+--dependency="$after" --kill-on-invalid-dep=yes} \
+                "${options[@]}" slurm/stage.sbatch "$stage" "$@")
+            id=${id%%;*} # clusters of a federation add their name
+        fi
+        job[$stage]=$id
+    fi
+    printf '%-17s %-9s %-17s %-34s %s\n' "$stage" "$state" "$id" "${options[*]:--}" "${after:--}"
+done <<<"$table"

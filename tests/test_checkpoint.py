@@ -1,0 +1,198 @@
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cldf_dist.checkpoint import (
+    load_net,
+    load_optimizer,
+    newest_checkpoint,
+    optimizer_tensors,
+    read_description,
+    save_checkpoint,
+    save_net,
+)
+
+RUN = "run-a"
+
+
+def tensors(step: int) -> dict[str, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "task": {"weight": torch.randn(3, 4, generator=generator), "count": torch.tensor(step)},
+        "optimizer": {"0/exp_avg": torch.randn(5, generator=generator)},
+    }
+
+
+def save(folder: Path, *steps: int, keep: int = 5) -> None:
+    for step in steps:
+        save_checkpoint(folder, RUN, {"step": step, "skipped": 1}, tensors(step), keep=keep)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_byte(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+def test_a_checkpoint_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    save(tmp_path, 3, 12)
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state == {"step": 12, "skipped": 1, "run_id": RUN}
+    assert set(found.tensors) == {"task", "optimizer"}
+    for name, group in tensors(12).items():
+        assert_same(found.tensors[name], group)
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path, RUN) is None
+    assert newest_checkpoint(tmp_path / "missing", RUN) is None
+
+
+def test_channels_last_and_shared_tensors_are_stored_plainly(tmp_path: Path) -> None:
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path, RUN, {"step": 1}, {"task": {"a": last, "b": last}}, keep=1)
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert_same(found.tensors["task"], {"a": last, "b": last})
+
+
+def test_a_save_cut_short_leaves_the_previous_checkpoint_and_is_swept(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    # what a kill between the first file and the rename leaves
+    partial = tmp_path / ".step-00000006.partial"
+    shutil.copytree(tmp_path / "step-00000003", partial)
+    (partial / "manifest.json").unlink()
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state["step"] == 3
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("file", ["task.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_newest_checkpoint_is_named_and_the_previous_one_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    save(tmp_path, 3, 6)
+    path = tmp_path / "step-00000006" / file
+    path.write_bytes(path.read_bytes()[:-7])
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state["step"] == 3
+    assert_same(found.tensors["task"], tensors(3)["task"])
+    warned = capsys.readouterr().err
+    assert f"{tmp_path / 'step-00000006'} is passed over: {file} is damaged" in warned
+    assert "step-00000003" not in warned
+
+
+def test_a_flipped_byte_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 3)
+    flip_byte(tmp_path / "step-00000003" / "task.safetensors", -1)
+    assert newest_checkpoint(tmp_path, RUN) is None
+    assert "task.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "task.safetensors"])
+def test_a_missing_file_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    save(tmp_path, 3, 6)
+    (tmp_path / "step-00000006" / file).unlink()
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state["step"] == 3
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 3)
+    assert newest_checkpoint(tmp_path, "run-b") is None
+    assert "it belongs to another run (run-a)" in capsys.readouterr().err
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 10, keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000010"]
+    save(tmp_path, 11, keep=1)
+    assert names(tmp_path) == ["step-00000011"]
+
+
+def test_a_damaged_later_checkpoint_does_not_crowd_out_the_good_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 3, 9)
+    flip_byte(tmp_path / "step-00000009" / "task.safetensors", -1)
+    for step in (4, 5):  # training goes on from step 3
+        save(tmp_path, step, keep=1)
+        found = newest_checkpoint(tmp_path, RUN)
+        assert found is not None
+        assert found.state["step"] == step
+    save(tmp_path, 9, keep=1)
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state["step"] == 9
+    capsys.readouterr()
+
+
+def test_an_optimizer_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(4, 3))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.05)
+        for step in range(steps):
+            move(net, optimizer, step)
+        return net, optimizer
+
+    def move(net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        images = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+        optimizer.step()
+
+    net, optimizer = trained(3)
+    stored = {"task": net.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    save_checkpoint(tmp_path, RUN, {"step": 3}, stored, keep=1)
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    other, fresh = trained(0)
+    other.load_state_dict(found.tensors["task"])
+    load_optimizer(fresh, found.tensors["optimizer"])
+    assert_same(optimizer_tensors(fresh), optimizer_tensors(optimizer))
+    for step in (3, 4):
+        move(net, optimizer, step)
+        move(other, fresh, step)
+    assert_same(other.state_dict(), net.state_dict())
+
+
+def test_weights_come_back_frozen_with_their_description(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    save_net(net, tmp_path / "stage", {"kind": "test", "channels": [3, 2]})
+    assert read_description(tmp_path / "stage") == {"kind": "test", "channels": [3, 2]}
+    assert names(tmp_path / "stage") == ["net.json", "net.safetensors"]
+    loaded = load_net(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path / "stage")
+    assert_same(loaded.state_dict(), net.state_dict())
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*net\.safetensors; train the net first"):
+        load_net(nn.Linear(1, 1), tmp_path)

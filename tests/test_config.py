@@ -1,0 +1,227 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cldf_dist.config import (
+    Config,
+    Contrast,
+    Data,
+    Decoder,
+    Fit,
+    UNet,
+    build_section,
+    check,
+    flatten,
+    from_plain,
+    load,
+    to_plain,
+    to_yaml,
+)
+from cldf_dist.stages import STAGES
+
+PHANTOM = {"data": {"dataset": "phantom"}}
+
+
+def write(folder: Path, name: str, settings: dict[str, Any]) -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+@pytest.fixture
+def phantom(tmp_path: Path) -> str:
+    return write(tmp_path, "phantom", PHANTOM)
+
+
+def changed(config: Config, path: str, value: Any) -> Config:
+    """The configuration with one leaf replaced, unchecked."""
+    plain = to_plain(config)
+    *sections, leaf = path.split(".")
+    section = plain
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    return from_plain(plain)
+
+
+def test_words_override_files_and_later_files_override_earlier_ones(tmp_path: Path) -> None:
+    first = write(tmp_path, "first", {**PHANTOM, "seed": 1, "cam": {"dropout": 0.3, "layer": "layer3"}})
+    second = write(tmp_path, "second", {"seed": 2, "cam": {"dropout": 0.4}})
+    assert load([first]).seed == 1
+    config = load([first, second], ["cam.dropout=0.5"])
+    assert (config.seed, config.cam.dropout, config.cam.layer) == (2, 0.5, "layer3")
+    assert config.diffusion == Config().diffusion, "what no file mentions keeps its default"
+
+
+def test_name_is_the_stems_unless_it_is_given(tmp_path: Path, phantom: str) -> None:
+    small = write(tmp_path, "small", {})
+    assert load([phantom, small]).name == "phantom-small"
+    assert load([phantom], ["name=mine"]).name == "mine"
+    assert load([phantom], ["runs=/somewhere"]).run_folder == Path("/somewhere/phantom")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("diffusion.fit.stepz=3", r"diffusion\.fit\.stepz; did you mean diffusion\.fit\.steps\?"),
+        ("decoder.contrast.temprature=1", r"did you mean decoder\.contrast\.temperature\?"),
+        ("dtaa.root=x", r"unknown config key dtaa; did you mean data\?"),
+        ("segment.qqqq=1", r"unknown config key segment\.qqqq; known: batch_size, "),
+    ],
+)
+def test_a_typo_names_its_full_path_and_the_near_key(phantom: str, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load([phantom], [word])
+
+
+def test_a_typo_in_a_file_is_found_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "typo", {**PHANTOM, "features": {"noise_level": [3]}})
+    with pytest.raises(ValueError, match=r"features\.noise_level; did you mean features\.noise_levels"):
+        load([path])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("seed=many", r"seed must be int, got 'many'"),
+        ("seed=1.5", r"seed must be int, got 1\.5"),
+        ("seed=true", r"seed must be int, got True"),
+        ("tracking.enabled=1", r"tracking\.enabled must be bool, got 1"),
+        ("cam.dropout=high", r"cam\.dropout must be float, got 'high'"),
+        ("features.taps=up0.1", r"features\.taps must be a list of str, got 'up0\.1'"),
+        ("features.noise_levels=[10,ten]", r"features\.noise_levels\[1\] must be int, got 'ten'"),
+        ("cam=3", r"cam must hold keys, got 3"),
+    ],
+)
+def test_a_wrong_type_names_key_and_value(phantom: str, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load([phantom], [word])
+
+
+def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
+    config = load([phantom], ["cam.fit.learning_rate=1e-4", "cam.dropout=0", "name=3"])
+    assert config.cam.fit.learning_rate == 1e-4
+    assert type(config.cam.dropout) is float
+    assert config.name == "3"
+    assert load([phantom], ["features.noise_levels=[7]"]).features.noise_levels == (7,)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("mixed_precision", "fp16", r"mixed_precision must be one of auto, no, bf16, got 'fp16'"),
+        ("data.dataset", "acdc", r"data\.dataset must be one of .*phantom.*, got 'acdc'"),
+        ("name", "../elsewhere", r"name must be a plain folder name"),
+        ("data.image_size", 100, r"data\.image_size must be at least 16 and a multiple of 8 .*got 100"),
+        ("data.clip_low", 9.0, r"data\.clip_low must be < data\.clip_high, got 9\.0 and 5\.5"),
+        ("data.test_fraction", 0.9, r"must stay below 1"),
+        ("data.slices_per_shard", 0, r"data\.slices_per_shard must be >= 1, got 0"),
+        ("diffusion.fit.steps", 0, r"diffusion\.fit\.steps must be >= 1, got 0"),
+        ("cam.fit.learning_rate", 0.0, r"cam\.fit\.learning_rate must be > 0, got 0\.0"),
+        ("classifier.fit.average_decay", 1.0, r"classifier\.fit\.average_decay must lie in \[0, 1\)"),
+        ("decoder.fit.clip_norm", -1.0, r"decoder\.fit\.clip_norm must be >= 0"),
+        ("diffusion.net.channels", [64, 64], r"attention_levels needs one entry per level"),
+        ("diffusion.net.norm_num_groups", 48, r"multiples of diffusion\.net\.norm_num_groups \(48\)"),
+        ("diffusion.net.num_head_channels", 96, r"diffusion\.net\.num_head_channels \(96\), got 256"),
+        ("features.noise_levels", [1000], r"features\.noise_levels must be timesteps in 0\.\.999"),
+        ("saliency.noise_levels", [], r"saliency\.noise_levels must be timesteps"),
+        ("features.taps", [], r"features\.taps must name at least one"),
+        ("decoder.contrast.temperature", -0.1, r"temperature must be > 0, got -0\.1"),
+        ("decoder.contrast.background_pixels", 96, r"background_pixels must be a positive multiple of 64"),
+        ("decoder.fit.accumulate", 2, r"decoder\.fit\.accumulate must be 1, got 2"),
+        ("seeds.background", 0.6, r"0 <= background < foreground <= 1, got 0\.6 and 0\.5"),
+        ("segment.negative_fraction", 0.0, r"segment\.negative_fraction must lie in \(0, 1\), got 0\.0"),
+        ("diffusion.label_dropout", 1.0, r"diffusion\.label_dropout must lie in \[0, 1\), got 1\.0"),
+    ],
+)  # fmt: skip
+def test_broken_rules_name_key_rule_and_value(path: str, value: Any, rule: str) -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    check(sound)
+    with pytest.raises(ValueError, match=rule):
+        check(changed(sound, path, value))
+
+
+def test_native_data_needs_its_folder() -> None:
+    with pytest.raises(ValueError, match=r"data\.root must name the folder of the brats data"):
+        check(Config(name="brats"))
+
+
+def test_all_broken_rules_are_told_at_once() -> None:
+    broken = Config(
+        name="x",
+        data=Data(dataset="phantom"),
+        decoder=Decoder(contrast=Contrast(temperature=0.0), fit=Fit(batch_size=32, keep=0)),
+    )
+    with pytest.raises(ValueError, match=r"temperature must be > 0.*decoder\.fit\.keep must be >= 1"):
+        check(broken)
+
+
+def test_a_bare_fit_word_means_the_training_of_the_stage(phantom: str) -> None:
+    sections = {stage.name: stage.fit_section for stage in STAGES if stage.fit_section}
+    assert list(sections) == ["train-diffusion", "train-classifier", "train-cam", "train-decoder"]
+    for section in sections.values():
+        config = load([phantom], ["fit.log_every=7"], fit_section=section)
+        assert flatten(config)[f"{section}.log_every"] == 7
+        assert list(flatten(config).values()).count(7) == 1
+
+
+def test_a_bare_fit_word_is_refused_where_there_is_more_than_one_training(phantom: str) -> None:
+    with pytest.raises(ValueError, match=r"say which training, e\.g\. diffusion\.fit\.steps=7"):
+        load([phantom], ["fit.steps=7"])
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config file nowhere\.yaml"):
+        load(["nowhere.yaml"])
+    path = tmp_path / "broken.yaml"
+    path.write_text("cam: [1, 2")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
+        load([str(path)])
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        load([str(path)])
+    with pytest.raises(ValueError, match=r"expected key=value, got 'oops'"):
+        load([], ["oops"])
+
+
+def test_plain_form_and_yaml_hold_everything(tmp_path: Path) -> None:
+    config = load([write(tmp_path, "a", PHANTOM)], ["features.taps=[up0.1]", "seed=5", "cam.blocks=[2,1,1,1]"])
+    assert from_plain(to_plain(config)) == config
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load([str(again)]) == config
+    assert build_section(UNet, to_plain(config.diffusion.net)) == config.diffusion.net
+
+
+def test_flat_paths_are_those_of_the_command_line(phantom: str) -> None:
+    flat = flatten(Config())
+    assert flat["decoder.contrast.temperature"] == Contrast().temperature
+    assert not any(dataclasses.is_dataclass(value) for value in flat.values())
+    for path in ("data.phantom.seed", "diffusion.augment.flip", "seed"):
+        word = f"{path}={str(flat[path]).lower()}"
+        assert flatten(load([phantom], [word]))[path] == flat[path]
+
+
+def test_the_configuration_is_read_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().cam.fit.steps = 3  # type: ignore[misc]
+
+
+def test_importing_the_configuration_imports_no_torch(start: Any, phantom: str) -> None:
+    code = (
+        "import sys; from cldf_dist.config import load; "
+        f"load([{phantom!r}]); assert 'torch' not in sys.modules"
+    )
+    process = start("-c", code)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize("name", ["demo", "debug", "brats"])
+def test_the_ready_configurations_keep_every_rule(name: str) -> None:
+    folder = Path(__file__).parents[1] / "configs"
+    load([str(folder / f"{name}.yaml")], ["data.root=/data"])
+    load([str(folder / f"{name}.yaml"), str(folder / "small.yaml")], ["data.root=/data"])
