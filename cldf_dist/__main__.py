@@ -91,6 +91,7 @@ def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:
             pipeline.run_all(config)
         else:
             pipeline.run_stage(config, stages[0])
+            pipeline.print_results(config, stages[0])
     except Stopped as stop:
         print(f"cldf: {stop}; the same command resumes", file=sys.stderr)
         # under a launcher a rank that was asked to stop has done its duty: DONE tells the rest

@@ -202,6 +202,16 @@ def summary(config: Config) -> str:
     return "\n".join(lines)
 
 
+def print_results(config: Config, stage: Stage) -> None:
+    """After a stage of its own: the results table where it made one, and where its outputs are."""
+    if not processes().is_main:
+        return
+    folder = config.run_folder / stage.name
+    if (folder / "table.txt").exists():
+        print((folder / "table.txt").read_text())
+    print(f"{stage.name} is finished: {folder}")
+
+
 def _tracking_uri(config: Config) -> str:
     return config.tracking.uri or f"sqlite:///{Path(config.runs).resolve()}/mlflow.db"
 

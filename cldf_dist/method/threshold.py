@@ -11,6 +11,8 @@ from skimage.filters import threshold_otsu
 
 Scores = npt.NDArray[np.floating]
 
+NUM_CUTS = 256  # tried by the oracle
+
 
 def negative_cut(scores: Scores, fraction: float) -> float:
     """The lowest score with at most `fraction` of `scores` strictly above it.
@@ -32,35 +34,53 @@ def otsu_cut(scores: Scores) -> float:
     return low if low == float(scores.max()) else float(threshold_otsu(scores))
 
 
-def oracle_cut(
-    scores: Sequence[Scores], truth: Sequence[npt.NDArray[np.bool_]], num_cuts: int = 200
-) -> tuple[float, float]:
-    """(cut, mean Dice over patients) of the best cut: it uses masks, so for reference rows only.
+class OracleSearch:
+    """Mean Dice of many cuts at once, patient by patient: memory does not grow with patients.
 
-    One 1-D array per patient in each list. The cuts tried are quantiles of all scores, denser
-    towards the top. A patient without object counts 0 where anything exceeds the cut and not at
-    all elsewhere, as in `metrics`.
+    It uses the test masks, so it says what a score map could reach, not what a method does. True
+    negatives are left out of the mean, as in the table; small components are not removed.
     """
-    pooled = np.concatenate(list(scores))
-    _check(pooled)
-    # quantiles 1 - s with s falling evenly on a logarithmic scale to a single pixel
-    shares = np.geomspace(1.0, 1.0 / len(pooled), num_cuts)
-    cuts = np.unique(np.quantile(pooled, 1 - shares))
-    dice = np.array([_dice_at(s, t, cuts) for s, t in zip(scores, truth, strict=True)])
-    num_counting = np.maximum((~np.isnan(dice)).sum(0), 1)
-    means = np.nan_to_num(dice).sum(0) / num_counting
-    best = int(np.argmax(means))
-    return float(cuts[best]), float(means[best])
+
+    def __init__(self, cuts: Scores) -> None:
+        self.cuts = cuts  # ascending
+        self._dice_sum = np.zeros(len(cuts))
+        self._num_defined = np.zeros(len(cuts), dtype=np.int64)
+
+    def add(self, scores: Scores, truth: npt.NDArray[np.bool_], num_true: int) -> None:
+        """One patient: `scores` and `truth` of the voxels that a mask may hold, both 1-D.
+
+        `num_true` counts the true voxels of the whole scan.
+        """
+        above = np.searchsorted(self.cuts, scores, side="left")  # cuts below each score
+        predicted = _num_above(above, len(self.cuts))
+        hits = _num_above(above[truth], len(self.cuts))
+        total = predicted + num_true
+        self._dice_sum += np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0)
+        self._num_defined += total > 0
+
+    def best(self) -> dict[str, float | None]:
+        """The cut of the highest mean Dice; None where Dice is defined for no patient."""
+        if not self._num_defined.any():
+            return {"cut": None, "dice": None}
+        dice = np.where(self._num_defined > 0, self._dice_sum / np.maximum(self._num_defined, 1), 0)
+        best = int(np.argmax(dice))
+        return {"cut": float(self.cuts[best]), "dice": float(dice[best])}
 
 
-def _dice_at(scores: Scores, truth: npt.NDArray[np.bool_], cuts: Scores) -> npt.NDArray[np.float64]:
-    """Dice of `scores > cut` for each cut; NaN where prediction and truth are both empty."""
-    order = np.argsort(scores, kind="stable")
-    num_below = np.searchsorted(scores[order], cuts, side="right")
-    hits = np.concatenate([np.cumsum(truth[order][::-1])[::-1], [0]])[num_below]
-    predicted = len(scores) - num_below
-    total = predicted + int(truth.sum())
-    return np.where(total > 0, 2 * hits / np.maximum(total, 1), np.nan)
+def _num_above(num_cuts_below: npt.NDArray[np.intp], num_cuts: int) -> npt.NDArray[np.int64]:
+    """For each cut, how many scores exceed it."""
+    counts = np.bincount(num_cuts_below, minlength=num_cuts + 1)
+    return np.cumsum(counts[::-1])[::-1][1:]
+
+
+def cuts_to_try(sampled: Sequence[Scores], headline_cut: float) -> Scores:
+    """Ascending; quantiles that get denser towards the highest score."""
+    cuts = [np.float32(headline_cut)]
+    if sampled:
+        scores = np.concatenate(sampled)
+        shares = np.geomspace(1.0, 1.0 / scores.size, NUM_CUTS)
+        cuts += [np.nextafter(scores.min(), np.float32(-np.inf)), *np.quantile(scores, 1 - shares)]
+    return np.unique(np.asarray(cuts, dtype=np.float32))
 
 
 def _check(scores: Scores) -> None:

@@ -30,6 +30,7 @@ from cldf_dist.method.statistics import (
     specificity,
     summarise,
 )
+from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
 from cldf_dist.stages.masks import (
@@ -41,13 +42,12 @@ from cldf_dist.stages.masks import (
     open_slices,
     otsu_mask,
 )
+from cldf_dist.stages.tables import results_table
 
 HEADLINE, OTSU = "headline", "otsu"  # threshold rules with a row per patient in cases.csv
 OURS = "cldf"
 METRICS = ("dice", "iou", "hd95_mm")
-NUM_CUTS = 256  # tried by the oracle
 SAMPLED_SCORES = 20_000  # per patient; they place the oracle's cuts
-SAW_MASKS = "saw the training masks"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
     write_atomically(run.folder / "table.txt", table)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
-    print(table)
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
     return {"num_test_patients": len(patients), "dice": dice}
@@ -119,45 +118,6 @@ def read_mask(path: Path) -> Mask:
     return np.asarray(read_nifti(path)[0] > 0)
 
 
-class OracleSearch:
-    """Mean Dice of many cuts at once, patient by patient: memory does not grow with patients.
-
-    It uses the test masks, so it says what a score map could reach, not what a method does. True
-    negatives are left out of the mean, as in the table; small components are not removed.
-    """
-
-    def __init__(self, cuts: FloatArray) -> None:
-        self.cuts = cuts  # ascending
-        self._dice_sum = np.zeros(len(cuts))
-        self._num_defined = np.zeros(len(cuts), dtype=np.int64)
-
-    def add(self, scores: FloatArray, truth: Mask, num_true: int) -> None:
-        """One patient: `scores` and `truth` of the voxels that a mask may hold, both 1-D.
-
-        `num_true` counts the true voxels of the whole scan.
-        """
-        above = np.searchsorted(self.cuts, scores, side="left")  # cuts below each score
-        predicted = _num_above(above, len(self.cuts))
-        hits = _num_above(above[truth], len(self.cuts))
-        total = predicted + num_true
-        self._dice_sum += np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0)
-        self._num_defined += total > 0
-
-    def best(self) -> dict[str, float | None]:
-        """The cut of the highest mean Dice; None where Dice is defined for no patient."""
-        if not self._num_defined.any():
-            return {"cut": None, "dice": None}
-        dice = np.where(self._num_defined > 0, self._dice_sum / np.maximum(self._num_defined, 1), 0)
-        best = int(np.argmax(dice))
-        return {"cut": float(self.cuts[best]), "dice": float(dice[best])}
-
-
-def _num_above(num_cuts_below: npt.NDArray[np.intp], num_cuts: int) -> npt.NDArray[np.int64]:
-    """For each cut, how many scores exceed it."""
-    counts = np.bincount(num_cuts_below, minlength=num_cuts + 1)
-    return np.cumsum(counts[::-1])[::-1][1:]
-
-
 def _oracles(
     folder: Path, patients: Sequence[str], headline_cuts: Mapping[str, float], config: Config
 ) -> dict[str, OracleSearch]:
@@ -171,17 +131,7 @@ def _oracles(
             if scores.size:
                 step = max(1, scores.size // SAMPLED_SCORES)
                 parts += [scores[::step], scores.max(keepdims=True)]
-    return {m: OracleSearch(_cuts_to_try(parts, headline_cuts[m])) for m, parts in sampled.items()}
-
-
-def _cuts_to_try(sampled: Sequence[FloatArray], headline_cut: float) -> FloatArray:
-    """Ascending; quantiles that get denser towards the highest score."""
-    cuts = [np.float32(headline_cut)]
-    if sampled:
-        scores = np.concatenate(sampled)
-        shares = np.geomspace(1.0, 1.0 / scores.size, NUM_CUTS)
-        cuts += [np.nextafter(scores.min(), np.float32(-np.inf)), *np.quantile(scores, 1 - shares)]
-    return np.unique(np.asarray(cuts, dtype=np.float32))
+    return {m: OracleSearch(cuts_to_try(parts, headline_cuts[m])) for m, parts in sampled.items()}
 
 
 def _score_patient(
@@ -338,95 +288,3 @@ def _as_csv(cases: Iterable[Case]) -> str:
         values = (getattr(case.score, column) for column in columns)
         writer.writerow((case.patient, case.method, case.rule, *values))
     return text.getvalue()
-
-
-def results_table(summary: Mapping[str, Any]) -> str:
-    """summary.json for the terminal: means with their intervals, in plain text."""
-    strict = summary["strict"]
-    unscored = strict["num_without_truth"]
-    blocks = [
-        f"Strict protocol: {strict['num_test_patients']} test patients, "
-        f"{strict['num_without_object']} of them without the object; whole scans in 3-D, mean "
-        f"[{100 * strict['confidence']:g} % interval over patients]."
-        + (f"\n{unscored} more test patients have no truth mask." if unscored else ""),
-        f"Headline rule: {strict['headline_rule']}.\n" + _scores_block(strict["methods"]),
-        "Otsu's threshold within each slice\n" + _scores_block(strict["methods_otsu"]),
-        "Oracle: one cut per method, chosen WITH the test masks; not a result, only what the "
-        "scores could reach\n" + _oracle_block(strict["oracle_threshold"]),
-    ]
-    if strict["comparisons"]:
-        blocks.append(
-            "Dice of cldf minus that of the other rows, over patients that both score\n"
-            + _comparisons_block(strict["comparisons"])
-        )
-    if SUPERVISED in strict["methods"]:
-        blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
-    return "\n\n".join(blocks) + "\n"
-
-
-def _scores_block(rows: Mapping[str, Any]) -> str:
-    header = ["method", "Dice", "IoU", "HD95 mm", "specificity", "misses", "false alarms"]
-    lines = [
-        [
-            _marked(method),
-            _interval(row["dice"]),
-            _interval(row["iou"]),
-            _interval(row["hd95_mm"], digits=1),
-            _share(row["specificity"]),
-            str(row["misses"]),
-            str(row["false_alarms"]),
-        ]
-        for method, row in rows.items()
-    ]
-    return _aligned([header, *lines])
-
-
-def _oracle_block(rows: Mapping[str, Any]) -> str:
-    lines = [[_marked(m), _number(r["dice"]), _number(r["cut"], 4)] for m, r in rows.items()]
-    return _aligned([["method", "oracle Dice", "cut"], *lines])
-
-
-def _comparisons_block(rows: Mapping[str, Any]) -> str:
-    lines = [
-        [
-            _marked(method),
-            _interval({**row, "mean": row["difference"]}, signed=True),
-            _number(row["p"], 4),
-            _number(row["p_holm"], 4),
-            str(row["num_patients"]),
-            str(row["num_dropped"]),
-        ]
-        for method, row in rows.items()
-    ]
-    return _aligned([["method", "difference", "p", "p (Holm)", "patients", "dropped"], *lines])
-
-
-def _marked(method: str) -> str:
-    return f"{method} *" if method == SUPERVISED else method
-
-
-def _number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
-
-
-def _interval(values: Mapping[str, Any], digits: int = 3, *, signed: bool = False) -> str:
-    mean = _number(values["mean"], digits, signed=signed)
-    if values["low"] is None:
-        return mean
-    low, high = (_number(values[key], digits, signed=signed) for key in ("low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def _share(values: Mapping[str, Any]) -> str:
-    if values["specificity"] is None:
-        return "-"
-    return (
-        f"{values['specificity']:.2f} ({values['num_true_negatives']}/{values['num_empty_truth']})"
-    )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )

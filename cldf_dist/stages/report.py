@@ -48,7 +48,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     pictures = _draw_overlays(config, run, cases)
     page = _page(config, run.folder.parent, summary, cases, pictures)
     write_atomically(run.folder / "report.html", page)
-    print(run.folder / "report.html")
     return {"report": "report.html", "num_pictures": len(pictures)}
 
 

@@ -3,7 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cldf_dist.method.threshold import negative_cut, oracle_cut, otsu_cut
+from cldf_dist.method.threshold import OracleSearch, cuts_to_try, negative_cut, otsu_cut
+
+
+def best_cut(scores, truth):
+    pooled = [np.asarray(values, np.float32) for values in scores]
+    search = OracleSearch(cuts_to_try(pooled, float(np.median(np.concatenate(pooled)))))
+    for values, mask in zip(pooled, truth):
+        search.add(values, mask, int(mask.sum()))
+    best = search.best()
+    return best["cut"], best["dice"]
 
 
 def test_negative_cut_by_hand():
@@ -38,7 +47,7 @@ def test_otsu_separates_two_heaps_and_survives_a_constant():
 def test_oracle_cut_finds_the_perfect_cut():
     truth = [np.arange(50) >= 40, np.arange(30) >= 20]
     scores = [np.where(t, 0.9, 0.1) for t in truth]
-    cut, dice = oracle_cut(scores, truth)
+    cut, dice = best_cut(scores, truth)
     assert dice == 1
     assert 0.1 <= cut < 0.9
 
@@ -46,8 +55,8 @@ def test_oracle_cut_finds_the_perfect_cut():
 def test_oracle_cut_is_the_best_of_brute_force():
     rng = np.random.default_rng(1)
     truth = [rng.random(60) < share for share in (0.3, 0.1, 0.0)]
-    scores = [rng.random(60) + 0.5 * t for t in truth]
-    cut, dice = oracle_cut(scores, truth, num_cuts=2000)
+    scores = [(rng.random(60) + 0.5 * t).astype(np.float32) for t in truth]
+    cut, dice = best_cut(scores, truth)
 
     def mean_dice(c: float) -> float:
         values = []
@@ -65,7 +74,7 @@ def test_oracle_cut_is_the_best_of_brute_force():
 def test_a_false_alarm_in_a_healthy_patient_counts_zero():
     scores = [np.array([0.0, 0.2, 1.0]), np.array([0.0, 0.1, 0.5])]
     truth = [np.array([False, True, True]), np.zeros(3, bool)]
-    cut, dice = oracle_cut(scores, truth)
+    cut, dice = best_cut(scores, truth)
     assert 0.5 <= cut < 1  # below 0.5 the second patient would enter the mean with 0
     assert dice == pytest.approx(2 / 3)
 
@@ -84,4 +93,9 @@ def test_impossible_fraction_is_refused():
 
 
 def test_oracle_cut_is_exclusive():
-    assert oracle_cut([np.ones(4)], [np.ones(4, bool)]) == (1.0, 0.0)
+    search = OracleSearch(np.array([0.5, 1.0], np.float32))
+    search.add(np.ones(4, np.float32), np.ones(4, bool), 4)
+    assert search.best() == {"cut": 0.5, "dice": 1.0}
+    at_the_score = OracleSearch(np.array([1.0], np.float32))
+    at_the_score.add(np.ones(4, np.float32), np.ones(4, bool), 4)
+    assert at_the_score.best()["dice"] == 0

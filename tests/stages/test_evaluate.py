@@ -9,10 +9,11 @@ import pytest
 from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make_run, settings
 
 from cldf_dist.method.metrics import score_case
+from cldf_dist.method.threshold import OracleSearch
 from cldf_dist.run import Run
 from cldf_dist.stages import evaluate
-from cldf_dist.stages.evaluate import OracleSearch, results_table
 from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.tables import results_table
 
 DIAGONAL_MM = hypot(16, 16, 12)
 BASELINES = ("gradcam", "gradient_map", "cdm")

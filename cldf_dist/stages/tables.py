@@ -1,0 +1,102 @@
+"""The results as plain text, for the terminal and for table.txt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cldf_dist.stages.masks import SUPERVISED
+
+SAW_MASKS = "saw the training masks"
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+    """summary.json for the terminal: means with their intervals, in plain text."""
+    strict = summary["strict"]
+    unscored = strict["num_without_truth"]
+    blocks = [
+        f"Strict protocol: {strict['num_test_patients']} test patients, "
+        f"{strict['num_without_object']} of them without the object; whole scans in 3-D, mean "
+        f"[{100 * strict['confidence']:g} % interval over patients]."
+        + (f"\n{unscored} more test patients have no truth mask." if unscored else ""),
+        f"Headline rule: {strict['headline_rule']}.\n" + _scores_block(strict["methods"]),
+        "Otsu's threshold within each slice\n" + _scores_block(strict["methods_otsu"]),
+        "Oracle: one cut per method, chosen WITH the test masks; not a result, only what the "
+        "scores could reach\n" + _oracle_block(strict["oracle_threshold"]),
+    ]
+    if strict["comparisons"]:
+        blocks.append(
+            "Dice of cldf minus that of the other rows, over patients that both score\n"
+            + _comparisons_block(strict["comparisons"])
+        )
+    if SUPERVISED in strict["methods"]:
+        blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _scores_block(rows: Mapping[str, Any]) -> str:
+    header = ["method", "Dice", "IoU", "HD95 mm", "specificity", "misses", "false alarms"]
+    lines = [
+        [
+            _marked(method),
+            _interval(row["dice"]),
+            _interval(row["iou"]),
+            _interval(row["hd95_mm"], digits=1),
+            _share(row["specificity"]),
+            str(row["misses"]),
+            str(row["false_alarms"]),
+        ]
+        for method, row in rows.items()
+    ]
+    return _aligned([header, *lines])
+
+
+def _oracle_block(rows: Mapping[str, Any]) -> str:
+    lines = [[_marked(m), _number(r["dice"]), _number(r["cut"], 4)] for m, r in rows.items()]
+    return _aligned([["method", "oracle Dice", "cut"], *lines])
+
+
+def _comparisons_block(rows: Mapping[str, Any]) -> str:
+    lines = [
+        [
+            _marked(method),
+            _interval({**row, "mean": row["difference"]}, signed=True),
+            _number(row["p"], 4),
+            _number(row["p_holm"], 4),
+            str(row["num_patients"]),
+            str(row["num_dropped"]),
+        ]
+        for method, row in rows.items()
+    ]
+    return _aligned([["method", "difference", "p", "p (Holm)", "patients", "dropped"], *lines])
+
+
+def _marked(method: str) -> str:
+    return f"{method} *" if method == SUPERVISED else method
+
+
+def _number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def _interval(values: Mapping[str, Any], digits: int = 3, *, signed: bool = False) -> str:
+    mean = _number(values["mean"], digits, signed=signed)
+    if values["low"] is None:
+        return mean
+    low, high = (_number(values[key], digits, signed=signed) for key in ("low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _share(values: Mapping[str, Any]) -> str:
+    if values["specificity"] is None:
+        return "-"
+    return (
+        f"{values['specificity']:.2f} ({values['num_true_negatives']}/{values['num_empty_truth']})"
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
