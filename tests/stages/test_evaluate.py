@@ -9,7 +9,7 @@ import pytest
 from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make_run, settings
 
 from cldf_dist.method.metrics import score_case
-from cldf_dist.method.threshold import OracleSearch
+from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.run import Run
 from cldf_dist.stages import evaluate
 from cldf_dist.stages.masks import SUPERVISED
@@ -225,5 +225,5 @@ def test_without_segment_it_names_the_command(tmp_path):
 
 def test_headline_cut_is_among_those_the_oracle_tries():
     scores = [np.linspace(0, 1, 50, dtype=np.float32)]
-    assert np.float32(CUT + 0.003) in evaluate._cuts_to_try(scores, CUT + 0.003)
-    assert evaluate._cuts_to_try([], CUT).tolist() == [CUT]
+    assert np.float32(CUT + 0.003) in cuts_to_try(scores, CUT + 0.003)
+    assert cuts_to_try([], CUT).tolist() == [CUT]
