@@ -182,9 +182,13 @@ class FeatureCache:
     def _shard(self, name: str, shard: int) -> MappedShard:
         if (name, shard) not in self._shards:
             array = self._array(name)
-            self._shards[name, shard] = MappedShard(
+            mapped = MappedShard(
                 self._path(name, shard), self.slices_per_shard, array.shape[1:], array.dtype
             )
+            self._shards[name, shard] = mapped
+            if mapped.is_absent and not all(self.verify(row) for row in self.rows_of(shard)):
+                del self._shards[name, shard]
+                raise ValueError(f"{mapped.path} is lost: its slices were not all zeros; {REPAIR}")
         return self._shards[name, shard]
 
     def _path(self, name: str, shard: int) -> Path:
@@ -215,11 +219,14 @@ class MappedShard:
         self.path, self.shape, self.dtype = path, tuple(shape), dtype
         self._verified: set[int] = set()
         self._bytes: npt.NDArray[np.uint8] | None = None
-        if not path.exists():
+        self.is_absent = not path.exists()
+        if self.is_absent:
             return
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        index = np.array(self._bytes[-(16 * num_chunks + 4) :])
-        if len(index) != 16 * num_chunks + 4 or not _is_signed(index):
+        tail = 16 * num_chunks + 4
+        whole = path.stat().st_size >= tail
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if whole else np.zeros(0, np.uint8)
+        index = np.array(self._bytes[-tail:])
+        if not whole or not _is_signed(index):
             raise ValueError(f"{path} is damaged: its index is cut or changed; {REPAIR}")
         self._index = index[:-4].view("<u8").reshape(num_chunks, 2)
 

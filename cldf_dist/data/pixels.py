@@ -27,7 +27,7 @@ class SeedPixels:
     `rows` are the cache rows that may be used (training slices); `seeds` (slices, height, width)
     holds 1 object, 0 background, -1 unknown for each cache row. `num_background` pixels come half
     from the positive slice, half from the negative one (all from one of them where the other has
-    none).
+    none; from another positive slice where there is no negative one).
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class SeedPixels:
         )
         if not len(self.positive):
             raise ValueError("no training slice has an object seed; lower seeds.foreground")
-        if not has_background[rows].any():
+        self.with_background = np.array([row for row in rows if has_background[row]], dtype=np.int64)
+        if not len(self.with_background):
             raise ValueError("no training slice has a background seed; raise seeds.background")
         self.cache, self.taps, self.seeds, self.seed = cache, list(taps), seeds, seed
         self.num_foreground, self.num_background = num_foreground, num_background
@@ -66,12 +67,13 @@ class SeedPixels:
         """features (pixels, channels) float32, labels (pixels,) 1 or 0, sample_number."""
         rng = np.random.default_rng(sample_seed(self.seed, sample_number, "seed pixels"))
         row = int(self.positive[position])
-        partner = int(rng.choice(self.negative)) if len(self.negative) else row
-        here = self.num_background // 2
-        if partner == row or not (self.seeds[partner] == 0).any():
-            here = self.num_background
-        elif not (self.seeds[row] == 0).any():
-            here = 0
+        has_background = bool((self.seeds[row] == 0).any())
+        if not len(self.negative) and has_background:
+            partner, here = row, self.num_background
+        else:
+            partners = self.negative if len(self.negative) else self.with_background
+            partner = int(rng.choice(partners))
+            here = self.num_background // 2 if has_background else 0
         parts = [
             self._sample(row, 1, self.num_foreground, rng),
             self._sample(row, 0, here, rng),

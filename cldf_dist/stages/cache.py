@@ -72,8 +72,8 @@ class Slices:
         raise IndexError(row)
 
     @property
-    def labels(self) -> Any:
-        return np.concatenate([table.labels for table in self.tables])
+    def keys(self) -> list[str]:
+        return [key for table in self.tables for key in table.keys]
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -88,6 +88,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         FeatureCache(folder).sweep()
     wait_for_everyone()
     cache = FeatureCache(folder)
+    check_same_slices(cache, slices)
     mine = _owned_shards(cache.num_shards)
     todo = [shard for shard in mine if not cache.is_done(shard)]
     total = sum(len(cache.rows_of(shard)) for shard in mine)
@@ -102,8 +103,20 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 
 def cached_slices(shards: ShardSet) -> Slices:
-    """What the cache holds, in its order; a damaged slice that was dropped shifts nothing else."""
+    """The slices that the cache holds, in its order."""
     return Slices(tuple(shards.split(name) for name in CACHED_SPLITS))
+
+
+def check_same_slices(cache: FeatureCache, slices: Slices) -> None:
+    """Raise ValueError unless row n of the cache is, or will be, slice n."""
+    keys = slices.keys
+    same = len(cache) == len(keys)
+    if not same or any(stored not in ("", key) for stored, key in zip(cache.keys, keys)):
+        raise ValueError(
+            f"{cache.folder} was made for other slices than those prepared now (damaged slices "
+            "that data.on_damaged=skip drops change the list); delete the cache stage's folder and "
+            "run it again"
+        )
 
 
 def compute_shard(

@@ -6,6 +6,7 @@ threshold rules: same gate, same grid, same post-processing for CLDF and all bas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,24 @@ class PatientScores:
         temporary = folder / f".{self.patient}.partial.npz"
         np.savez_compressed(temporary, **arrays)
         temporary.replace(folder / f"{self.patient}.npz")
+
+    def spread(self, places: Sequence[int], num_slices: int) -> PatientScores:
+        """The same scores among `num_slices` slices; those without a score (their shard was
+        damaged, and data.on_damaged=skip) hold no subject and pass no gate."""
+        if len(places) == num_slices:
+            return self
+
+        def among_all(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            whole = np.zeros((num_slices, *part.shape[1:]), part.dtype)
+            whole[list(places)] = part
+            return whole
+
+        return PatientScores(
+            self.patient,
+            {name: among_all(scores) for name, scores in self.scores.items()},
+            among_all(self.probability),
+            among_all(self.foreground),
+        )
 
     @classmethod
     def load(cls, folder: Path, patient: str) -> PatientScores:

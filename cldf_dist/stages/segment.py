@@ -121,8 +121,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     with progress("segment", len(mine), "patients", shown=run.is_main) as bar:
         for name in mine:
             if not (folder / f"{name}.npz").exists():
-                keys, images = _slices_of(shards, name)
-                segmenter.score(name, keys, images).save(folder)
+                keys, images, places = _slices_of(shards, name)
+                scores = segmenter.score(name, keys, images)
+                scores.spread(places, len(shards.geometry(name).indices)).save(folder)
             bar.advance(note=name)
     wait_for_everyone()
     if run.is_main:
@@ -169,12 +170,15 @@ def _as_decoded(features: Tensor) -> Tensor:
     return stored.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def _slices_of(shards: ShardSet, patient: str) -> tuple[list[str], FloatArray]:
+def _slices_of(shards: ShardSet, patient: str) -> tuple[list[str], FloatArray, list[int]]:
+    """Keys and images of a patient's slices, and their places among all that were prepared."""
+    prepared = list(shards.geometry(patient).indices)
     for split in ("validation", "test"):
         table = shards.split(split)
         rows = [row for row, name in enumerate(table.patients) if name == patient]
         if rows:
-            return [table.keys[row] for row in rows], table.read_images(rows)
+            places = [prepared.index(int(table.indices[row])) for row in rows]
+            return [table.keys[row] for row in rows], table.read_images(rows), places
     raise ValueError(f"{patient} has no prepared slices")
 
 
@@ -187,10 +191,11 @@ def _cuts_without_masks(
     table = shards.split("validation")
     pools: dict[str, list[npt.NDArray[np.float32]]] = {row: [] for row in rows}
     for patient in shards.patients["validation"]:
-        labels = table.labels[[name == patient for name in table.patients]]
         scores = PatientScores.load(folder, patient)
+        mine = [name == patient for name in table.patients]
+        negatives = table.indices[mine][table.labels[mine] == 0]
+        negative = np.isin(shards.geometry(patient).indices, negatives)
         for row in rows:
-            negative = labels == 0
             pools[row].append(scores.scores[row][negative][scores.foreground[negative]])
     cuts = {row: negative_cut(np.concatenate(pools[row]), fraction) for row in rows}
     return {"rule": "negatives", "negative_fraction": fraction, "cuts": cuts}

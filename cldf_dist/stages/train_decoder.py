@@ -25,7 +25,7 @@ from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, from_main, wait_for_everyone
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
-from cldf_dist.stages.cache import STORE, Slices, cached_slices
+from cldf_dist.stages.cache import STORE, Slices, cached_slices, check_same_slices
 from cldf_dist.stages.loading import shard_set
 from cldf_dist.stages.masks import SUPERVISED
 from cldf_dist.tasks.contrast import Contrast
@@ -48,6 +48,7 @@ class TrainingPixels:
 def run(config: Config, run: Run) -> dict[str, Any]:
     cache = FeatureCache(run.needs("cache") / STORE)
     slices = cached_slices(shard_set(config, run))
+    check_same_slices(cache, slices)
     rows = np.arange(len(slices.tables[0]))
     seeds = np.stack([cache.read("seeds", int(row)) for row in rows])
     pixels = TrainingPixels(cache, config.features.taps, rows, seeds)
