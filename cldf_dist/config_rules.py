@@ -44,7 +44,7 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if any(part in ("", ".", "..") for part in config.name.split("/")) or "\\" in config.name:
         yield f"name must be a plain folder name, got {config.name!r}"
-    if data.dataset != "phantom" and not data.root:
+    if data.dataset != "phantom" and not data.root and not config.input:
         yield f"data.root must name the folder of the {data.dataset} data; add data.root=FOLDER"
     depth = 2 ** (len(config.diffusion.net.channels) - 1)
     if data.image_size < 16 or data.image_size % depth:

@@ -1,0 +1,247 @@
+"""The documentation names what is there: files, commands, settings, links."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cldf_dist.config import Config, flatten, load
+from cldf_dist.stages import STAGES, stage_named
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "slurm/*.md", "kernels/*.md")
+    for path in ROOT.glob(pattern)
+)
+WITH_COMMANDS = [path for path in PAGES if path.parent != ROOT / "kernels"]
+SECTIONS = [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
+FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".py", ".txt", ".yaml", ".zarr")
+HARDWARE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """The blocks of a page that are marked as `language`; "" are those without a mark."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [body for marked, body in blocks if marked == language]
+
+
+def code_spans(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """Every line of the shell blocks, and every code span that could be one, as words."""
+    for block in fenced(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line, comments=True)
+    for span in code_spans(page):
+        if span.split()[0] in ("cldf", "accelerate", "make", "sbatch", "slurm/pipeline.sh"):
+            yield shlex.split(span)
+
+
+def program_calls(page: Path) -> Iterator[list[str]]:
+    """What follows `cldf`, however it is started; without what only stands for something else."""
+    for words in command_lines(page):
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words[:1] == ["cldf"]:
+            call = words[1:]
+        elif words[:2] == ["accelerate", "launch"] and "cldf_dist" in words:
+            call = words[words.index("cldf_dist") + 1 :]
+        elif words[:1] == ["sbatch"] and "slurm/stage.sbatch" in words:
+            call = words[words.index("slurm/stage.sbatch") + 1 :]
+        elif words[:1] == ["slurm/pipeline.sh"]:
+            call = ["run", *words[1:]]
+        else:
+            continue
+        if call and call[0] not in ("STAGE", "..."):
+            yield call
+
+
+def launches() -> list[list[str]]:
+    return [
+        words[words.index("launch") + 1 :]
+        for page in WITH_COMMANDS
+        for words in command_lines(page)
+        if "accelerate" in words and "launch" in words and "-m" in words
+    ]
+
+
+CALLS = [(page, call) for page in WITH_COMMANDS for call in program_calls(page)]
+
+
+def test_the_pages_hold_commands_to_check() -> None:
+    assert {"cluster.md", "data.md"} <= {page.name for page, _ in CALLS}
+    assert launches()
+
+
+@pytest.mark.parametrize(
+    ("page", "call"), CALLS, ids=[f"{page.name}: {' '.join(call)}" for page, call in CALLS]
+)
+def test_commands_name_stages_files_and_settings_that_exist(page: Path, call: list[str]) -> None:
+    name, *words = call
+    fit_section = "" if name == "run" else stage_named(name).fit_section
+    options = [word for word in words if word.startswith("--")]
+    settings = [word for word in words if "=" in word]
+    files = [word for word in words if word not in options and word not in settings]
+    assert set(options) <= {"--dry-run"}
+    if any(not word.isupper() and word != "..." for word in files):  # CONFIG stands for any
+        load([str(ROOT / word) for word in files], settings, fit_section=fit_section)
+
+
+def test_launch_lines_are_what_accelerate_takes() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    for words in launches():
+        arguments = launch_command_parser().parse_args([w for w in words if w != "..."])
+        assert (ROOT / arguments.config_file).is_file(), arguments.config_file
+        assert arguments.module
+        assert arguments.training_script == "cldf_dist"
+
+
+def test_make_lines_name_targets_that_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [
+        word
+        for page in WITH_COMMANDS
+        for words in command_lines(page)
+        if words[:1] == ["make"]
+        for word in words[1:]
+        if "=" not in word
+    ]
+    assert "test" in named
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_settings_in_the_text_exist(page: Path) -> None:
+    known = flatten(Config())
+    for span in code_spans(page):
+        path = span.split("=")[0]
+        is_setting = re.fullmatch(rf"({'|'.join(SECTIONS)})\.[a-z0-9_.]+", path)
+        if is_setting and not path.endswith(FILE_ENDINGS):
+            assert path in known or any(key.startswith(f"{path}.") for key in known), span
+
+
+def test_constants_in_the_table_are_the_defaults() -> None:
+    known = flatten(Config())
+    table = (ROOT / "docs" / "method.md").read_text().split("## Constants")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (.*?) \|", table, re.MULTILINE)
+    assert len(rows) > 20
+    for keys, written in rows:
+        first, *others = re.findall(r"`([^`]+)`", keys)
+        prefix = first.rsplit(".", 1)[0]
+        paths = [first, *(f"{prefix}{key}" if key.startswith(".") else key for key in others)]
+        values = [known[path] for path in paths]
+        between = "; " if len(values) > 1 and any(isinstance(v, tuple) for v in values) else ", "
+        assert written == between.join(as_written(value) for value in values), keys
+
+
+def as_written(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_the_cluster_page_knows_which_stages_work_on_one_process() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    table = page.split("## What is distributed")[1].split("\n\n")[1]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    rows = [set(re.findall(r"`([^`]+)`", cell)) for cell in cells]
+    assert rows[0] == {stage.name for stage in STAGES if not stage.distributed}
+    assert set().union(*rows) == {stage.name for stage in STAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_path_of_the_readme_tree_exists() -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("there is no README.md yet")
+    trees = [block for block in fenced(readme, "") if (ROOT / (block.split() or ["?"])[0]).is_dir()]
+    if not trees:
+        pytest.skip("README.md has no fenced block whose lines start with paths")
+    for tree in trees:
+        parents: list[tuple[int, Path]] = [(-1, ROOT)]
+        for line in filter(str.strip, tree.splitlines()):
+            depth = len(line) - len(line.lstrip())
+            parents = [entry for entry in parents if entry[0] < depth]
+            path = parents[-1][1] / line.split()[0]
+            assert path.exists(), line
+            parents.append((depth, path))
+
+
+def test_changelog_has_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=name_of)
+def test_every_config_loads(config: Path) -> None:
+    is_size = config.name == "small.yaml"  # laid over an experiment
+    files = [str(ROOT / "configs" / "brats.yaml"), str(config)] if is_size else [str(config)]
+    assert load(files, ["data.root=somewhere"]).name == "-".join(Path(f).stem for f in files)
+
+
+@pytest.mark.parametrize("hardware", HARDWARE, ids=name_of)
+def test_accelerate_accepts_every_hardware_file(hardware: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(hardware)).num_processes >= 1  # unknown keys raise
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["slurm/stage.sbatch", "slurm/pipeline.sh", "slurm/cluster.env.example", ".ci/run"],
+)
+def test_shell_scripts_parse(script: str) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    subprocess.run([bash, "-n", str(ROOT / script)], check=True)
+
+
+def test_slurm_dry_run_shows_every_stage_behind_those_it_needs(tmp_path: Path) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("there is no bash")
+    debug = str(ROOT / "configs" / "debug.yaml")
+    (tmp_path / "debug" / "prepare").mkdir(parents=True)
+    (tmp_path / "debug" / "prepare" / "DONE").touch()
+    environment = {
+        **os.environ,
+        "CLDF_PYTHON": sys.executable,
+        "CLDF_CLUSTER_ENV": str(ROOT / "slurm" / "cluster.env.example"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "pipeline.sh"), "--dry-run", debug, f"runs={tmp_path}"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[1:]}
+    assert list(rows) == [stage.name for stage in STAGES]
+    assert rows["prepare"][1] == "finished"
+    assert rows["train-cam"][-1] == "-"  # all it needs is there
+    assert rows["cache"][-1] == "afterok:train-diffusion:train-classifier:train-cam"
+    assert "--gpus-per-node=4" in rows["cache"]
+    assert "--gpus-per-node=4" not in rows["report"]
