@@ -52,6 +52,7 @@ def opened(config: Config, stage: str = "train-cam") -> Run:
     return run
 
 
+@pytest.mark.slow  # imports MLflow and makes the database
 def test_a_stage_is_a_nested_run_with_metrics_and_settings(config: Config) -> None:
     run = opened(config)
     for step in (2, 4):
@@ -114,7 +115,6 @@ def test_many_metrics_go_in_several_requests(config: Config) -> None:
     assert [entry.step for entry in history] == list(range(120))
 
 
-@pytest.mark.slow
 def test_an_unreachable_server_warns_once_and_training_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
