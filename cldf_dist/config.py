@@ -287,7 +287,7 @@ class Config:
 def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: str = "") -> Config:
     """The defaults, overlaid by the YAML files in order, then by `key=value` words; checked.
 
-    `fit_section` is the section that a bare `fit.KEY=VALUE` on the command line means, say `cam.fit`.
+    `fit_section` (say `cam.fit`) is what a bare `fit.KEY=VALUE` on the command line means.
     Raises ValueError with the dotted path for an unknown key, a wrong type or a broken rule, and
     FileNotFoundError for a missing file.
     """

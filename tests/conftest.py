@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores
 
+import fcntl
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,12 +48,16 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> DebugRun:
     """The whole debug pipeline, finished. Read-only: take a copy to change anything."""
     from cldf_dist.__main__ import main
 
-    run = DebugRun(tmp_path_factory.mktemp("debug"))
-    assert main(["run", *run.words]) == 0
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    folder = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    run = DebugRun(folder / "debug_run")
+    with (folder / "debug_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first test worker computes, the others find it done
+        assert main(["run", *run.words]) == 0
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """The environment of a process that has only this checkout and one thread."""
     inherited = {
@@ -90,10 +97,27 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
 
 
 @pytest.fixture
+def interrupt_when() -> Callable[[Callable[[], bool]], None]:
+    """Press Ctrl-C in this very process as soon as a claim becomes true."""
+
+    def watch(claim: Callable[[], bool]) -> None:
+        def press() -> None:
+            while not claim():
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press, daemon=True).start()
+
+    return watch
+
+
+@pytest.fixture
 def wait_until() -> Callable[..., None]:
     """Wait for a claim to become true while a process lives; fails with what the process said."""
 
-    def wait(claim: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 240) -> None:
+    def wait(
+        claim: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 240
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not claim():
             if process.poll() is not None or time.monotonic() > deadline:

@@ -194,5 +194,7 @@ def test_weights_come_back_frozen_with_their_description(tmp_path: Path) -> None
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*net\.safetensors; train the net first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights at .*net\.safetensors; train the net first"
+    ):
         load_net(nn.Linear(1, 1), tmp_path)

@@ -19,7 +19,8 @@ HOLDER = """
 import sys, time
 from cldf_dist.config import Config, Tracking
 from cldf_dist.run import Run
-run = Run(Config(name="trial", runs=sys.argv[1], tracking=Tracking(enabled=False)), "train-cam", ("cam",))
+config = Config(name="trial", runs=sys.argv[1], tracking=Tracking(enabled=False))
+run = Run(config, "train-cam", ("cam",))
 run.open()
 print("held", flush=True)
 time.sleep(600)
@@ -59,9 +60,13 @@ def test_a_stage_is_finished_when_it_says_so_and_not_before(config: Config) -> N
 def test_a_missing_input_names_the_command_that_makes_it(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["cldf", "train-cam", "a.yaml", "b.yaml", "--dry-run", "seed=3"])
+    monkeypatch.setattr(
+        "sys.argv", ["cldf", "train-cam", "a.yaml", "b.yaml", "--dry-run", "seed=3"]
+    )
     assert command_for("prepare") == "cldf prepare a.yaml b.yaml seed=3"
-    with pytest.raises(FileNotFoundError, match=r"trial/prepare is not finished; run: cldf prepare a\.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=r"trial/prepare is not finished; run: cldf prepare a\.yaml"
+    ):
         make(config).needs("prepare")
     opened(config, "prepare").close()
     with pytest.raises(FileNotFoundError, match="is not finished"):
@@ -73,7 +78,9 @@ def test_a_folder_in_use_names_the_process_and_is_free_after_it_was_killed(
 ) -> None:
     holder = start("-c", HOLDER, config.runs)
     assert holder.stdout.readline() == "held\n", holder.communicate()
-    with pytest.raises(RuntimeError, match=f"trial/train-cam is in use by process {holder.pid} on "):
+    with pytest.raises(
+        RuntimeError, match=f"trial/train-cam is in use by process {holder.pid} on "
+    ):
         opened(config)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -93,7 +100,9 @@ def test_a_changed_setting_is_refused_with_key_old_and_new_value(config: Config)
     opened(config).close()
     changed = replace(config, cam=replace(config.cam, dropout=0.25))
     refused = make(changed)
-    with pytest.raises(ValueError, match=r"was made with cam\.dropout=0\.1, not 0\.25; take another name"):
+    with pytest.raises(
+        ValueError, match=r"was made with cam\.dropout=0\.1, not 0\.25; take another name"
+    ):
         refused.open()
     assert read_config(refused.folder / "config.yaml") == config, "what was made stays described"
     opened(config).close()
@@ -138,7 +147,12 @@ def test_metrics_are_cut_back_to_the_step_that_is_resumed_from(config: Config) -
     again.start_logging_from(3)
     again.log(4, {"loss": 9.0})
     again.close()
-    assert [(line["step"], line["loss"]) for line in lines(again)] == [(1, 1), (2, 1 / 2), (3, 1 / 3), (4, 9)]
+    assert [(line["step"], line["loss"]) for line in lines(again)] == [
+        (1, 1),
+        (2, 1 / 2),
+        (3, 1 / 3),
+        (4, 9),
+    ]
     assert all(line["time"] > 1e9 for line in lines(again))
 
 
@@ -217,7 +231,9 @@ def test_seconds_add_up_over_the_starts(config: Config) -> None:
 def test_a_folder_that_cannot_be_made_is_explained(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     blocked = make(replace(config, runs=str(tmp_path / "file")))
-    with pytest.raises(OSError, match=r"cannot write the run folder .*; choose another with runs=FOLDER"):
+    with pytest.raises(
+        OSError, match=r"cannot write the run folder .*; choose another with runs=FOLDER"
+    ):
         blocked.open()
 
 

@@ -69,7 +69,9 @@ def test_a_stage_is_a_nested_run_with_metrics_and_settings(config: Config) -> No
     assert [(entry.step, entry.value) for entry in history] == [(2, 0.5), (4, 0.25)]
 
 
-def test_a_stage_that_is_started_again_goes_on_in_the_same_run_without_doubles(config: Config) -> None:
+def test_a_stage_that_is_started_again_goes_on_in_the_same_run_without_doubles(
+    config: Config,
+) -> None:
     run = opened(config)
     for step in (1, 2, 3):
         run.log(step, {"loss": float(step)})
@@ -100,7 +102,9 @@ def test_a_run_that_the_server_forgot_is_made_anew(config: Config) -> None:
     client = client_of(config)
     experiment = client.get_experiment_by_name("cldf").experiment_id
     parent = [r for r in client.search_runs([experiment]) if r.info.run_name == config.name]
-    mine = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent[0].info.run_id}'")
+    mine = client.search_runs(
+        [experiment], f"tags.`mlflow.parentRunId` = '{parent[0].info.run_id}'"
+    )
     assert sorted(len(run.data.metrics) for run in mine) == [0, 1]
 
 
@@ -149,7 +153,8 @@ def test_without_tracking_mlflow_is_not_imported(
 import sys
 from cldf_dist.config import Config, Tracking
 from cldf_dist.run import Run
-run = Run(Config(name="trial", runs={str(tmp_path)!r}, tracking=Tracking(enabled=False)), "cache", ())
+config = Config(name="trial", runs={str(tmp_path)!r}, tracking=Tracking(enabled=False))
+run = Run(config, "cache", ())
 run.open()
 run.log(1, {{"loss": 1.0}})
 run.finish()

@@ -125,6 +125,10 @@ class FeatureCache:
             name: np.ascontiguousarray(values[name], dtype=self._array(name).dtype)
             for name in self.names
         }
+        for name in ("done", "key", *self.names):  # zarr reads what a killed writer left there
+            self._path(name, shard).unlink(missing_ok=True)
+            self._shards.pop((name, shard), None)
+        self._known_done.discard(shard)
         for name, value in stored.items():
             self._array(name)[rows.start : rows.stop] = value
         self._array("key")[rows.start : rows.stop] = np.stack([_encoded(key) for key in keys])

@@ -49,7 +49,9 @@ class SeedPixels:
         )
         if not len(self.positive):
             raise ValueError("no training slice has an object seed; lower seeds.foreground")
-        self.with_background = np.array([row for row in rows if has_background[row]], dtype=np.int64)
+        self.with_background = np.array(
+            [row for row in rows if has_background[row]], dtype=np.int64
+        )
         if not len(self.with_background):
             raise ValueError("no training slice has a background seed; raise seeds.background")
         self.cache, self.taps, self.seeds, self.seed = cache, list(taps), seeds, seed

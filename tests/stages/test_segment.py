@@ -1,0 +1,137 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cldf_dist.__main__ import main
+from cldf_dist.config import load
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.nifti import read_nifti
+from cldf_dist.data.shards import ShardSet
+from cldf_dist.method.features import extract_features
+from cldf_dist.run import Run
+from cldf_dist.stages.cache import FrozenNets, half_pixel_major
+from cldf_dist.stages.masks import METHODS, SUPERVISED, PatientScores
+from cldf_dist.stages.segment import Segmenter
+
+EARLIER = (
+    "prepare", "train-diffusion", "train-classifier", "train-cam", "cache", "train-decoder",
+)  # fmt: skip
+
+
+def test_features_of_new_slices_are_those_of_the_cache(debug_run: Any) -> None:
+    """Validation slices are in the cache; here they are extracted one by one, as if new."""
+    config = load([debug_run.words[0]], debug_run.words[1:])
+    prepared = ShardSet(debug_run.folder / "prepare")
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    nets = FrozenNets.load(Run(config, "segment", ()))
+    first, table = len(prepared.split("train")), prepared.split("validation")
+    assert len(cache) == first + len(table)
+    for row in range(0, len(table), 3):
+        image = torch.from_numpy(table.read_image(row))[None]
+        found = extract_features(
+            nets.diffusion, nets.schedule, image, [table.keys[row]], config.features
+        )
+        assert set(found) == {"up0.1", "up1.1"}
+        for tap, features in found.items():
+            stored = cache.read(tap, first + row)
+            new = half_pixel_major(features)[0].numpy()
+            assert new.dtype == stored.dtype == np.float16
+            # another batch size may round the last bit of a float16 otherwise
+            np.testing.assert_allclose(new, stored, rtol=2e-3, atol=2e-3)
+
+
+def test_scores_are_kept_for_validation_and_test_patients(debug_run: Any) -> None:
+    prepared = ShardSet(debug_run.folder / "prepare")
+    folder = debug_run.folder / "segment" / "scores"
+    expected = sorted([*prepared.patients["validation"], *prepared.patients["test"]])
+    assert sorted(path.stem for path in folder.iterdir()) == expected
+    for patient in expected:
+        scores = PatientScores.load(folder, patient)
+        assert set(scores.scores) == {*METHODS, SUPERVISED}
+        for maps in scores.scores.values():
+            assert maps.shape == scores.foreground.shape == (len(scores.probability), 32, 32)
+            assert np.isfinite(maps).all()
+        assert 0 <= scores.scores["cldf"].min() <= scores.scores["cldf"].max() <= 1
+
+
+def test_each_cut_is_exceeded_by_the_share_of_negative_validation_pixels(debug_run: Any) -> None:
+    prepared = ShardSet(debug_run.folder / "prepare")
+    table = prepared.split("validation")
+    stored = json.loads((debug_run.folder / "segment" / "thresholds.json").read_text())
+    assert set(stored["cuts"]) == {*METHODS, SUPERVISED}
+    for row, cut in stored["cuts"].items():
+        pool = []
+        for patient in prepared.patients["validation"]:
+            scores = PatientScores.load(debug_run.folder / "segment" / "scores", patient)
+            negative = table.labels[[name == patient for name in table.patients]] == 0
+            pool.append(scores.scores[row][negative][scores.foreground[negative]])
+        above = float((np.concatenate(pool) > cut).mean())
+        assert above <= stored["negative_fraction"] + 1e-9
+        assert above > 0 or cut == np.concatenate(pool).max() or row != "cldf"
+
+
+def test_the_mask_is_where_the_probability_exceeds_one_half(debug_run: Any) -> None:
+    folder = debug_run.folder / "segment"
+    for path in (folder / "probability").iterdir():
+        probability, _ = read_nifti(path)
+        mask, _ = read_nifti(folder / "masks" / "cldf" / path.name)
+        sure = np.abs(probability - 0.5) > 1e-6
+        np.testing.assert_array_equal(mask[sure] > 0, probability[sure] > 0.5)
+
+
+def test_an_interrupted_segmentation_scores_only_the_missing_patients(
+    debug_run: Any, tmp_path: Path
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER, "segment")
+    folder = run.folder / "segment"
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "masks")
+    missing, *kept = sorted((folder / "scores").iterdir())
+    missing.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert main(["segment", *run.words]) == 0
+    assert missing.exists()
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    for path in (debug_run.folder / "segment" / "masks").rglob("*.nii.gz"):
+        again = folder / path.relative_to(debug_run.folder / "segment")
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_slices_below_the_gate_are_emptied(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    assert main(["segment", *run.words, "segment.gate_probability=0.9999"]) == 0
+    masks = list((run.folder / "segment" / "masks").rglob("*.nii.gz"))
+    assert len(masks) == 3 * (len(METHODS) + 1)
+    assert not any(read_nifti(path)[0].any() for path in masks)
+
+
+def test_the_reference_row_is_there_only_where_it_was_trained(
+    debug_run: Any, tmp_path: Path
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    shutil.rmtree(run.folder / "train-decoder" / SUPERVISED)
+    config = load([run.words[0]], run.words[1:])
+    assert Segmenter.load(config, Run(config, "segment", ())).rows == METHODS
+    config = load([debug_run.words[0]], debug_run.words[1:])
+    assert Segmenter.load(config, Run(config, "segment", ())).rows == (*METHODS, SUPERVISED)
+
+
+@pytest.mark.parametrize("patient", ["phantom_000"])
+def test_scores_do_not_depend_on_the_batch_size(debug_run: Any, patient: str) -> None:
+    prepared = ShardSet(debug_run.folder / "prepare")
+    table = prepared.split("train")
+    patient = table.patients[0]
+    rows = [row for row, name in enumerate(table.patients) if name == patient]
+    keys, images = [table.keys[row] for row in rows], table.read_images(rows)
+    scored = []
+    for size in (2, 16):
+        config = load([debug_run.words[0]], [*debug_run.words[1:], f"segment.batch_size={size}"])
+        segmenter = Segmenter.load(config, Run(config, "segment", ()))
+        scored.append(segmenter.score(patient, keys, images))
+    for row, maps in scored[0].scores.items():
+        np.testing.assert_allclose(maps, scored[1].scores[row], atol=2e-3, err_msg=row)

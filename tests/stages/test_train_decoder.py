@@ -1,0 +1,83 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cldf_dist.__main__ import main
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.shards import ShardSet
+from cldf_dist.stages.loading import load_decoder
+from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.train_decoder import TrainingPixels, feature_statistics
+
+EARLIER = ("prepare", "cache")
+
+
+@pytest.fixture
+def pixels(debug_run: Any) -> TrainingPixels:
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    rows = np.arange(len(ShardSet(debug_run.folder / "prepare").split("train")))
+    labels = np.stack([cache.read("seeds", int(row)) for row in rows])
+    return TrainingPixels(cache, ("up0.1", "up1.1"), rows, labels)
+
+
+def test_statistics_are_those_of_the_training_slices(pixels: TrainingPixels) -> None:
+    mean, spread = feature_statistics(pixels, seed=0)
+    expected = []
+    for tap in pixels.taps:
+        stored = np.stack([pixels.cache.read(tap, int(row)) for row in pixels.rows])
+        flat = stored.astype(np.float64).transpose(0, 2, 3, 1, 4)
+        expected.append(flat.reshape(-1, flat.shape[-2] * flat.shape[-1]))
+    np.testing.assert_allclose(mean, np.concatenate([e.mean(0) for e in expected]), atol=1e-4)
+    np.testing.assert_allclose(spread, np.concatenate([e.std(0) for e in expected]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("row", [".", SUPERVISED])
+def test_prototypes_are_unit_vectors_one_a_class(debug_run: Any, row: str) -> None:
+    net, prototypes = load_decoder(debug_run.folder / "train-decoder" / row)
+    assert prototypes.shape == (2, 8)
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(2))
+    assert not torch.equal(prototypes[0], prototypes[1])
+    assert not net.training
+
+
+def test_the_reference_decoder_differs_from_that_of_the_method(debug_run: Any) -> None:
+    folder = debug_run.folder / "train-decoder"
+    mine = (folder / "net.safetensors").read_bytes()
+    assert mine != (folder / SUPERVISED / "net.safetensors").read_bytes()
+
+
+def test_a_stop_between_the_two_decoders_costs_only_the_second(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER, "train-decoder")
+    folder = run.folder / "train-decoder"
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / SUPERVISED)
+    checkpoint = folder / "checkpoints" / "step-00000006" / "task.safetensors"
+    before = checkpoint.stat().st_mtime_ns
+    assert main(["train-decoder", *run.words]) == 0
+    assert "train-decoder: resuming after step 6" in capsys.readouterr().err
+    assert checkpoint.stat().st_mtime_ns == before
+    for name in ("net.safetensors", "net.json", f"{SUPERVISED}/net.safetensors"):
+        assert (folder / name).read_bytes() == (
+            debug_run.folder / "train-decoder" / name
+        ).read_bytes(), name
+
+
+def test_without_training_masks_there_is_no_reference_row(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    path = run.folder / "prepare" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"]:
+        for sample in shard["samples"]:
+            sample["mask"] = None
+    path.write_text(json.dumps(manifest))
+    assert main(["train-decoder", *run.words]) == 0
+    assert not (run.folder / "train-decoder" / SUPERVISED).exists()
+    name = "train-decoder/net.safetensors"
+    assert (run.folder / name).read_bytes() == (debug_run.folder / name).read_bytes()

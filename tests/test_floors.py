@@ -1,0 +1,149 @@
+"""Imports point down the floors of the design, read from the source: nothing is imported here."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "cldf_dist": 0,  # the version
+    "cldf_dist.config": 0,
+    "cldf_dist.config_rules": 0,
+    "cldf_dist.config_types": 0,
+    "cldf_dist.seeding": 0,
+    "cldf_dist.processes": 0,
+    "cldf_dist.progress": 0,
+    "cldf_dist.stopping": 0,
+    "cldf_kernels": 0,
+    "cldf_dist.data": 1,
+    "cldf_dist.nets": 1,
+    "cldf_dist.method": 1,
+    "cldf_dist.checkpoint": 2,
+    "cldf_dist.run": 2,
+    "cldf_dist.tracking": 2,
+    "cldf_dist.tasks": 2,
+    "cldf_dist.fit": 2,
+    "cldf_dist.stages": 3,
+    "cldf_dist.pipeline": 4,
+    "cldf_dist.__main__": 4,
+}
+SIBLINGS = ("cldf_dist.data", "cldf_dist.nets", "cldf_dist.method")
+FORBIDDEN = {
+    "cldf_dist.fit": ("cldf_dist.tasks", "cldf_dist.nets", "cldf_dist.method", "cldf_dist.data"),
+    "cldf_dist.checkpoint": ("cldf_dist.tasks", "cldf_dist.nets", "cldf_dist.fit"),
+    "cldf_dist.tasks": ("cldf_dist.fit", "cldf_dist.run", "cldf_dist.data"),
+}
+# config.check() asks the rules, which need the types of config; the import is inside a function
+MUTUAL = {
+    ("cldf_dist.config", "cldf_dist.config_rules"),
+    ("cldf_dist.config_rules", "cldf_dist.config"),
+}
+FOLDERS = {"cldf_dist": ROOT / "cldf_dist", "cldf_kernels": ROOT / "kernels" / "cldf_kernels"}
+MODULES = {
+    ".".join((name, *path.relative_to(folder).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for name, folder in FOLDERS.items()
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+def imported(path: Path, source: str | None = None) -> Iterator[str]:
+    """Full names of all that a file imports, inside functions too; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source or path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name: str) -> str | None:
+    """The longest entry of FLOORS that holds the name; None for other packages."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in FLOORS:
+            return ".".join(parts[:length])
+    return None
+
+
+def offences(module: str, names: Iterator[str]) -> list[str]:
+    mine = room(module)
+    assert mine is not None
+    found = []
+    for name in names:
+        theirs = room(name)
+        if theirs is None or theirs == mine:
+            continue
+        if FLOORS[theirs] > FLOORS[mine]:
+            found.append(f"{module} (floor {FLOORS[mine]}) imports {name} (floor {FLOORS[theirs]})")
+        if mine in SIBLINGS and theirs in SIBLINGS:
+            found.append(f"{module} imports its sibling {name}")
+        if theirs in FORBIDDEN.get(mine, ()):
+            found.append(f"{module} must not know {name}")
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert len(MODULES) > 40
+    homeless = [
+        name for name in MODULES if name != "cldf_dist" and room(name) in (None, "cldf_dist")
+    ]
+    assert not homeless, "say in FLOORS, and in the design, where they belong"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    assert offences(module, imported(MODULES[module])) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("cldf_dist.config", "from cldf_dist.data import slices"),
+        ("cldf_dist.data.stream", "from cldf_dist.method.noise import Schedule"),
+        ("cldf_dist.method.noise", "def late():\n    import cldf_dist.nets.unet"),
+        ("cldf_dist.fit", "from cldf_dist.tasks.denoise import Denoise"),
+        ("cldf_dist.run", "from cldf_dist.stages import STAGES"),
+        ("cldf_dist.stages.cache", "from cldf_dist import pipeline"),
+        ("cldf_kernels.supcon", "import cldf_dist.data"),
+    ],
+)
+def test_an_import_upwards_is_found(module: str, line: str) -> None:
+    assert offences(module, imported(MODULES[module], line))
+
+
+def test_modules_import_each_other_only_where_it_is_said() -> None:
+    pairs = set()
+    for module, path in MODULES.items():
+        for name in imported(path):
+            for target in (name, name.rpartition(".")[0]):
+                if target in MODULES and target not in ("cldf_dist", module):
+                    pairs.add((module, target))
+    assert {pair for pair in pairs if pair[::-1] in pairs} == MUTUAL
+
+
+def test_the_kernels_need_torch_and_triton_alone() -> None:
+    allowed = {"torch", "triton", "cldf_kernels", *sys.stdlib_module_names}
+    for module, path in MODULES.items():
+        if module.startswith("cldf_kernels"):
+            assert {name.split(".")[0] for name in imported(path)} <= allowed, module
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "config_rules", "config_types", "seeding", "run", "stages"]
+)
+def test_what_the_command_line_loads_first_imports_no_torch(module: str) -> None:
+    """At the top of the file; processes and progress import torch and rich only when they work."""
+    tree = ast.parse(MODULES[f"cldf_dist.{module}"].read_text())
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.split(".")[0] for node in top for name in imported(Path(), ast.unparse(node))}
+    assert names <= {"cldf_dist", *sys.stdlib_module_names}
+
+
+def test_nothing_is_called_common() -> None:
+    for module in MODULES:
+        assert not {"utils", "common", "base", "misc", "helpers"} & set(module.split(".")), module
