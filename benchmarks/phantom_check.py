@@ -243,7 +243,7 @@ def _head_mask(image: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 
 def _append_rows(path: Path, seed: int, rows: list[tuple[str, float, float]]) -> None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
     versions = (
         f"python {platform.python_version()} numpy {np.__version__} scipy {scipy.__version__}"

@@ -28,10 +28,10 @@ SIGNAL = {
     "fluid": (0.16, 0.17, 0.19, 0.92),
     "grey": (0.60, 0.45, 0.49, 0.60),
     "white": (0.46, 0.62, 0.65, 0.43),
-    "hyperintensity": (0.82, 0.53, 0.56, 0.66),
+    "hyperintensity": (0.88, 0.53, 0.56, 0.66),
     "vessel": (0.40, 0.45, 0.98, 0.25),
     "plexus": (0.66, 0.45, 0.95, 0.72),
-    "oedema": (0.76, 0.45, 0.49, 0.73),
+    "oedema": (0.74, 0.45, 0.49, 0.73),
     "enhancing": (0.66, 0.50, 0.86, 0.66),
     "necrosis": (0.42, 0.30, 0.34, 0.84),
 }
@@ -198,7 +198,7 @@ class _Head:
         outside = -self.ventricle_distance
         caps = _edge(6 * load + 3 * grid.field(rng, 10) - outside - 2, 4)
         patches = _edge(4 * (grid.field(rng, 5) - 2.8 + 0.7 * load), 4) * _edge(26 - outside, 10)
-        dots = _edge(4 * (grid.field(rng, 3.2) - 3.1 + 0.7 * load), 4)
+        dots = _edge(4 * (grid.field(rng, 3.2) - 3.0 + 0.7 * load), 4)
         spots = np.maximum(caps, np.maximum(patches, dots))
         white = self.brain * (1 - self.grey) * _edge(self.depth - 8, 4)
         self.hyperintensity = spots * white * rng.uniform(0.6, 1.0)
@@ -284,7 +284,7 @@ def _scan(grid: _Grid, rng: np.random.Generator, image: Volume) -> npt.NDArray[n
     noise = rng.uniform(0.018, 0.035)
     scanned = np.empty(image.shape, np.int16)
     for channel, signal in enumerate(image):
-        shading = 1 + 0.10 * shared_shading + 0.06 * grid.field(rng, 50)
+        shading = 1 + 0.12 * shared_shading + 0.08 * grid.field(rng, 50)
         blurred = np.clip(grid.smooth(signal, 1.2), 0, None)
         shaded = np.clip(shading, 0.6, 1.5) * blurred ** rng.uniform(0.85, 1.2)
         real, imaginary = noise * rng.standard_normal((2, *grid.shape))
