@@ -113,11 +113,11 @@ class Classifier:
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
     num_res_blocks: int = 1
-    attention_levels: tuple[bool, ...] = (False, False, False, True)
+    attention_levels: tuple[bool, ...] = (False, False, False, False)  # it blurs the gradient
     num_head_channels: int = 32
     norm_num_groups: int = 16
     dropout: float = 0.1  # before the linear layer
-    max_noise_level: int = 600  # timestep; training noise is drawn below it
+    max_noise_level: int = 300  # timestep; training noise is drawn below it
     clean_share: float = 0.3  # of the training samples get no noise
     label_smoothing: float = 0.02
     augment: Augment = field(default_factory=Augment)
@@ -148,7 +148,7 @@ class Cam:
 
 @dataclass(frozen=True)
 class GradientMap:
-    noise_levels: tuple[int, ...] = (50, 100, 200, 300)  # timesteps
+    noise_levels: tuple[int, ...] = (50, 100, 150, 200, 250)  # timesteps
     draws: int = 2  # of the noise, per noise level
     smooth_pixels: float = 1.0  # standard deviation of the Gaussian, in prepared pixels
 

@@ -52,6 +52,12 @@ def accelerator() -> Accelerator:
             f"accelerate sees {result.num_processes} process(es), the launcher started {expected}; "
             "on CPUs set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu.yaml"
         )
+    kind = result.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+        raise RuntimeError(
+            f"this version does not train with {kind}: its checkpoints hold whole, unsharded "
+            "states; use configs/accelerate/ddp.yaml or multi_node.yaml"
+        )
     return result
 
 
