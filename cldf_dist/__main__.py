@@ -73,12 +73,19 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
         print(pipeline.dry_run(config, stages))
         return 0
     if config.input:
-        from cldf_dist.stages.segment import segment_new
+        return _segment_new(config)
+    return _run_stages(config, stages, name)
 
+
+def _segment_new(config: Config) -> int:
+    """New scans are one process's work: under a launcher the other ranks have nothing to do."""
+    from cldf_dist.processes import processes
+    from cldf_dist.stages.segment import segment_new
+
+    if processes().is_main:
         for path in segment_new(config):
             print(path)
-        return 0
-    return _run_stages(config, stages, name)
+    return 0
 
 
 def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:
