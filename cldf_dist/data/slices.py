@@ -1,11 +1,10 @@
-"""Volumes to normalised axial slices and back, and the patient-level split."""
+"""Volumes to normalised axial slices, and maps of the slices back onto the volume."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -15,12 +14,10 @@ from scipy import sparse
 
 from cldf_dist.config import Data
 from cldf_dist.data.nifti import Affine, Volume, voxel_size
-from cldf_dist.seeding import sample_seed
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-SPLITS = ("train", "validation", "test")
 OBJECT, NO_OBJECT, TOO_LITTLE, UNKNOWN = 1, 0, -1, -2  # labels of a slice
 OUTSIDE = -1.0  # the value of every channel where the subject is not
 STEPS = 32767  # int16 steps from 0 to 1
@@ -182,70 +179,6 @@ def dequantise(stored: npt.NDArray[np.int16]) -> Floats:
     return np.asarray(stored / np.float32(STEPS), np.float32)
 
 
-def split_patients(
-    patients: Mapping[str, float],
-    validation_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> dict[str, list[str]]:
-    """Patients per split, so that every split sees the same range of `patients`' values.
-
-    The value of a patient is what to balance, such as its share of positive slices: patients are
-    sorted into terciles of it, shuffled within each, and the held-out ones taken at even distances.
-    The order of `patients` does not matter. Raises ValueError where a split would be empty.
-    """
-    for name, value in (("validation", validation_fraction), ("test", test_fraction)):
-        if not 0 <= value < 1:
-            raise ValueError(f"data.{name}_fraction must be in [0, 1), got {value}")
-    by_chance = sorted(patients, key=lambda name: _chance(name, seed))
-    by_value = sorted(by_chance, key=lambda name: patients[name])
-    tercile = {name: 3 * rank // len(by_value) for rank, name in enumerate(by_value)}
-    ordered = sorted(by_chance, key=lambda name: tercile[name])
-    num_test = _held_out(len(ordered), test_fraction)
-    num_validation = _held_out(len(ordered), validation_fraction)
-    if len(ordered) <= num_test + num_validation:
-        raise ValueError(
-            f"{len(ordered)} patients are too few for {num_validation} validation and {num_test} "
-            f"test patients; add patients or lower data.validation_fraction and data.test_fraction"
-        )
-    test = _evenly(ordered, num_test)
-    rest = [name for name in ordered if name not in test]
-    validation = _evenly(rest, num_validation)
-    train = [name for name in rest if name not in validation]
-    return {"train": sorted(train), "validation": sorted(validation), "test": sorted(test)}
-
-
-def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str]]:
-    """The split of a JSON file {"train": [patient, ...], "validation": [...], "test": [...]}.
-
-    Raises ValueError unless each of `patients`, and nobody else, is in exactly one split.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.splits: {path} does not exist")
-    try:
-        splits = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"data.splits: {path} is not JSON: {error}") from error
-    if not isinstance(splits, dict) or sorted(splits) != sorted(SPLITS):
-        raise ValueError(f"data.splits: {path} must have exactly the keys {', '.join(SPLITS)}")
-    for split, names in splits.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"data.splits: {split!r} of {path} must be a list of patient names")
-        if not names:
-            raise ValueError(f"data.splits: {split!r} of {path} has no patients")
-    listed = [name for split in SPLITS for name in splits[split]]
-    problems = {
-        "listed more than once": {name for name in listed if listed.count(name) > 1},
-        "not in the data": set(listed) - set(patients),
-        "missing from the file": set(patients) - set(listed),
-    }
-    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
-    if found:
-        raise ValueError(f"data.splits: {path} must list every patient once; {'; '.join(found)}")
-    return {split: list(splits[split]) for split in SPLITS}
-
-
 def _orientation_of(affine: Affine) -> npt.NDArray[Any]:
     return np.asarray(nib.orientations.io_orientation(affine))
 
@@ -330,16 +263,3 @@ def _slice_label(mask: Mask | None, index: int, min_object_pixels: int) -> int:
     if num_pixels >= min_object_pixels:
         return OBJECT
     return NO_OBJECT if num_pixels == 0 else TOO_LITTLE
-
-
-def _chance(name: str, seed: int) -> int:
-    return sample_seed(seed, 0, f"split {name}")
-
-
-def _held_out(num_patients: int, fraction: float) -> int:
-    return max(1, round(num_patients * fraction)) if fraction > 0 else 0
-
-
-def _evenly(names: list[str], count: int) -> set[str]:
-    """`count` of the names, at even distances."""
-    return {names[int((number + 0.5) * len(names) / count)] for number in range(count)}

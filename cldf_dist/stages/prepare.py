@@ -25,14 +25,11 @@ from cldf_dist.data.slices import (
     dequantise,
     prepare_volume,
     quantise,
-    read_splits,
     slice_key,
-    split_patients,
 )
+from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.progress import progress
 from cldf_dist.run import Run
-
-SPLITS = ("train", "validation", "test")
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:

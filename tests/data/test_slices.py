@@ -17,12 +17,11 @@ from cldf_dist.data.slices import (
     foreground,
     prepare_volume,
     quantise,
-    read_splits,
     resampling_weights,
     slice_key,
-    split_patients,
     to_native,
 )
+from cldf_dist.data.splits import read_splits, split_patients
 
 SETTINGS = Data(image_size=48, min_object_pixels=4)
 ORIENTATIONS = ["LPS", "RAS", "PIR", "SLA", "AIL", "IRP"]
