@@ -82,10 +82,14 @@ def _segment_new(config: Config) -> int:
     from cldf_dist.processes import processes
     from cldf_dist.stages.segment import segment_new
 
-    if processes().is_main:
-        for path in segment_new(config):
-            print(path)
-    return 0
+    if not processes().is_main:
+        return 0
+    written, failed = segment_new(config)
+    for path in written:
+        print(path)
+    for sentence in failed:
+        print(f"cldf: error: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:

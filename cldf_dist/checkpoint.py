@@ -17,6 +17,7 @@ from typing import Any
 
 import google_crc32c
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def save_checkpoint(
         shutil.rmtree(stale)
     temporary.mkdir()
     for name, group in tensors.items():
-        save_file(_plain(group), temporary / f"{name}.safetensors")
+        _save(group, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps({**state, "run_id": run_id}))
     manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest))
@@ -78,10 +79,11 @@ def save_net(net: nn.Module, folder: Path, description: Mapping[str, Any]) -> No
     """Write `net.safetensors` and, beside it, `net.json`: all that is needed to build the net."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".net.safetensors.partial"
-    save_file(_plain(net.state_dict()), temporary)
+    _save(net.state_dict(), temporary)
     _sync(temporary)
     temporary.replace(folder / "net.safetensors")
     (folder / "net.json").write_text(json.dumps(dict(description), indent=1))
+    _sync(folder / "net.json")
 
 
 def load_net(net: nn.Module, folder: Path) -> nn.Module:
@@ -97,6 +99,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What `save_net` wrote beside the weights."""
     result: dict[str, Any] = json.loads((folder / "net.json").read_text())
     return result
+
+
+def _save(group: Tensors, path: Path) -> None:
+    try:
+        save_file(_plain(group), path)
+    except SafetensorError as error:
+        raise OSError(
+            f"cannot write {path}: {error}; free space, or take another disk with runs=FOLDER"
+        ) from error
 
 
 def _plain(group: Tensors) -> dict[str, Tensor]:

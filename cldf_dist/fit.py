@@ -87,7 +87,8 @@ def fit(
             if stop or last or step % settings.checkpoint_every == 0:
                 training.save(step)
             if stop and not last:
-                raise Stopped(stop, step)
+                raise Stopped(stop, f"after step {step}")
+            run.stop_requested = stop
     training.preview(step)
     return training.result()
 
@@ -136,6 +137,7 @@ class _Training:
             self.average.load_state_dict(found.tensors["average"])
             load_optimizer(self.optimizer, found.tensors["optimizer"])
             self.skipped = found.state["skipped"]
+            self.skipped_in_a_row = found.state["skipped_in_a_row"]
             for name, total in found.state["sums"].items():  # over all processes: main takes it on
                 mine = total if self.run.is_main else 0.0
                 self._sums[name] = torch.tensor(mine, device=self.device)
@@ -153,6 +155,7 @@ class _Training:
         self.task.train()
         # dropout inside the net draws from the global generator: make it a function of the step
         torch.manual_seed(sample_seed(self.run.config.seed, step, f"rank {processes().rank}"))
+        parts = []
         for micro in range(settings.accumulate):
             started = time.monotonic()
             batch = _to(next(batches), self.device)
@@ -162,13 +165,16 @@ class _Training:
                 with self._autocast():
                     losses = self.wrapped(batch)
                 self.accelerator.backward(losses["loss"] / settings.accumulate)
-            self._add(losses)
-        self._update(step, batch)
+            parts.append(losses)
+        if self._update(step, batch):
+            for losses in parts:
+                self._add(losses)
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
             self._log(step + 1)
 
-    def _update(self, step: int, batch: Batch) -> None:
+    def _update(self, step: int, batch: Batch) -> bool:
+        """Move the weights unless the gradient is not finite; True where they moved."""
         limit = self.settings.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), limit)
         if bool(torch.isfinite(norm)):  # gradients are averaged over ranks: all decide alike
@@ -176,7 +182,7 @@ class _Training:
             self._update_average(step)
             self._add({"grad_norm": norm})
             self.skipped_in_a_row = 0
-            return
+            return True
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.settings.max_skipped_steps:
@@ -187,6 +193,7 @@ class _Training:
                 f"step {step + 1}; its batch is in {path}; lower fit.learning_rate or look at "
                 "the data"
             )
+        return False
 
     def _update_average(self, step: int) -> None:
         decay = min(self.settings.average_decay, (1 + step) / (10 + step))  # warm-up
@@ -200,10 +207,9 @@ class _Training:
         """Mean losses of the averaged net over the same samples and noise each time."""
         sums: dict[str, Tensor] = {}
         place = {"rank": processes().rank, "world_size": processes().world_size}
+        per_step = self.settings.batch_size // (processes().world_size * self.settings.accumulate)
         with torch.no_grad(), self._autocast():
-            for batch in validation.fixed(
-                self.settings.validation_samples, self.settings.batch_size, **place
-            ):
+            for batch in validation.fixed(self.settings.validation_samples, per_step, **place):
                 losses = self.average(_to(batch, self.device))
                 size = len(batch["sample_number"])
                 for name, value in {**losses, "weight": torch.ones(())}.items():
@@ -237,6 +243,7 @@ class _Training:
                 {
                     "step": step,
                     "skipped": self.skipped,
+                    "skipped_in_a_row": self.skipped_in_a_row,
                     "sums": sums,
                     "world_size": processes().world_size,
                 },
@@ -288,7 +295,7 @@ class _Training:
             "speed/slices_per_second": (step - step_then) * self.settings.batch_size / seconds,
             "speed/data_wait_share": self._waited / seconds,
         }
-        self.note = f"loss {metrics['train/loss']:.4f}"
+        self.note = f"loss {metrics.get('train/loss', math.nan):.4f}"
         self.run.log(step, metrics)
         self._sums.clear()
         self._logged, self._waited = (time.monotonic(), step), 0.0

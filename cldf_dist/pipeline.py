@@ -8,14 +8,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cldf_dist.config import Config, to_yaml
 from cldf_dist.processes import from_main, processes, wait_for_everyone
-from cldf_dist.run import Run, changed_keys, command_for, read_config, seconds_of, write_atomically
-from cldf_dist.stages import STAGES, Stage
+from cldf_dist.run import Run, command_for, seconds_of, write_atomically
+from cldf_dist.stages import STAGES, Stage, stage_named
+from cldf_dist.stopping import Stopped
 
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.2
@@ -24,26 +25,51 @@ POLL_SECONDS = 0.2
 def run_all(config: Config) -> None:
     """All stages in order; finished ones are skipped."""
     for stage in STAGES:
-        run_stage(config, stage)
+        asked = run_stage(config, stage)
+        if asked:
+            raise Stopped(asked, f"when {stage.name} was finished")
     if processes().is_main:
         print(summary(config))
 
 
-def run_stage(config: Config, stage: Stage) -> None:
-    """One stage, unless it is finished. Raises what the stage raises, on every process."""
-    run = Run(config, stage.name, stage.all_sections)
+def run_stage(config: Config, stage: Stage) -> int:
+    """One stage, unless it is finished. Raises what the stage raises, on every process.
+
+    Returns the signal that asked for a stop when the stage was all but done; 0 without one.
+    """
+    run = _run_of(config, stage)
     for name in stage.needs:
         run.needs(name)
+        _check_chain(config, stage_named(name))
     if from_main(run.is_finished):
-        _check_unchanged(config, stage, run)
+        _check_finished(config, stage, run)
         _say(f"{stage.name}: finished before, in {run.folder}")
-        return
+        return 0
     _say(f"{stage.name}: {stage.does}")
     with _fast_arithmetic(stage):
         if stage.distributed or processes().world_size == 1:
             _run_together(config, stage, run)
         else:
             _run_on_main(config, stage, run)
+    return run.stop_requested
+
+
+def _run_of(config: Config, stage: Stage) -> Run:
+    return Run(config, stage.name, stage.all_sections, stage.needs)
+
+
+def _check_chain(config: Config, stage: Stage) -> None:
+    """Raise ValueError where a finished stage was made from inputs that have been remade since."""
+    _run_of(config, stage).check_unchanged()
+    for name in stage.needs:
+        _check_chain(config, stage_named(name))
+
+
+def _check_finished(config: Config, stage: Stage, run: Run) -> None:
+    run.check_unchanged()
+    check = getattr(stage.module, "check_unchanged", None) if run.is_main else None
+    if check is not None:
+        check(config, run.folder)
 
 
 def _run_together(config: Config, stage: Stage, run: Run) -> None:
@@ -54,12 +80,13 @@ def _run_together(config: Config, stage: Stage, run: Run) -> None:
             run.open()
         except Exception as error:
             problem = error
-    problem = from_main(problem)
+    # somebody else may have finished it between our look and our lock
+    problem, finished = from_main((problem, run.is_finished))
     if problem is not None:
         raise problem
     try:
-        outputs = stage.run(config, run)
-        run.finish(outputs)
+        if not finished:
+            run.finish(stage.run(config, run))
     finally:
         run.close()
     wait_for_everyone()
@@ -76,7 +103,8 @@ def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         with _heartbeat(word, attempt):
             run.open()
-            run.finish(stage.run(config, run))
+            if not run.is_finished:
+                run.finish(stage.run(config, run))
     except BaseException as error:
         _write_word(word, attempt, failed=" ".join(str(error).split()) or type(error).__name__)
         raise
@@ -122,17 +150,8 @@ def _heartbeat(word: Path, attempt: str) -> Iterator[None]:
 
 
 def _write_word(word: Path, attempt: str, **said: Any) -> None:
-    if word.parent.is_dir():
+    with suppress(OSError):  # a hiccup of the file system: the next beat tries again
         write_atomically(word, json.dumps({"attempt": attempt, **said}))
-
-
-def _check_unchanged(config: Config, stage: Stage, run: Run) -> None:
-    changed = changed_keys(read_config(run.folder / "config.yaml"), config, stage.all_sections)
-    if changed:
-        raise ValueError(
-            f"{run.folder} was made with {'; '.join(changed[:3])}; take another name=..., restore "
-            "the setting, or delete that folder and those of the stages after it"
-        )
 
 
 @contextmanager
@@ -197,8 +216,9 @@ def summary(config: Config) -> str:
         f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",
         f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv",
         f"report   {folder / 'report' / 'report.html'}",
-        f"tracking mlflow ui --backend-store-uri {_tracking_uri(config)}",
     ]
+    if config.tracking.enabled:
+        lines.append(f"tracking mlflow ui --backend-store-uri {_tracking_uri(config)}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,17 +43,24 @@ def accelerator() -> Accelerator:
     Raises RuntimeError where the launcher promised more processes than accelerate sees: they would
     train apart, each as rank 0 of 1 (accelerate's launcher does that on CPUs by default).
     """
+    import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
+    on_gpu = torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU")
+    group = InitProcessGroupKwargs(
+        backend="nccl" if on_gpu else "gloo",
+        timeout=timedelta(hours=24),  # others may wait long for work of the main process alone
+    )
     # mixed precision is fit()'s own autocast: a task may refuse it
-    result = Accelerator(mixed_precision="no")
-    expected = processes().world_size
-    if result.num_processes != expected:
+    several = processes().world_size > 1
+    result = Accelerator(mixed_precision="no", kwargs_handlers=[group] if several else [])
+    expected, kind = processes().world_size, result.distributed_type.value
+    if result.num_processes != expected or (several and kind == "NO"):
         raise RuntimeError(
-            f"accelerate sees {result.num_processes} process(es), the launcher started {expected}; "
+            f"the launcher started {expected} processes, but accelerate would train each apart; "
             "on CPUs set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu.yaml"
         )
-    kind = result.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
         raise RuntimeError(
             f"this version does not train with {kind}: its checkpoints hold whole, unsharded "
@@ -70,16 +78,6 @@ def from_main(value: Any) -> Any:
     accelerator()
     (received,) = broadcast_object_list([value], from_process=0)
     return received
-
-
-def gathered(value: Any) -> list[Any]:
-    """Every process's `value`, by rank, on every process."""
-    if processes().world_size == 1:
-        return [value]
-    from accelerate.utils import gather_object
-
-    accelerator()
-    return list(gather_object([value]))
 
 
 def wait_for_everyone() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import IO, Any
 
 from cldf_dist import config as configuration
 from cldf_dist.config import Config
+from cldf_dist.locks import FolderLock
 from cldf_dist.processes import processes
 from cldf_dist.tracking import Tracker
 
@@ -28,19 +30,23 @@ DONE = "DONE"
 # settings that may differ between two starts of a stage: they do not change what it computes
 HARMLESS = (
     "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
-    "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size", "data.root",
-    "data.on_damaged",
+    "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
+    "data.splits",  # its content counts, and `prepare` compares that
 )  # fmt: skip
 
 
 class Run:
     """One stage of one run, as seen by one process; only the main process writes."""
 
-    def __init__(self, config: Config, stage: str, sections: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, stage: str, sections: Sequence[str], inputs: Sequence[str] = ()
+    ) -> None:
         self.config, self.stage, self.sections = config, stage, tuple(sections)
+        self.inputs = tuple(inputs)  # the stages whose outputs this one reads
         self.folder = config.run_folder / stage
         self.is_main = processes().is_main
-        self._lock: IO[str] | None = None
+        self.stop_requested = 0  # the signal that asked for a stop, if the stage finished anyway
+        self._lock: FolderLock | None = None
         self._metrics: IO[str] | None = None
         self._tracker: Tracker | None = None
         self._started = time.time()
@@ -65,10 +71,12 @@ class Run:
         """Take the stage folder (main process only): lock it, check it, write what is known."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder)
         except OSError as error:
-            raise OSError(f"cannot write the run folder {self.folder}: {error.strerror}; "
-                          "choose another with runs=FOLDER") from error  # fmt: skip
-        self._lock = _locked(self.folder / ".lock", self.folder)
+            raise OSError(
+                f"cannot write the run folder {self.folder}: {error.strerror}; choose another with "
+                "runs=FOLDER"
+            ) from error
         try:
             self._start()
         except BaseException:
@@ -76,10 +84,11 @@ class Run:
             raise
 
     def _start(self) -> None:
-        self._check_same_config()
+        self.check_unchanged()
         identity = self.folder / "run.json"
         if not identity.exists():
-            write_atomically(identity, json.dumps({"id": uuid.uuid4().hex}))
+            about = {"id": uuid.uuid4().hex, "inputs": self._ids_of_inputs()}
+            write_atomically(identity, json.dumps(about))
         write_atomically(self.folder / "config.yaml", configuration.to_yaml(self.config))
         write_atomically(self.folder / "provenance.json", json.dumps(self._provenance(), indent=1))
         self._metrics = (self.folder / "metrics.jsonl").open("a")
@@ -125,7 +134,7 @@ class Run:
             self._tracker.close(status)
             self._tracker = None
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _add_seconds(self) -> None:
@@ -133,16 +142,40 @@ class Run:
         self._started = time.time()
         write_atomically(self.folder / "seconds.json", json.dumps({"seconds": round(seconds, 2)}))
 
-    def _check_same_config(self) -> None:
-        path = self.folder / "config.yaml"
-        if not path.exists():
+    def check_unchanged(self) -> None:
+        """Raise ValueError where the folder holds work of other settings or of other inputs."""
+        path, identity = self.folder / "config.yaml", self.folder / "run.json"
+        if not path.exists() or not identity.exists():
             return
+        made_from = json.loads(identity.read_text()).get("inputs", {})
+        for name, current in self._ids_of_inputs().items():
+            if made_from.get(name, current) != current:
+                raise ValueError(
+                    f"{self.folder} was made from another {name} than the one there is now; delete "
+                    f"{self.folder} and the folders of the stages after it, and run them again"
+                )
         changed = changed_keys(read_config(path), self.config, self.sections)
         if changed:
             raise ValueError(
                 f"{self.folder} was made with {'; '.join(changed[:3])}; take another name=..., "
                 "restore the setting, or delete that folder and those of the stages after it"
             )
+
+    def _ids_of_inputs(self) -> dict[str, str]:
+        files = {name: self.config.run_folder / name / "run.json" for name in self.inputs}
+        return {
+            name: str(json.loads(path.read_text())["id"])
+            for name, path in files.items()
+            if path.exists()
+        }
+
+    def _digests_of_inputs(self) -> dict[str, str]:
+        files = {name: self.config.run_folder / name / DONE for name in self.inputs}
+        return {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in files.items()
+            if path.exists()
+        }
 
     def _provenance(self) -> dict[str, Any]:
         previous = self.folder / "provenance.json"
@@ -155,16 +188,20 @@ class Run:
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
             "processes": processes().world_size,
             "versions": _versions(),
+            "devices": _devices(),
             "seed": self.config.seed,
-            "inputs": _digests_of_inputs(self.folder),
+            "inputs": self._digests_of_inputs(),
         }
         return {"starts": [*starts, start]}
 
 
 def command_for(stage: str) -> str:
     """The command line that makes `stage`, with this process's config files and settings."""
-    words = [word for word in sys.argv[2:] if not word.startswith("--")]
-    return " ".join(["cldf", stage, *words])
+    given = sys.argv[2:]
+    if any(word.startswith("input=") for word in given):
+        stage = "run"  # new scans need a whole finished run
+    own = ("--", "input=", "output=", "fit.")  # words for this command alone
+    return shlex.join(["cldf", stage, *(word for word in given if not word.startswith(own))])
 
 
 def read_config(path: Path) -> Config:
@@ -210,26 +247,18 @@ def _step_of(line: str) -> int:
         return -1  # a line cut short by a kill
 
 
-def _locked(path: Path, folder: Path) -> IO[str]:
-    import fcntl
-
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise RuntimeError(
-            f"{folder} is in use by {owner}; wait for it, stop it, or take another name=..."
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+def _devices() -> list[str]:
+    """The GPUs of this process, or its CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [platform.processor() or platform.machine()]
 
 
 def _git_state() -> dict[str, Any]:
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return {"commit": "", "dirty": False}  # installed: the repository around is not ours
+
     def git(*words: str) -> str:
         done = subprocess.run(
             ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
@@ -252,11 +281,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _digests_of_inputs(folder: Path) -> dict[str, str]:
-    return {
-        done.parent.name: hashlib.sha256(done.read_bytes()).hexdigest()
-        for done in sorted(folder.parent.glob(f"*/{DONE}"))
-        if done.parent != folder
-    }

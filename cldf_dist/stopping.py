@@ -13,8 +13,8 @@ from cldf_dist.processes import accelerator, processes
 class Stopped(Exception):
     """Raised after the checkpoint is written; holds the signal that asked."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, all saved")
+    def __init__(self, number: int, when: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}, all saved")
         self.number = number
 
 

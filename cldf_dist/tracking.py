@@ -52,6 +52,7 @@ class Tracker:
             return
         self._guarded(self._send)
         self._guarded(lambda: self._client.set_terminated(self._run, status))
+        self._guarded(lambda: self._client.set_terminated(self._parent, status))
         self._client = None
 
     def _open(self, config: Config, folder: Path, stage: str) -> None:
@@ -76,6 +77,7 @@ class Tracker:
             )
         )
         parent = _kept_run(client, experiment, folder.parent / "tracking.json", config.name, {})
+        self._parent = parent
         tags = {"mlflow.parentRunId": parent, "stage": stage}
         self._run = _kept_run(client, experiment, folder / "tracking.json", stage, tags)
         self._high_water = _last_steps(client, self._run)

@@ -77,7 +77,9 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     """Start `python WORDS`; what still runs when the test ends is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_python(*words: str, **changes: str) -> "subprocess.Popen[str]":
+    def start_python(
+        *words: str, start_new_session: bool = False, **changes: str
+    ) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, *words],
             env={**environment, **changes},
@@ -85,6 +87,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=start_new_session,
         )
         started.append(process)
         return process

@@ -480,3 +480,23 @@ def test_sigterm_through_the_command_line_then_the_same_command_finishes(
     assert main(command) == 0
     net = "train-cam/net.safetensors"
     assert (run.folder / net).read_bytes() == (whole.folder / net).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_spares_the_loader_workers(
+    debug_run: Any,
+    tmp_path: Path,
+    start: Callable[..., "subprocess.Popen[str]"],
+    wait_until: Callable[..., None],
+) -> None:
+    """As Ctrl-C in a terminal, scancel and torch's launcher send it."""
+    run = debug_run.copy_to(tmp_path / "run", "prepare")
+    settings = ["fit.steps=100000", "fit.log_every=1", "fit.num_workers=1", "fit.validate_every=0"]
+    process = start("-m", "cldf_dist", "train-cam", *run.words, *settings, start_new_session=True)
+    log = run.folder / "train-cam" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    saved = int(errors.split("after step ")[1].split(",")[0])
+    assert (run.folder / "train-cam" / "checkpoints" / f"step-{saved:08d}").is_dir()

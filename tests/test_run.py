@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def make(config: Config, stage: str = "train-cam") -> Run:
-    return Run(config, stage, ("cam", "seed"))
+    return Run(config, stage, ("cam", "seed"), ("prepare",) if stage == "train-cam" else ())
 
 
 def opened(config: Config, stage: str = "train-cam") -> Run:
@@ -124,7 +125,7 @@ def test_settings_of_other_stages_and_harmless_ones_may_change(config: Config) -
         config,
         cam=replace(config.cam, fit=harmless),
         classifier=replace(config.classifier, dropout=0.9),
-        data=replace(config.data, root="/moved"),
+        data=replace(config.data, splits="moved/splits.json"),
     )
     opened(other).close()
     assert changed_keys(config, other, ("cam", "seed", "data")) == []
@@ -256,3 +257,28 @@ def test_readers_of_an_atomic_write_see_the_old_or_the_new_whole(tmp_path: Path)
         writer.join()
         assert writer.exitcode == 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["word.json"], "nothing is left behind"
+
+
+def test_a_stage_notices_that_its_input_was_made_again(config: Config) -> None:
+    def stage(name: str, inputs: tuple[str, ...] = ()) -> Run:
+        return Run(config, name, ("seed",), inputs)
+
+    for run in (stage("prepare"), stage("train-cam", ("prepare",))):
+        run.open()
+        run.finish()
+    stage("train-cam", ("prepare",)).check_unchanged()
+    shutil.rmtree(config.run_folder / "prepare")
+    again = stage("prepare")
+    again.open()
+    again.finish()
+    with pytest.raises(ValueError, match="made from another prepare than the one there is now"):
+        stage("train-cam", ("prepare",)).check_unchanged()
+
+
+def test_the_proposed_command_leaves_out_what_belongs_to_another_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cldf", "train-cam", "a b.yaml", "fit.steps=5", "seed=1"])
+    assert command_for("prepare") == "cldf prepare 'a b.yaml' seed=1"
+    monkeypatch.setattr("sys.argv", ["cldf", "segment", "c.yaml", "input=x", "output=y"])
+    assert command_for("segment") == "cldf run c.yaml"

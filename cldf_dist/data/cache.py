@@ -7,6 +7,7 @@ per slice, 1 + the crc32c of all its arrays' bytes, and is written after they ar
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class FeatureCache:
         attributes: Mapping[str, Any],
     ) -> FeatureCache:
         """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each."""
-        group = zarr.create_group(folder, zarr_format=3, attributes={
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        group = zarr.create_group(partial, zarr_format=3, attributes={
             "format": FORMAT, "version": 1, "num_slices": num_slices,
             "slices_per_shard": slices_per_shard, "arrays": list(arrays), **attributes,
         })  # fmt: skip
@@ -76,6 +79,7 @@ class FeatureCache:
                 compressors=[Crc32cCodec()],
                 fill_value=0,
             )
+        partial.rename(folder)  # with all its arrays, or not there
         return cls(folder)
 
     def __len__(self) -> int:

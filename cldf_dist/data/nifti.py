@@ -89,6 +89,8 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> No
             gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
         ):
             packed.write(image.to_bytes())
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -99,6 +99,7 @@ class ShardSet:
         self.folder = Path(folder)
         self.on_damaged = on_damaged
         self.manifest = _read_manifest(self.folder)
+        self._tables: dict[str, SliceTable] = {}  # looking for damage reads every slice
         if on_damaged == "error":
             for shard in self.manifest["shards"]:
                 _check_size(self.folder, shard)
@@ -120,10 +121,12 @@ class ShardSet:
         if name not in self.manifest["splits"]:
             known = ", ".join(self.manifest["splits"])
             raise ValueError(f"{self.folder} has the splits {known}; got {name!r}")
-        table = SliceTable(
-            self.folder, [shard for shard in self.manifest["shards"] if shard["split"] == name]
-        )
-        return table if self.on_damaged == "error" else table.without_damaged()
+        if name not in self._tables:
+            table = SliceTable(
+                self.folder, [shard for shard in self.manifest["shards"] if shard["split"] == name]
+            )
+            self._tables[name] = table if self.on_damaged == "error" else table.without_damaged()
+        return self._tables[name]
 
     def verify(self) -> None:
         """Read every byte: raise DamagedShardError unless each shard has its size and sha256."""

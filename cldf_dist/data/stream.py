@@ -4,7 +4,10 @@ Sample number n, counted over all ranks since the start of training, is the same
 same random changes for any number of ranks and workers, and after every resume.
 """
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
@@ -20,6 +23,7 @@ from cldf_dist.data.augment import augment
 from cldf_dist.data.shards import SliceTable
 from cldf_dist.seeding import sample_seed
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Order = npt.NDArray[np.int64]
 Batch = dict[str, Tensor]
 
@@ -110,8 +114,12 @@ class Stream:
             multiprocessing_context="spawn" if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # leaves the global state untouched
+            worker_init_fn=_ignore_stop_signals if num_workers else None,
         )
-        return iter(loader)
+        if not num_workers:
+            return iter(loader)
+        with _stop_signals_ignored():  # while the workers start
+            return iter(loader)
 
     def _order(self, epoch: int) -> Order:
         shards = np.unique(self.groups)
@@ -170,6 +178,27 @@ class _Numbers(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    """Stopping is the parent's business: a scheduler or a Ctrl-C signals the whole group, and a
+    worker that died of it would take the last checkpoint with it. Workers end with their parent.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _stop_signals_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # may not touch signals
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _shuffled(length: int, seed: int) -> Order:

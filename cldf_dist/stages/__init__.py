@@ -52,7 +52,7 @@ STAGES = (
         "train-diffusion",
         "the class-conditional diffusion model (CDM)",
         needs=("prepare",),
-        sections=("diffusion", "seed"),
+        sections=("diffusion", "seed", "mixed_precision"),
         fit_section="diffusion.fit",
     ),
     Stage(
@@ -61,7 +61,8 @@ STAGES = (
         needs=("prepare",),
         # it is trained on the CDM's noise, so the noise schedule is its setting too
         sections=(
-            "classifier", "seed", "diffusion.num_timesteps", "diffusion.schedule",
+            "classifier", "seed", "mixed_precision",
+            "diffusion.num_timesteps", "diffusion.schedule",
         ),
         fit_section="classifier.fit",
     ),
@@ -69,7 +70,7 @@ STAGES = (
         "train-cam",
         "the clean classifier, for class activation maps",
         needs=("prepare",),
-        sections=("cam", "seed"),
+        sections=("cam", "seed", "mixed_precision"),
         fit_section="cam.fit",
     ),
     Stage(

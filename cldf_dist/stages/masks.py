@@ -6,10 +6,12 @@ threshold rules: same gate, same grid, same post-processing for CLDF and all bas
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +40,10 @@ class PatientScores:
         }
         arrays |= {"probability": self.probability, "foreground": self.foreground}
         temporary = folder / f".{self.patient}.partial.npz"
-        np.savez_compressed(temporary, **arrays)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(folder / f"{self.patient}.npz")
 
     def spread(self, places: Sequence[int], num_slices: int) -> PatientScores:
@@ -61,13 +66,16 @@ class PatientScores:
 
     @classmethod
     def load(cls, folder: Path, patient: str) -> PatientScores:
-        with np.load(folder / f"{patient}.npz", allow_pickle=False) as stored:
-            return cls(
-                patient,
-                {n.removeprefix("score_"): stored[n] for n in stored if n.startswith("score_")},
-                stored["probability"],
-                stored["foreground"],
-            )
+        path = folder / f"{patient}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored}
+        except (ValueError, EOFError, BadZipFile, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it and the stage's DONE, and segment again"
+            ) from error
+        scores = {n.removeprefix("score_"): a for n, a in arrays.items() if n.startswith("score_")}
+        return cls(patient, scores, arrays["probability"], arrays["foreground"])
 
 
 def open_slices(patient: PatientScores, gate_probability: float) -> Mask:

@@ -6,6 +6,7 @@ of negative validation slices exceeds. Gate, grid and post-processing are the sa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from cldf_dist.method.threshold import negative_cut
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, processes, wait_for_everyone
 from cldf_dist.progress import progress
-from cldf_dist.run import Run, write_atomically
+from cldf_dist.run import Run, changed_keys, read_config, write_atomically
+from cldf_dist.stages import stage_named
 from cldf_dist.stages.cache import FrozenNets, gradient_map_of, half_pixel_major
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
@@ -138,30 +140,61 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"rows": list(segmenter.rows), "patients": len(patients)}
 
 
-def segment_new(config: Config) -> list[Path]:
+def segment_new(config: Config) -> tuple[list[Path], list[str]]:
     """Masks and probability maps for new scans: config.input, a scan's folder or a folder of
-    them; written to config.output in each scan's own grid."""
+    them; written to config.output in each scan's own grid.
+
+    The run's own settings count, those of the command line must not contradict them. Returns the
+    masks written, and one sentence for each scan that could not be segmented.
+    """
     run = Run(config, "segment", ())
-    cut = json.loads((run.needs("segment") / "thresholds.json").read_text())["cuts"]["cldf"]
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    segmenter = Segmenter.load(config, run)
-    scans = datasets.new_scans(config.data, config.input)
-    written = []
+    folder = run.needs("segment")
+    made = _settings_of_run(config, folder)
+    cut = json.loads((folder / "thresholds.json").read_text())["cuts"]["cldf"]
+    segmenter = Segmenter.load(made, Run(made, "segment", ()))
+    scans = datasets.new_scans(made.data, Path(config.input).resolve())
+    written, failed = [], []
     with progress("segment", len(scans), "scans") as bar:
         for path in scans:
-            volume = datasets.read_scan(config.data, path)
-            slices, geometry = prepare_volume(volume, config.data)
-            if not slices:
-                raise ValueError(f"{path}: no slice shows enough of the subject to be segmented")
-            images = np.stack([item.image for item in slices])
-            scores = segmenter.score(volume.patient, [item.key for item in slices], images)
-            mask, probability = _mask_and_probability(config, scores, "cldf", geometry, cut)
-            written.append(output / f"{volume.patient}_mask.nii.gz")
-            write_nifti(written[-1], mask.astype(np.uint8), volume.affine)
-            write_nifti(output / f"{volume.patient}_probability.nii.gz", probability, volume.affine)
-            bar.advance(note=volume.patient)
-    return written
+            try:
+                written.append(_segment_scan(segmenter, path, cut, Path(config.output)))
+            except (ValueError, OSError) as error:
+                failed.append(f"{path.name}: {error}")
+            bar.advance(note=path.name)
+    return written, failed
+
+
+def _settings_of_run(config: Config, folder: Path) -> Config:
+    """The settings that the nets were trained with; ValueError where `config` differs."""
+    made = read_config(folder / "config.yaml")
+    sections = stage_named("segment").all_sections
+    changed = [
+        change
+        for change in changed_keys(made, config, sections)
+        if not change.startswith(("data.root=", "data.dataset="))  # of the training data
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was made with {'; '.join(changed[:3])}; new scans are segmented with the "
+            "settings of the run: leave them out, or name another run"
+        )
+    batch = dataclasses.replace(made.segment, batch_size=config.segment.batch_size)
+    return dataclasses.replace(made, runs=config.runs, name=config.name, segment=batch)
+
+
+def _segment_scan(segmenter: Segmenter, path: Path, cut: float, output: Path) -> Path:
+    config = segmenter.config
+    volume = datasets.read_scan(config.data, path)
+    slices, geometry = prepare_volume(volume, config.data)
+    if not slices:
+        raise ValueError("no slice shows enough of the subject (data.min_foreground_fraction)")
+    images = np.stack([item.image for item in slices])
+    scores = segmenter.score(volume.patient, [item.key for item in slices], images)
+    mask, probability = _mask_and_probability(config, scores, "cldf", geometry, cut)
+    write_nifti(output / f"{volume.patient}_probability.nii.gz", probability, volume.affine)
+    target = output / f"{volume.patient}_mask.nii.gz"
+    write_nifti(target, mask.astype(np.uint8), volume.affine)
+    return target
 
 
 def _as_decoded(features: Tensor) -> Tensor:

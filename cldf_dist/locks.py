@@ -1,0 +1,94 @@
+"""One process at a time in a stage's folder, and no trace of it after a crash.
+
+`flock` is freed by the system when its owner dies. Some network file systems have none: there an
+exclusive file stands in, refreshed as long as its owner lives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0  # an exclusive file untouched for so long has lost its owner
+
+
+class FolderLock:
+    """Holds `folder` until `release`. RuntimeError, naming the owner, where somebody else does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+        self._exclusive: Path | None = None
+        self._stop = threading.Event()
+        import fcntl
+
+        file = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(file)
+            file.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise self._in_use(owner) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            self._take_exclusive_file()
+            return
+        file.truncate(0)
+        file.write(_me())
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._exclusive is not None:
+            self._exclusive.unlink(missing_ok=True)
+            self._exclusive = None
+
+    def _take_exclusive_file(self) -> None:
+        path = self._folder / ".lock.exclusive"
+        print(
+            f"warning: the file system of {self._folder} has no flock; {path.name} stands in",
+            file=sys.stderr,
+        )
+        if path.exists() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+        try:
+            with path.open("x") as file:
+                file.write(_me())
+        except FileExistsError as error:
+            raise self._in_use(path.read_text()) from error
+        self._exclusive = path
+        threading.Thread(target=self._refresh, args=(path,), daemon=True).start()
+
+    def _refresh(self, path: Path) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                os.utime(path)
+            except OSError:  # a hiccup of the file system; the next beat tries again
+                continue
+
+    def _in_use(self, owner: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self._folder} is in use by {owner.strip() or 'another process'}; wait for it, stop "
+            "it, or take another name=..."
+        )
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
