@@ -33,7 +33,9 @@ class Phantom:
 class Data:
     dataset: str = "brats"  # brats | phantom
     root: str = ""  # folder of the native data set; unused by the phantom
-    splits: str = ""  # JSON file {"train": [patient, ...], "validation": ..., "test": ...}
+    # JSON file {"train": [patient, ...], "validation": ..., "test": ...}; a relative path is meant
+    # from the folder of the YAML file that holds it, on the command line from the working folder
+    splits: str = ""
     validation_fraction: float = 0.15  # of the patients, where no splits file is given
     test_fraction: float = 0.25  # of the patients, where no splits file is given
     split_seed: int = 0
@@ -299,11 +301,12 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
         if not Path(path).is_file():
             raise FileNotFoundError(f"no config file {path}; the ready ones are in configs/")
         try:
-            layers.append(OmegaConf.load(path))
+            layers.append(_with_absolute_splits(OmegaConf.load(path), Path(path).parent))
         except Exception as error:
             raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
     try:
-        layers.append(OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides]))
+        words = OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides])
+        layers.append(_with_absolute_splits(words, Path()))
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"cannot merge {', '.join(paths)}: {_one_line(error)}") from error
@@ -364,6 +367,18 @@ def from_plain(plain: dict[str, Any]) -> Config:
 def build_section(section: type, plain: dict[str, Any]) -> Any:
     """One section (say `UNet`) from its plain form, with the same strictness as `load`."""
     return build(section, plain, f"{section.__name__}.")
+
+
+def _with_absolute_splits(layer: Any, folder: Path) -> Any:
+    """The layer with `data.splits`, where it sets one, meant from `folder`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    data = layer.get("data") if isinstance(layer, DictConfig) else None
+    if isinstance(data, DictConfig) and not OmegaConf.is_interpolation(data, "splits"):
+        splits = data.get("splits")
+        if splits and isinstance(splits, str):
+            data["splits"] = str((folder / splits).resolve())
+    return layer
 
 
 def _meant(word: str, fit_section: str) -> str:

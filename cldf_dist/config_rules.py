@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
-from cldf_dist.config import Config, Fit, UNet
+from cldf_dist.config import Classifier, Config, Fit, UNet, flatten
 
 DATASETS = ("phantom", "brats")
+CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
+CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
+PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
+COUNTS = (
+    "gradient_map.draws", "features.draws", "saliency.draws", "cache.batch_size",
+    "cache.slices_per_shard", "segment.batch_size", "evaluate.resamples",
+    "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
+    "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
+)  # fmt: skip
+TAP = re.compile(r"up(\d+)\.(\d+)")
 
 
 def broken_rules(config: Config) -> list[str]:
     """One sentence for each rule that the configuration breaks."""
     broken = [
         *_choices(config),
+        *_counts(config),
         *_data(config),
-        *_unet("diffusion.net", config.diffusion.net),
-        *_levels(config),
+        *_levels_of("diffusion.net", config.diffusion.net, middle_attends=True),
+        *_levels_of("classifier", config.classifier, middle_attends=False),
+        *_cam(config),
+        *_noise_levels(config),
+        *_taps(config),
+        *_smoothing(config),
         *_decoder(config),
         *_shares(config),
     ]
@@ -34,10 +50,23 @@ def _choices(config: Config) -> Iterator[str]:
         ("diffusion.net.attention", config.diffusion.net.attention, ("sdpa", "xformers")),
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
         ("seeds.rule", config.seeds.rule, ("both", "cam", "gradient")),
+        ("cam.layer", config.cam.layer, CAM_LAYERS),
         ("cam.seed_method", config.cam.seed_method, ("gradcam", "gradcam_pp", "layercam")),
     ):
         if value not in choices:
             yield f"{path} must be one of {', '.join(choices)}, got {value!r}"
+
+
+def _counts(config: Config) -> Iterator[str]:
+    flat = flatten(config)
+    for path in COUNTS:
+        if flat[path] < 1:
+            yield f"{path} must be >= 1, got {flat[path]}"
+    if config.data.dataset == "phantom":
+        for name, low in PHANTOM_MINIMA.items():
+            value = getattr(config.data.phantom, name)
+            if value < low:
+                yield f"data.phantom.{name} must be >= {low}, got {value}"
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -46,11 +75,12 @@ def _data(config: Config) -> Iterator[str]:
         yield f"name must be a plain folder name, got {config.name!r}"
     if data.dataset != "phantom" and not data.root and not config.input:
         yield f"data.root must name the folder of the {data.dataset} data; add data.root=FOLDER"
-    depth = 2 ** (len(config.diffusion.net.channels) - 1)
+    levels = len(config.diffusion.net.channels)
+    depth = 2 ** max(levels - 1, 0)
     if data.image_size < 16 or data.image_size % depth:
         yield (
             f"data.image_size must be at least 16 and a multiple of {depth} (the U-Net halves it "
-            f"{len(config.diffusion.net.channels) - 1} times), got {data.image_size}"
+            f"{levels - 1} times), got {data.image_size}"
         )
     if data.clip_low >= data.clip_high:
         yield f"data.clip_low must be < data.clip_high, got {data.clip_low} and {data.clip_high}"
@@ -58,9 +88,6 @@ def _data(config: Config) -> Iterator[str]:
         yield "data.validation_fraction and data.test_fraction must be > 0"
     elif data.validation_fraction + data.test_fraction >= 1:
         yield "data.validation_fraction + data.test_fraction must stay below 1"
-    for name in ("min_object_pixels", "slices_per_shard"):
-        if getattr(data, name) < 1:
-            yield f"data.{name} must be >= 1, got {getattr(data, name)}"
 
 
 def _fit(path: str, fit: Fit) -> Iterator[str]:
@@ -74,29 +101,60 @@ def _fit(path: str, fit: Fit) -> Iterator[str]:
     for name in ("warmup_steps", "weight_decay", "clip_norm", "num_workers", "validate_every"):
         if getattr(fit, name) < 0:
             yield f"{path}.{name} must be >= 0, got {getattr(fit, name)}"
+    if fit.validate_every > 0 and fit.validation_samples < 1:
+        yield (
+            f"{path}.validation_samples must be >= 1 where {path}.validate_every is not 0, "
+            f"got {fit.validation_samples}"
+        )
 
 
-def _unet(path: str, net: UNet) -> Iterator[str]:
+def _levels_of(path: str, net: UNet | Classifier, *, middle_attends: bool) -> Iterator[str]:
+    """The rules of a diffusion network; its middle block may attend whatever the levels say."""
+    if not net.channels:
+        yield f"{path}.channels must have at least one level, e.g. [64, 128]"
+        return
     if len(net.channels) != len(net.attention_levels):
         yield (
             f"{path}.attention_levels needs one entry per level of {path}.channels "
             f"({len(net.channels)}), got {len(net.attention_levels)}"
         )
+    sizes = {
+        name: getattr(net, name)
+        for name in ("num_res_blocks", "norm_num_groups", "num_head_channels")
+    }
+    too_small = [name for name, size in sizes.items() if size < 1]
+    for name in too_small:
+        yield f"{path}.{name} must be >= 1, got {sizes[name]}"
+    if too_small:
+        return
     for channels in net.channels:
-        if channels % net.norm_num_groups:
+        if channels < 1 or channels % net.norm_num_groups:
             yield (
-                f"{path}.channels must be multiples of {path}.norm_num_groups "
+                f"{path}.channels must be positive multiples of {path}.norm_num_groups "
                 f"({net.norm_num_groups}), got {channels}"
             )
-    for channels, attends in zip(net.channels, net.attention_levels):
-        if attends and channels % net.num_head_channels:
+    levels = [*net.attention_levels[:-1], True] if middle_attends else net.attention_levels
+    for channels, attends in zip(net.channels, levels):
+        if attends and channels > net.num_head_channels and channels % net.num_head_channels:
             yield (
                 f"{path}.channels with attention must be multiples of {path}.num_head_channels "
                 f"({net.num_head_channels}), got {channels}"
             )
 
 
-def _levels(config: Config) -> Iterator[str]:
+def _cam(config: Config) -> Iterator[str]:
+    lowest, step = CAM_CHANNELS
+    channels, blocks = config.cam.channels, config.cam.blocks
+    if len(channels) != 4 or any(width < lowest or width % step for width in channels):
+        yield (
+            f"cam.channels must be four multiples of {step}, each at least {lowest}, "
+            f"got {list(channels)}"
+        )
+    if len(blocks) != 4 or any(number < 1 for number in blocks):
+        yield f"cam.blocks must be four numbers >= 1, got {list(blocks)}"
+
+
+def _noise_levels(config: Config) -> Iterator[str]:
     last = config.diffusion.num_timesteps - 1
     for path, levels in (
         ("features.noise_levels", config.features.noise_levels),
@@ -106,8 +164,42 @@ def _levels(config: Config) -> Iterator[str]:
     ):
         if not levels or any(not 0 <= level <= last for level in levels):
             yield f"{path} must be timesteps in 0..{last}, got {list(levels)}"
-    if not config.features.taps:
+    highest = max(config.gradient_map.noise_levels, default=0)
+    if highest >= config.classifier.max_noise_level:
+        yield (
+            "gradient_map.noise_levels must stay below classifier.max_noise_level "
+            f"({config.classifier.max_noise_level}), noise that the classifier never saw in "
+            f"training; got {highest}"
+        )
+
+
+def _taps(config: Config) -> Iterator[str]:
+    taps, net = config.features.taps, config.diffusion.net
+    if not taps:
         yield "features.taps must name at least one decoder level, e.g. [up2.1]"
+    if len(set(taps)) != len(taps):
+        yield f"features.taps must differ, got {list(taps)}"
+    for tap in taps:
+        found = TAP.fullmatch(tap)
+        level, block = (int(number) for number in found.groups()) if found else (-1, -1)
+        if not (0 <= level < len(net.channels) and 0 <= block <= net.num_res_blocks):
+            yield (
+                f"features.taps must be up<level>.<block>, level 0 to {len(net.channels) - 1} and "
+                f"block 0 to {net.num_res_blocks} with diffusion.net as it is, got {tap!r}"
+            )
+
+
+def _smoothing(config: Config) -> Iterator[str]:
+    size = config.data.image_size
+    for path, pixels in (
+        ("gradient_map.smooth_pixels", config.gradient_map.smooth_pixels),
+        ("saliency.smooth_pixels", config.saliency.smooth_pixels),
+    ):
+        if pixels < 0 or 3 * pixels + 0.5 >= size:
+            yield (
+                f"{path} must be >= 0 and three times it fit into data.image_size ({size}), "
+                f"got {pixels}"
+            )
 
 
 def _decoder(config: Config) -> Iterator[str]:

@@ -20,6 +20,8 @@ from cldf_dist.config import (
     to_plain,
     to_yaml,
 )
+from cldf_dist.config_rules import CAM_CHANNELS, COUNTS
+from cldf_dist.nets.classifiers import MIN_CHANNELS, NORM_GROUPS
 from cldf_dist.stages import STAGES
 
 PHANTOM = {"data": {"dataset": "phantom"}}
@@ -139,6 +141,27 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("seeds.background", 0.6, r"0 <= background < foreground <= 1, got 0\.6 and 0\.5"),
         ("segment.negative_fraction", 0.0, r"must lie in \(0, 1\), got 0\.0"),
         ("diffusion.label_dropout", 1.0, r"label_dropout must lie in \[0, 1\), got 1"),
+        ("diffusion.net.channels", [], r"diffusion\.net\.channels must have at least one level"),
+        ("diffusion.net.channels", [0, 0, 0, 0], r"diffusion\.net\.channels must be positive mult"),
+        ("diffusion.net.norm_num_groups", 0, r"net\.norm_num_groups must be >= 1, got 0"),
+        ("classifier.num_res_blocks", 0, r"classifier\.num_res_blocks must be >= 1, got 0"),
+        ("classifier.channels", [32, 64], r"classifier\.attention_levels needs one entry"),
+        ("classifier.norm_num_groups", 48, r"multiples of classifier\.norm_num_groups \(48\)"),
+        ("cam.layer", "layer5", r"cam\.layer must be one of layer1, .*, layer4, got 'layer5'"),
+        ("cam.channels", [32, 64, 128], r"cam\.channels must be four multiples of 8"),
+        ("cam.channels", [8, 64, 128, 256], r"must be four .*got \[8, 64, 128, 256\]"),
+        ("cam.channels", [20, 64, 128, 256], r"cam\.channels must be four multiples of 8"),
+        ("cam.blocks", [1, 1, 1, 0], r"cam\.blocks must be four numbers >= 1, got \[1, 1, 1, 0\]"),
+        ("features.taps", ["up4.1"], r"level 0 to 3 and block 0 to 2 .*, got 'up4\.1'"),
+        ("features.taps", ["up2.3"], r"level 0 to 3 and block 0 to 2 .*, got 'up2\.3'"),
+        ("features.taps", ["down1.1"], r"features\.taps must be up<level>\.<block>.*got 'down1"),
+        ("features.taps", ["up1.1", "up1.1"], r"features\.taps must differ"),
+        ("classifier.max_noise_level", 250, r"must stay below classifier\.max_noise_level \(250\)"),
+        ("gradient_map.smooth_pixels", -1.0, r"gradient_map\.smooth_pixels must be >= 0 .*got -1"),
+        ("saliency.smooth_pixels", 43.0, r"saliency\.smooth_pixels .*image_size \(128\), got 43"),
+        ("cam.fit.validation_samples", 0, r"cam\.fit\.validation_samples must be >= 1 where"),
+        ("data.phantom.num_patients", 2, r"data\.phantom\.num_patients must be >= 3, got 2"),
+        ("data.phantom.num_slices", 3, r"data\.phantom\.num_slices must be >= 4, got 3"),
     ],
 )  # fmt: skip
 def test_broken_rules_name_key_rule_and_value(path: str, value: Any, rule: str) -> None:
@@ -146,6 +169,59 @@ def test_broken_rules_name_key_rule_and_value(path: str, value: Any, rule: str) 
     check(sound)
     with pytest.raises(ValueError, match=rule):
         check(changed(sound, path, value))
+
+
+@pytest.mark.parametrize("path", COUNTS)
+def test_counts_are_at_least_one(path: str) -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    with pytest.raises(ValueError, match=rf"{path} must be >= 1, got 0"):
+        check(changed(sound, path, 0))
+
+
+def test_the_rules_of_a_net_are_those_of_its_builder() -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    attends = changed(sound, "classifier.attention_levels", [False, False, True, True])
+    check(attends)  # 96 and 128 channels in heads of 32
+    with pytest.raises(ValueError, match=r"classifier\.channels with attention .*\(36\).* got 96"):
+        check(changed(attends, "classifier.num_head_channels", 36))
+    check(changed(attends, "classifier.num_head_channels", 256))  # one head of all channels
+    no_attention = changed(sound, "diffusion.net.attention_levels", [False] * 4)
+    with pytest.raises(ValueError, match=r"\(48\), got 256"):  # the middle block attends
+        check(changed(no_attention, "diffusion.net.num_head_channels", 48))
+    assert CAM_CHANNELS == (MIN_CHANNELS, NORM_GROUPS)
+
+
+def test_validation_needs_no_samples_where_there_is_none() -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    silent = changed(sound, "cam.fit.validate_every", 0)
+    check(changed(silent, "cam.fit.validation_samples", 0))
+
+
+def test_sizes_of_the_phantom_matter_where_it_is_used() -> None:
+    other = Config(name="brats", data=Data(dataset="brats", root="/data"))
+    check(changed(other, "data.phantom.num_patients", 0))
+
+
+def test_the_splits_file_is_found_beside_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    path = write(folder, "mine", {"data": {"dataset": "phantom", "splits": "splits.json"}})
+    monkeypatch.chdir(tmp_path)
+    expected = str(folder.resolve() / "splits.json")
+    for word in (path, "configs/mine.yaml"):
+        assert load([word]).data.splits == expected
+    other = load([path], ["data.splits=other.json"])
+    assert other.data.splits == str(tmp_path.resolve() / "other.json"), "words: working folder"
+    assert load([path], ["data.splits="]).data.splits == ""
+    assert load([path], [f"data.splits={expected}"]).data.splits == expected
+
+
+def test_the_demo_starts_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load([str(Path(__file__).parents[1] / "configs" / "demo.yaml")])
+    assert Path(config.data.splits).is_file()
 
 
 def test_native_data_needs_its_folder() -> None:

@@ -15,6 +15,7 @@ FLOORS = {
     "cldf_dist.config_types": 0,
     "cldf_dist.seeding": 0,
     "cldf_dist.processes": 0,
+    "cldf_dist.locks": 0,
     "cldf_dist.progress": 0,
     "cldf_dist.stopping": 0,
     "cldf_kernels": 0,

@@ -132,22 +132,23 @@ def test_dry_run_knows_what_is_finished(debug_run: Any, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("stage", "word", "told"),
+    ("stage", "first", "word", "told"),
     [
-        ("prepare", "data.image_size=48", "data.image_size=32, not 48"),
-        ("cache", "seeds.foreground=0.6", "seeds.foreground=0.4, not 0.6"),
-        ("evaluate", "cam.dropout=0.3", "cam.dropout=0.1, not 0.3"),
-        ("train-decoder", "seed=5", "seed=0, not 5"),
-        ("train-diffusion", "fit.steps=7", "diffusion.fit.steps=6, not 7"),
+        ("prepare", "prepare", "data.image_size=48", "data.image_size=32, not 48"),
+        ("cache", "cache", "seeds.foreground=0.6", "seeds.foreground=0.4, not 0.6"),
+        ("evaluate", "segment", "cam.dropout=0.3", "cam.dropout=0.1, not 0.3"),
+        ("train-decoder", "cache", "seed=5", "seed=0, not 5"),
+        ("train-diffusion", "train-diffusion", "fit.steps=7", "diffusion.fit.steps=6, not 7"),
     ],
 )
 def test_a_changed_setting_of_a_finished_stage_is_refused(
-    debug_run: Any, capsys: pytest.CaptureFixture[str], stage: str, word: str, told: str
+    debug_run: Any, capsys: pytest.CaptureFixture[str], stage: str, first: str, word: str, told: str
 ) -> None:
+    """`first` is the nearest stage before it that the setting concerns."""
     before = snapshot(debug_run.folder)
     assert main([stage, *debug_run.words, word]) == 1
     said = capsys.readouterr().err
-    assert f"{debug_run.folder / stage} was made with {told}; take another name=" in said
+    assert f"{debug_run.folder / first} was made with {told}; take another name=" in said
     assert snapshot(debug_run.folder) == before
 
 
@@ -170,6 +171,8 @@ def test_no_training_opens_a_mask(
         net = f"{stage}/net.safetensors"
         assert (run.folder / net).read_bytes() == (debug_run.folder / net).read_bytes()
     shutil.copytree(debug_run.folder / "cache", run.folder / "cache")
+    identity = run.folder / "cache" / "run.json"  # taken over from another run, knowingly
+    identity.write_text(json.dumps({**json.loads(identity.read_text()), "inputs": {}}))
     assert main(["train-decoder", *run.words, "evaluate.upper_bound=false"]) == 0
     net = "train-decoder/net.safetensors"
     assert (run.folder / net).read_bytes() == (debug_run.folder / net).read_bytes()

@@ -46,6 +46,24 @@ def is_patient_folder(folder: Path) -> bool:
     return folder.is_dir() and any(_files(folder, channel) for channel in CHANNELS)
 
 
+def patient_files(folder: Path) -> list[Path]:
+    """The files of a patient that are read: the scans and the segmentation, sorted by kind."""
+    return [file for kind in ENDINGS for file in _files(folder, kind)]
+
+
+def listing_faults(folder: Path) -> list[str]:
+    """What is wrong with a patient's file names, a sentence each; no file is opened."""
+    faults = []
+    for kind in ENDINGS:
+        if kind == "seg" and not _files(folder, kind):
+            continue
+        try:
+            _only_file(folder, kind)
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(str(error))
+    return faults
+
+
 def read_brats(root: str | Path, patient: str, with_mask: bool = True) -> Volume:
     """One patient of a BraTS folder; channels in the order of CHANNELS."""
     return read_scan(Path(root) / patient, with_mask=with_mask)

@@ -1,6 +1,9 @@
 """The native data sets by name: who is in them, and one patient as a Volume."""
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from cldf_dist.data import brats
 from cldf_dist.data.nifti import Volume
 from cldf_dist.data.phantom import CHANNELS as PHANTOM_CHANNELS
 from cldf_dist.data.phantom import PhantomSettings, phantom_patient
+from cldf_dist.data.slices import slice_key
 
 CHANNELS = {"brats": brats.CHANNELS, "phantom": PHANTOM_CHANNELS}
 SUBJECT_LEVEL = 0.2  # of the bright tissue: above the air's noise, below every soft tissue
 SMOOTH_PIXELS = 1.0  # standard deviation, before the subject is told from air
+FAULTS_SHOWN = 5  # of a folder, in one error
 
 
 def channels(settings: Data) -> tuple[str, ...]:
@@ -39,6 +44,40 @@ def read_patient(settings: Data, patient: str) -> Volume:
     if settings.dataset == "phantom":
         return _read_phantom(settings, patient)
     return brats.read_brats(_root(settings), patient)
+
+
+def source_fingerprint(settings: Data, patient: str) -> str:
+    """A digest that changes where the patient's source does: its folder, or a file's name, size or
+    time of change; for the phantom its settings. No file is opened."""
+    _check_known(settings)
+    source: list[Any]
+    if settings.dataset == "phantom":
+        source = [patient, dataclasses.asdict(settings.phantom)]
+    else:
+        folder = Path(_root(settings)).resolve() / patient
+        found = [(file.name, file.stat()) for file in brats.patient_files(folder)]
+        source = [str(folder), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
+
+
+def check_listing(settings: Data, names: Sequence[str]) -> None:
+    """Raise ValueError, with the first faults and their number, for all that names and file
+    listings give away: patient names that cannot be keys, missing and doubled scans."""
+    faults = []
+    for name in names:
+        try:
+            slice_key(name, 0)
+        except ValueError as error:
+            faults.append(str(error))
+        if settings.dataset != "phantom":
+            faults += brats.listing_faults(Path(_root(settings)) / name)
+    if faults:
+        shown = "; ".join(faults[:FAULTS_SHOWN])
+        more = len(faults) - FAULTS_SHOWN
+        raise ValueError(
+            f"the data has {len(faults)} faults: {shown}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
 
 
 def new_scans(settings: Data, path: str | Path) -> list[Path]:

@@ -1,15 +1,18 @@
 """Native scans -> normalised slices in shards, with a patient-level split.
 
 Each patient is prepared once and spooled to disk; an interrupted run goes on with the patients that
-are missing. Masks give the slice labels here; after that only diagnostics and the reference rows,
-which say so, read them.
+are missing or whose files have changed since. Masks give the slice labels here; after that only
+diagnostics and the reference rows, which say so, read them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 from cldf_dist.config import Config, Data, to_plain
 from cldf_dist.data import datasets
 from cldf_dist.data.nifti import write_nifti
-from cldf_dist.data.shards import write_manifest, write_shards
+from cldf_dist.data.shards import ShardSet, write_manifest, write_shards
 from cldf_dist.data.slices import (
     Geometry,
     Slice,
@@ -34,12 +37,14 @@ from cldf_dist.run import Run
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     names = datasets.patients(config.data)
+    _check_before_reading(config.data, names)
     spool = run.folder / ".spool"
     spool.mkdir(exist_ok=True)
     with progress("prepare", len(names), "patients") as bar:
         for name in names:
-            if not (spool / f"{name}.npz").exists():
-                _spool_patient(config.data, name, spool)
+            fingerprint = datasets.source_fingerprint(config.data, name)
+            if _spooled_fingerprint(spool / f"{name}.npz") != fingerprint:
+                _spool_patient(config.data, name, spool, fingerprint)
             bar.advance(note=name)
     splits = _splits(config.data, names, spool)
     shards = []
@@ -76,21 +81,78 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
     }
 
 
-def _spool_patient(settings: Data, name: str, spool: Path) -> None:
+def check_unchanged(config: Config, folder: Path) -> None:
+    """Raise ValueError unless a finished `folder` is split as the data.splits file says now.
+
+    Without such a file the settings of the random split count, which are compared elsewhere.
+    """
+    manifest = ShardSet(folder, on_damaged="skip").manifest
+    made_with, path = manifest["settings"]["splits"], config.data.splits
+    remedy = (
+        f"({folder / 'manifest.json'} holds the splits of the run): restore it, take another "
+        f"name=..., or delete {folder.parent}"
+    )
+    if not path:
+        if made_with:
+            raise ValueError(f"{folder} was split by data.splits={made_with}, now not set {remedy}")
+        return
+    held = manifest["splits"]
+    try:
+        said = read_splits(path, [name for split in SPLITS for name in held[split]])
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}; {folder} was split otherwise {remedy}") from error
+    moved = [name for split in SPLITS for name in said[split] if name not in set(held[split])]
+    if moved:
+        raise ValueError(
+            f"data.splits: {path} no longer says what {folder} was made with: "
+            f"{', '.join(moved[:5])} changed the split {remedy}"
+        )
+
+
+def _check_before_reading(settings: Data, names: Sequence[str]) -> None:
+    """Refuse what names and file listings give away, before hours of reading."""
+    datasets.check_listing(settings, names)
+    if settings.splits:
+        read_splits(settings.splits, names)
+    else:  # whether there are enough patients does not depend on the values to balance
+        _split(settings, dict.fromkeys(names, 0.0))
+
+
+def _spooled_fingerprint(path: Path) -> str:
+    """What the patient was spooled from; empty where it is not spooled, or unreadably."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return str(stored["fingerprint"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return ""
+
+
+def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> None:
     volume = datasets.read_patient(settings, name)
     slices, geometry = prepare_volume(volume, settings)
-    if volume.mask is not None:
-        write_nifti(spool / f"{name}.nii.gz", volume.mask.astype(np.uint8), volume.affine)
+    if not slices:
+        raise ValueError(
+            f"{name}: no slice is kept, its subject covers less than data.min_foreground_fraction="
+            f"{settings.min_foreground_fraction} of every slice; lower that, or take the patient "
+            "out of the data"
+        )
     arrays: dict[str, Any] = {
-        "images": np.stack([quantise(item.image) for item in slices]) if slices else np.zeros(0),
+        "fingerprint": np.array(fingerprint),
+        "images": np.stack([quantise(item.image) for item in slices]),
         "labels": np.array([item.label for item in slices]),
         "geometry": np.array(json.dumps(geometry.to_json())),
         "positive_share": np.array(_positive_share(slices)),
     }
-    if volume.mask is not None and slices:
+    native_mask = spool / f"{name}.nii.gz"
+    native_mask.unlink(missing_ok=True)
+    if volume.mask is not None:
+        write_nifti(native_mask, volume.mask.astype(np.uint8), volume.affine)
         arrays["masks"] = np.stack([item.mask for item in slices if item.mask is not None])
     temporary = spool / f".{name}.partial.npz"
-    np.savez(temporary, **arrays)
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(spool / f"{name}.npz")
 
 
@@ -116,7 +178,7 @@ def _geometry(spool: Path, name: str) -> Geometry:
 
 
 def _positive_share(slices: Sequence[Slice]) -> float:
-    return float(np.mean([item.label == 1 for item in slices])) if slices else 0.0
+    return float(np.mean([item.label == 1 for item in slices]))
 
 
 def _splits(settings: Data, names: Sequence[str], spool: Path) -> dict[str, list[str]]:
@@ -126,6 +188,10 @@ def _splits(settings: Data, names: Sequence[str], spool: Path) -> dict[str, list
     for name in names:
         with np.load(spool / f"{name}.npz", allow_pickle=False) as stored:
             strata[name] = float(stored["positive_share"])
+    return _split(settings, strata)
+
+
+def _split(settings: Data, strata: Mapping[str, float]) -> dict[str, list[str]]:
     return split_patients(
         strata, settings.validation_fraction, settings.test_fraction, settings.split_seed
     )
@@ -133,10 +199,18 @@ def _splits(settings: Data, names: Sequence[str], spool: Path) -> dict[str, list
 
 def _keep_truth(spool: Path, folder: Path, patients: Sequence[str]) -> None:
     folder.mkdir(exist_ok=True)
-    for name in patients:
-        source = spool / f"{name}.nii.gz"
-        if source.exists():
-            shutil.copyfile(source, folder / source.name)
+    for old in folder.glob("*.nii.gz"):
+        old.unlink()
+    sources = [spool / f"{name}.nii.gz" for name in patients]
+    known = [source for source in sources if source.exists()]
+    for source in known:
+        shutil.copyfile(source, folder / source.name)
+    if not known:
+        print(
+            f"prepare: none of the {len(patients)} test patients has a mask; evaluate will have "
+            "nothing to score",
+            file=sys.stderr,
+        )
 
 
 def _check_labels(shards: Sequence[dict[str, Any]]) -> None:

@@ -1,11 +1,12 @@
 """Train the pixel decoder on cached features at seed pixels, and take prototypes from the seeds.
 
-Where the training masks are known, a second decoder is trained on them in the same way: the upper
+Where training masks are known, a second decoder is trained on them in the same way: the upper
 bound `supervised_decoder` of the table. It is the only training that reads a mask.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from cldf_dist.data.stream import Stream
 from cldf_dist.fit import fit
 from cldf_dist.method.prototypes import class_prototypes
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.processes import accelerator, from_main, wait_for_everyone
+from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
 from cldf_dist.stages.cache import STORE, Slices, cached_slices, check_same_slices
@@ -61,7 +62,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 def _train_supervised(config: Config, run: Run, pixels: TrainingPixels) -> None:
     """The reference row: its own folder below this stage's, resumed and finished like a stage."""
-    reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections)
+    reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections, run.inputs)
     if from_main(reference.is_finished):
         return
     if run.is_main:
@@ -154,16 +155,24 @@ def _features_of(
 
 
 def _true_labels(slices: Slices) -> Labels | None:
-    """True masks of the training slices as pixel labels; None where any is missing."""
+    """True masks of the training slices as pixel labels: -1 where a slice has no mask and outside
+    the subject; None where no slice has one."""
     table = slices.tables[0]
-    labels = []
+    labels, num_masks = [], 0
     for row in range(len(table)):
-        mask = table.read_mask(row)
-        if mask is None:
-            return None
         inside = foreground(table.read_image(row))
-        labels.append(np.where(inside, mask, -1).astype(np.int8))
-    return np.stack(labels)
+        mask = table.read_mask(row)
+        num_masks += mask is not None
+        known = inside & (mask is not None)
+        labels.append(np.where(known, 0 if mask is None else mask, -1).astype(np.int8))
+    if num_masks < len(table) and processes().is_main:
+        use = "is trained on those alone" if num_masks else "is left out"
+        print(
+            f"train-decoder: {num_masks} of {len(table)} training slices have a mask; the "
+            f"reference row {SUPERVISED} {use}",
+            file=sys.stderr,
+        )
+    return np.stack(labels) if num_masks else None
 
 
 def _channels(cache: FeatureCache, tap: str) -> int:

@@ -5,7 +5,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cldf_dist.data.brats import CHANNELS, brats_patients, read_brats, read_scan
+from cldf_dist.data.brats import (
+    CHANNELS,
+    brats_patients,
+    listing_faults,
+    patient_files,
+    read_brats,
+    read_scan,
+)
 
 AFFINE = np.diag([-1.0, -1.0, 4.0, 1.0])
 SHAPE = (6, 5, 4)
@@ -72,6 +79,26 @@ def test_patients_are_the_sorted_folders_with_scans(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "readme.txt").write_text("none")
     assert brats_patients(tmp_path) == ["case_1", "case_2"]
+
+
+def test_faults_of_a_listing_are_told_without_opening_a_file(tmp_path: Path) -> None:
+    assert listing_faults(make_patient(tmp_path, "whole")) == []
+    assert listing_faults(make_patient(tmp_path, "no_mask", seg=False)) == []
+    folder = make_patient(tmp_path, "odd")
+    (folder / "odd_t1.nii.gz").unlink()
+    (folder / "odd_t2.nii").write_bytes(b"not a scan")
+    (folder / "again_seg.nii").write_bytes(b"not a scan")
+    missing, doubled_scan, doubled_mask = listing_faults(folder)
+    assert "odd has no t1 scan; expected *_t1.nii.gz" in missing
+    assert "more than one t2 file: odd_t2.nii, odd_t2.nii.gz; keep one" in doubled_scan
+    assert "more than one seg file" in doubled_mask
+
+
+def test_the_files_of_a_patient_are_the_scans_and_the_mask(tmp_path: Path) -> None:
+    folder = make_patient(tmp_path, "case_1")
+    (folder / "notes.txt").write_text("none")
+    names = [f"case_1_{kind}.nii.gz" for kind in (*CHANNELS, "seg")]
+    assert [file.name for file in patient_files(folder)] == names
 
 
 def test_folder_without_scans_tells_the_expected_layout(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,46 @@ def test_a_stop_between_the_two_decoders_costs_only_the_second(
         ).read_bytes(), name
 
 
-def test_without_training_masks_there_is_no_reference_row(debug_run: Any, tmp_path: Path) -> None:
-    run = debug_run.copy_to(tmp_path, *EARLIER)
-    path = run.folder / "prepare" / "manifest.json"
+def forget_masks(prepared: Path, patients: Sequence[str]) -> int:
+    """Take the masks of these patients out of the manifest; the number of slices concerned."""
+    path = prepared / "manifest.json"
     manifest = json.loads(path.read_text())
-    for shard in manifest["shards"]:
-        for sample in shard["samples"]:
-            sample["mask"] = None
+    samples = [sample for shard in manifest["shards"] for sample in shard["samples"]]
+    forgotten = [sample for sample in samples if sample["patient"] in patients]
+    for sample in forgotten:
+        sample["mask"] = None
     path.write_text(json.dumps(manifest))
+    return len(forgotten)
+
+
+def test_without_training_masks_there_is_no_reference_row(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    prepared = ShardSet(run.folder / "prepare")
+    number = forget_masks(run.folder / "prepare", prepared.patients["train"])
     assert main(["train-decoder", *run.words]) == 0
+    assert f"0 of {number} training slices have a mask" in capsys.readouterr().err
     assert not (run.folder / "train-decoder" / SUPERVISED).exists()
     name = "train-decoder/net.safetensors"
     assert (run.folder / name).read_bytes() == (debug_run.folder / name).read_bytes()
+
+
+def test_a_patient_without_a_mask_leaves_the_reference_row_to_the_others(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    prepared = ShardSet(run.folder / "prepare")
+    total = len(prepared.split("train"))
+    missing = forget_masks(run.folder / "prepare", prepared.patients["train"][:1])
+    assert main(["train-decoder", *run.words]) == 0
+    assert (
+        f"train-decoder: {total - missing} of {total} training slices have a mask; the reference "
+        f"row {SUPERVISED} is trained on those alone"
+    ) in capsys.readouterr().err
+    done = json.loads((run.folder / "train-decoder" / SUPERVISED / "DONE").read_text())
+    table = ShardSet(run.folder / "prepare").split("train")
+    masks = [table.read_mask(row) for row in range(total)]
+    assert done["slices_with_object_seeds"] == sum(
+        mask is not None and mask.any() for mask in masks
+    )
