@@ -214,6 +214,10 @@ def test_new_scans_get_masks_in_their_own_geometry(
             assert 0 <= values.min() <= values.max() <= 1
     assert snapshot(debug_run.folder) == before, "the run itself stays as it is"
     single = tmp_path / "single"
+    words = [*debug_run.words, f"input={tmp_path / 'scans'}", f"output={tmp_path / 'no'}"]
+    assert main(["segment", *words, "gradient_map.draws=3"]) == 1
+    assert "was made with gradient_map.draws=1, not 3; new scans" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
     words = [*debug_run.words, f"input={tmp_path / 'scans' / 'ann'}", f"output={single}"]
     assert main(["segment", *words]) == 0
     for path in single.iterdir():

@@ -262,3 +262,14 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_array_is_named(cache: FeatureCache) -> None:
     with pytest.raises(KeyError, match=r"holds no array 'up9\.9'; it has up0\.1, seeds"):
         cache.read("up9.9", 0)
+
+
+def test_a_creation_that_was_killed_is_made_anew(tmp_path: Path) -> None:
+    """The store is not there before all its arrays are."""
+    left_behind = tmp_path / ".features.zarr.partial"
+    left_behind.mkdir()
+    (left_behind / "zarr.json").write_text("half of it")
+    cache = empty(tmp_path)
+    assert not left_behind.exists()
+    assert cache.keys == [""] * NUM_SLICES
+    assert not cache.is_done(0)
