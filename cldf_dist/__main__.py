@@ -29,7 +29,7 @@ Later files override earlier ones, words override files. To resume, run the same
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line says; the process's exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options.stage, options.words, options.dry_run)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:

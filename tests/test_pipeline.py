@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_dry_run_tells_everything_and_writes_nothing(
     debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [debug_run.words[0], f"runs={tmp_path / 'runs'}"]
-    assert main(["run", *words, "cam.dropout=0.375", "--dry-run"]) == 0
+    assert main(["run", *words, "--dry-run", "cam.dropout=0.375"]) == 0
     said = capsys.readouterr().out
     assert "dropout: 0.375" in said
     for stage in STAGES:
@@ -119,6 +120,7 @@ def test_dry_run_tells_everything_and_writes_nothing(
     assert "steps:  6 of 4 samples over all processes" in said
     assert "patients: 12" in said
     assert "MB per slice" in said
+    assert len(re.findall(r"time: about \d+ (s|min|h) on this machine's", said)) == 3
     assert not list(tmp_path.iterdir())
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cldf_dist.checkpoint import save_net
 from cldf_dist.config import Config, to_plain
+from cldf_dist.data import datasets
 from cldf_dist.fit import fit
 from cldf_dist.nets.classifiers import CamClassifier
 from cldf_dist.run import Run
 from cldf_dist.stages.loading import shard_set, training_stream, validation_stream
+from cldf_dist.stages.timing import training_time
 from cldf_dist.tasks.classify import Classify
 
 
@@ -19,13 +22,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     settings = config.cam
     shards = shard_set(config, run)
     num_channels = len(shards.manifest["channels"])
-    torch.manual_seed(config.seed)  # the same initial weights on every process
-    task = Classify(
-        CamClassifier(settings, num_channels),
-        label_smoothing=settings.label_smoothing,
-        noise=None,
-        seed=config.seed,
-    )
+    task = _task(config, num_channels)
     stream = training_stream(config, shards, settings.augment)
     net = fit(task, stream, settings.fit, run, validation_stream(config, shards))
     if run.is_main:
@@ -36,3 +33,21 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         }
         save_net(net, run.folder, about)
     return {"parameters": sum(p.numel() for p in net.parameters())}
+
+
+def estimate(config: Config, folder: Path) -> dict[str, str]:
+    """What `--dry-run` prints: size of the net, and time."""
+    num_channels = len(datasets.channels(config.data))
+    task = _task(config, num_channels)
+    return training_time(task, config.cam.fit, num_channels, config.data.image_size)
+
+
+def _task(config: Config, num_channels: int) -> Classify:
+    settings = config.cam
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    return Classify(
+        CamClassifier(settings, num_channels),
+        label_smoothing=settings.label_smoothing,
+        noise=None,
+        seed=config.seed,
+    )

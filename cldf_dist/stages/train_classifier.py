@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cldf_dist.checkpoint import save_net
 from cldf_dist.config import Config, to_plain
+from cldf_dist.data import datasets
 from cldf_dist.fit import fit
 from cldf_dist.nets.classifiers import NoisyClassifier
 from cldf_dist.run import Run
 from cldf_dist.stages.loading import noise_schedule, shard_set, training_stream, validation_stream
+from cldf_dist.stages.timing import training_time
 from cldf_dist.tasks.classify import Classify, NoiseRange
 
 
@@ -19,13 +22,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     settings = config.classifier
     shards = shard_set(config, run)
     num_channels = len(shards.manifest["channels"])
-    torch.manual_seed(config.seed)  # the same initial weights on every process
-    task = Classify(
-        NoisyClassifier(settings, num_channels),
-        label_smoothing=settings.label_smoothing,
-        noise=NoiseRange(noise_schedule(config), settings.max_noise_level, settings.clean_share),
-        seed=config.seed,
-    )
+    task = _task(config, num_channels)
     stream = training_stream(config, shards, settings.augment)
     net = fit(task, stream, settings.fit, run, validation_stream(config, shards))
     if run.is_main:
@@ -36,3 +33,22 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         }
         save_net(net, run.folder, about)
     return {"parameters": sum(p.numel() for p in net.parameters())}
+
+
+def estimate(config: Config, folder: Path) -> dict[str, str]:
+    """What `--dry-run` prints: size of the net, and time."""
+    num_channels = len(datasets.channels(config.data))
+    task = _task(config, num_channels)
+    return training_time(task, config.classifier.fit, num_channels, config.data.image_size)
+
+
+def _task(config: Config, num_channels: int) -> Classify:
+    settings = config.classifier
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    noise = NoiseRange(noise_schedule(config), settings.max_noise_level, settings.clean_share)
+    return Classify(
+        NoisyClassifier(settings, num_channels),
+        label_smoothing=settings.label_smoothing,
+        noise=noise,
+        seed=config.seed,
+    )
