@@ -72,6 +72,7 @@ def _train_supervised(config: Config, run: Run, pixels: TrainingPixels) -> None:
         reference.finish(_train(config, reference, pixels))
     finally:
         reference.close()
+    run.stop_requested = run.stop_requested or reference.stop_requested
 
 
 def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
