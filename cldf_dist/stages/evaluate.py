@@ -22,7 +22,7 @@ from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
-from cldf_dist.method.metrics import CaseScore, auroc, score_case
+from cldf_dist.method.metrics import CaseScore, SliceScore, auroc, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
     holm,
@@ -33,6 +33,7 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
+from cldf_dist.stages.legacy import legacy_scores, legacy_summary
 from cldf_dist.stages.masks import (
     SUPERVISED,
     FloatArray,
@@ -75,9 +76,12 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )
     oracles = _oracles(segment / "scores", patients, rule["cuts"], config)
     cases: list[Case] = []
+    legacy: dict[str, list[SliceScore]] = {method: [] for method in methods}
     with progress("evaluate", len(patients), "patients") as counter:
         for patient in patients:
             cases += _score_patient(config, shards, segment, patient, oracles)
+            for method, rows in _legacy(config, shards, segment, patient, methods).items():
+                legacy[method] += rows
             counter.advance()
     summary: dict[str, Any] = {
         "strict": {
@@ -91,6 +95,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_without_object": _num_without_object(cases),
             "num_without_truth": len(shards.patients["test"]) - len(patients),
         },
+        "legacy": legacy_summary(legacy),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
     }
@@ -150,6 +155,14 @@ def _score_patient(
         yield Case(patient, method, OTSU, score_case(by_otsu, truth, geometry.spacing))
         native, allowed = native_scores(scores, method, geometry, gate)
         oracle.add(native[allowed], truth[allowed], num_true)
+
+
+def _legacy(
+    config: Config, shards: ShardSet, segment: Path, patient: str, methods: Sequence[str]
+) -> dict[str, list[SliceScore]]:
+    scores = PatientScores.load(segment / "scores", patient)
+    truth = read_mask(truth_path(shards.folder, patient))
+    return legacy_scores(config, scores, shards.geometry(patient), truth, methods)
 
 
 def _rows(

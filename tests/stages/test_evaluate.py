@@ -136,6 +136,17 @@ def test_oracle_without_any_object_or_mask_is_undefined():
     assert search.best() == {"cut": None, "dice": None}
 
 
+def test_legacy_counts_positive_slices_only_and_rewards_a_miss(summary):
+    """Two positive slices of each of the six patients with the object; false alarms do not count,
+    and Otsu's threshold, which needs no gate, finds the box wherever the score shows it."""
+    legacy = summary["legacy"]
+    for row in legacy["methods"].values():
+        assert row["num_slices"] == 2 * (len(FOUND) + 1)
+        assert set(row) == {"dice", "iou", "hd95_pixels", "num_slices"}
+    assert legacy["methods"]["cldf"]["dice"] >= summary["strict"]["methods"]["cldf"]["dice"]["mean"]
+    assert "positive slices only" in legacy["rule"]
+
+
 def test_gate_is_judged_on_labelled_slices_of_both_splits(summary):
     # test: 8 labelled patients x 6 slices; the missed object's 2 and the alarm's 2 are wrong
     test = summary["gate"]["test"]
