@@ -31,8 +31,14 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Data:
-    dataset: str = "brats"  # brats | phantom
+    dataset: str = "brats"  # brats | chaos | dicom | nnunet | phantom
     root: str = ""  # folder of the native data set; unused by the phantom
+    # what is segmented: a name that the data set knows, or several joined by "+" into one object
+    # (right_kidney+left_kidney); empty: the data set's usual or only one
+    object: str = ""
+    modality: str = "mr_t1"  # chaos only: mr_t1 (in and out of phase) | mr_t2 | ct
+    # CSV file of slice or volume labels, for nnunet and dicom; a relative path like that of splits
+    labels: str = ""
     # JSON file {"train": [patient, ...], "validation": ..., "test": ...}; a relative path is meant
     # from the folder of the YAML file that holds it, on the command line from the working folder
     splits: str = ""
@@ -42,6 +48,10 @@ class Data:
     image_size: int = 128  # pixels; slices are cropped to the subject and resampled to a square
     min_object_pixels: int = 50  # in-plane pixels of the original scan that make a slice positive
     min_foreground_fraction: float = 0.05  # of the square; emptier slices are not used
+    subject: str = "auto"  # auto | nonzero | tissue: how the subject is told from the air
+    # (low, high) of the stored values, mapped to [-1, 1] in place of the robust standardisation;
+    # empty: the abdominal window for CT, the robust standardisation for everything else
+    window: tuple[float, ...] = ()
     clip_low: float = -3.5  # robust standard deviations from the median that map to -1
     clip_high: float = 5.5  # robust standard deviations from the median that map to +1
     slices_per_shard: int = 256
@@ -301,12 +311,12 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
         if not Path(path).is_file():
             raise FileNotFoundError(f"no config file {path}; the ready ones are in configs/")
         try:
-            layers.append(_with_absolute_splits(OmegaConf.load(path), Path(path).parent))
+            layers.append(_with_absolute_paths(OmegaConf.load(path), Path(path).parent))
         except Exception as error:
             raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
     try:
         words = OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides])
-        layers.append(_with_absolute_splits(words, Path()))
+        layers.append(_with_absolute_paths(words, Path()))
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"cannot merge {', '.join(paths)}: {_one_line(error)}") from error
@@ -369,15 +379,16 @@ def build_section(section: type, plain: dict[str, Any]) -> Any:
     return build(section, plain, f"{section.__name__}.")
 
 
-def _with_absolute_splits(layer: Any, folder: Path) -> Any:
-    """The layer with `data.splits`, where it sets one, meant from `folder`."""
+def _with_absolute_paths(layer: Any, folder: Path) -> Any:
+    """The layer with `data.splits` and `data.labels`, where it sets them, meant from `folder`."""
     from omegaconf import DictConfig, OmegaConf
 
     data = layer.get("data") if isinstance(layer, DictConfig) else None
-    if isinstance(data, DictConfig) and not OmegaConf.is_interpolation(data, "splits"):
-        splits = data.get("splits")
-        if splits and isinstance(splits, str):
-            data["splits"] = str((folder / splits).resolve())
+    for key in ("splits", "labels"):
+        if isinstance(data, DictConfig) and not OmegaConf.is_interpolation(data, key):
+            path = data.get(key)
+            if path and isinstance(path, str):
+                data[key] = str((folder / path).resolve())
     return layer
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 from cldf_dist.config import Classifier, Config, Fit, UNet, flatten
 
-DATASETS = ("phantom", "brats")
+DATASETS = ("brats", "chaos", "dicom", "nnunet", "phantom")
+BRATS_OBJECTS = ("whole_tumour", "tumour_core", "enhancing_tumour")
+CHAOS_OBJECTS = {
+    "ct": ("liver",),
+    "mr_t1": ("liver", "right_kidney", "left_kidney", "spleen"),
+    "mr_t2": ("liver", "right_kidney", "left_kidney", "spleen"),
+}
+SUBJECTS = ("auto", "nonzero", "tissue")
 CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
 PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
@@ -26,6 +33,7 @@ def broken_rules(config: Config) -> list[str]:
         *_choices(config),
         *_counts(config),
         *_data(config),
+        *_object(config),
         *_levels_of("diffusion.net", config.diffusion.net, middle_attends=True),
         *_levels_of("classifier", config.classifier, middle_attends=False),
         *_cam(config),
@@ -44,6 +52,7 @@ def _choices(config: Config) -> Iterator[str]:
     for path, value, choices in (
         ("mixed_precision", config.mixed_precision, ("auto", "no", "bf16")),
         ("data.dataset", config.data.dataset, DATASETS),
+        ("data.subject", config.data.subject, SUBJECTS),
         ("data.on_damaged", config.data.on_damaged, ("error", "skip")),
         ("diffusion.schedule", config.diffusion.schedule, ("cosine", "linear")),
         ("diffusion.prediction", config.diffusion.prediction, ("v_prediction", "epsilon")),
@@ -82,12 +91,47 @@ def _data(config: Config) -> Iterator[str]:
             f"data.image_size must be at least 16 and a multiple of {depth} (the U-Net halves it "
             f"{levels - 1} times), got {data.image_size}"
         )
+    if data.window and (len(data.window) != 2 or data.window[0] >= data.window[1]):
+        yield f"data.window must be empty or (low, high) with low < high, got {list(data.window)}"
     if data.clip_low >= data.clip_high:
         yield f"data.clip_low must be < data.clip_high, got {data.clip_low} and {data.clip_high}"
     if data.validation_fraction <= 0 or data.test_fraction <= 0:
         yield "data.validation_fraction and data.test_fraction must be > 0"
     elif data.validation_fraction + data.test_fraction >= 1:
         yield "data.validation_fraction + data.test_fraction must stay below 1"
+
+
+def _object(config: Config) -> Iterator[str]:
+    """The rules of data.object that need no look at the data."""
+    data = config.data
+    parts = data.object.split("+") if data.object else []
+    known: tuple[str, ...] | None = None  # only the data know
+    if data.dataset == "brats":
+        known = BRATS_OBJECTS
+    elif data.dataset == "phantom":
+        known = ("lesion",)
+    elif data.dataset == "chaos":
+        if data.modality not in CHAOS_OBJECTS:
+            choices = ", ".join(CHAOS_OBJECTS)
+            yield f"data.modality must be one of {choices}, got {data.modality!r}"
+            return
+        known = CHAOS_OBJECTS[data.modality]
+    for part in parts:
+        if known is not None and part not in known:
+            yield (
+                f"data.object must be of {', '.join(known)} for data.dataset={data.dataset}"
+                + (f" and data.modality={data.modality}" if data.dataset == "chaos" else "")
+                + f", or several joined by +; got {part!r}"
+            )
+    if len(set(parts)) != len(parts) or (parts and not all(parts)):
+        yield f"data.object must name different objects joined by +, got {data.object!r}"
+    if data.labels and data.dataset not in ("nnunet", "dicom"):
+        yield (
+            f"data.labels is for data.dataset=nnunet and dicom; {data.dataset} has its labels from "
+            f"its masks: leave it out, got {data.labels!r}"
+        )
+    if data.dataset == "dicom" and not data.labels and not config.input:
+        yield "data.labels must name the CSV file of labels for data.dataset=dicom"
 
 
 def _fit(path: str, fit: Fit) -> Iterator[str]:

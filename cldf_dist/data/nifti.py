@@ -18,6 +18,7 @@ from nibabel.wrapstruct import WrapStructError
 Affine = npt.NDArray[np.float64]
 
 NIFTI2_HEADER_BYTES = 540
+AFFINE_TOLERANCE = 1e-3  # mm
 SCANNER_COORDINATES = 1  # the sform and qform code of what we write
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, zlib.error),
@@ -34,6 +35,12 @@ class Volume:
     foreground: npt.NDArray[np.bool_]  # (x, y, slices): where the subject is
     mask: npt.NDArray[np.bool_] | None  # (x, y, slices): the object; None where nobody drew it
     affine: Affine  # (4, 4), voxel index to mm
+    sources: tuple[str, ...] = ()  # per channel the file or folder it was read from, for messages
+    hounsfield: bool = False  # the values are Hounsfield units
+    # per slice of the axis to the head, in the file's order: 1 object, 0 none, -2 unknown; they
+    # count in place of the mask's
+    slice_labels: npt.NDArray[np.int8] | None = None
+    mask_names: tuple[str, ...] = ()  # per slice: its mask's file in the data set's own layout
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -95,6 +102,31 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> No
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
+
+
+def check_same_grid(
+    path: Path,
+    scan: tuple[npt.NDArray[Any], Affine],
+    other_path: Path,
+    other: tuple[npt.NDArray[Any], Affine],
+) -> None:
+    """Raise ValueError, with both files, unless shape and affine agree."""
+    if scan[0].shape != other[0].shape:
+        raise ValueError(
+            f"{path} and {other_path} must have the same shape, "
+            f"got {scan[0].shape} and {other[0].shape}"
+        )
+    if not np.allclose(scan[1], other[1], rtol=0, atol=AFFINE_TOLERANCE):
+        raise ValueError(
+            f"{path} and {other_path} must have the same affine, "
+            f"got {scan[1].tolist()} and {other[1].tolist()}; register them to one grid"
+        )
+
+
+def stack_channels(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """(channels, x, y, slices), int16 where that loses nothing, else float32."""
+    fits = all(np.can_cast(array.dtype, np.int16) for array in arrays)
+    return np.stack([array.astype(np.int16 if fits else np.float32) for array in arrays])
 
 
 def _open(path: Path) -> Any:

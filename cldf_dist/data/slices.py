@@ -25,6 +25,7 @@ DARKEST = np.float32(
     -(STEPS - 1) / STEPS
 )  # lowest value inside the subject, one step above OUTSIDE
 ORIENTATION = "LPS"  # of the axes that slices are cut from: to the left, to the back, to the head
+CT_WINDOW = (-150.0, 250.0)  # Hounsfield units: the usual window for abdominal soft tissue
 MARGIN = 0.04  # of the subject's longer side, kept free around it
 NORMAL_IQR = 1.349  # interquartile range of a normal distribution of standard deviation 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -54,6 +55,7 @@ class Geometry:
     box: tuple[int, int, int, int]  # x0, x1, y0, y1 of the LPS-oriented array; may exceed it
     image_size: int
     indices: tuple[int, ...]  # the slices that were kept
+    mask_names: tuple[str, ...] = ()  # per slice of the file: its mask in the data set's own layout
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -62,7 +64,8 @@ class Geometry:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Geometry":
         """The inverse of `to_json`."""
-        lists = {name: tuple(record[name]) for name in ("shape", "spacing", "box", "indices")}
+        names = ("shape", "spacing", "box", "indices", "mask_names")
+        lists = {name: tuple(record[name]) for name in names if name in record}
         affine = tuple(tuple(row) for row in record["affine"])
         return cls(**{**record, **lists, "affine": affine})
 
@@ -87,8 +90,9 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
     """Cut a scan into normalised square slices around the subject.
 
     Per channel, z = (v - median) / (IQR / 1.349) within the subject, clipped to
-    [clip_low, clip_high] and mapped to [-1, 1]. Raises ValueError, with the patient's name, where
-    there is no subject or a channel is constant.
+    [clip_low, clip_high] and mapped to [-1, 1]; with a window (`data.window`, or CT) the stored
+    values between its ends in place of z. Raises ValueError, with the source's name, where there
+    is no subject or a channel is constant.
     """
     transform = _to_lps(_orientation_of(volume.affine))
     inside = _reorient(volume.foreground, transform)
@@ -100,13 +104,15 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
     subject = weight > 0.5
     channels = []
     for number, channel in enumerate(volume.image):
-        name = f"{volume.patient}, channel {number}"
-        normal = _normalise(_reorient(channel, transform), inside, settings, name)
+        name = volume.sources[number] if volume.sources else f"{volume.patient}, channel {number}"
+        window = settings.window or (CT_WINDOW if volume.hounsfield else ())
+        normal = _normalise(_reorient(channel, transform), inside, settings, window, name)
         mean = _resample(normal * inside, geometry) / np.maximum(weight, 0.5)
         channels.append(np.where(subject, np.clip(mean, DARKEST, 1), OUTSIDE).astype(np.float32))
     mask = None if volume.mask is None else _reorient(volume.mask, transform)
     small_mask = None if mask is None else _resample(mask.astype(np.float64), geometry) > 0.5
 
+    labels = _slice_labels(volume, mask, transform, settings.min_object_pixels)
     share = subject.mean(axis=(0, 1))
     kept = np.flatnonzero(share >= settings.min_foreground_fraction).tolist()
     geometry = dataclasses.replace(geometry, indices=tuple(kept))
@@ -115,7 +121,7 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
             key=slice_key(volume.patient, index),
             patient=volume.patient,
             index=index,
-            label=_slice_label(mask, index, settings.min_object_pixels),
+            label=labels[index],
             image=np.stack([channel[:, :, index].T for channel in channels]),
             mask=None if small_mask is None else small_mask[:, :, index].T.copy(),
         )
@@ -211,6 +217,7 @@ def _geometry(volume: Volume, image_size: int, box: tuple[int, int, int, int]) -
         box=box,
         image_size=image_size,
         indices=(),
+        mask_names=volume.mask_names,
     )
 
 
@@ -243,17 +250,47 @@ def _resample(volume: npt.NDArray[np.float64], geometry: Geometry) -> npt.NDArra
 
 
 def _normalise(
-    channel: npt.NDArray[Any], inside: Mask, settings: Data, name: str
+    channel: npt.NDArray[Any],
+    inside: Mask,
+    settings: Data,
+    window: tuple[float, ...],
+    name: str,
 ) -> npt.NDArray[np.float64]:
-    low, median, high = np.percentile(channel[inside], (25, 50, 75))
-    if high <= low:
+    if window:
+        low, high = window
+        values = np.clip(channel.astype(np.float64), low, high)
+        if values[inside].min() == values[inside].max():
+            raise ValueError(
+                f"{name}: all of the subject lies on one side of the window {low:g} to {high:g} "
+                "(data.window); a channel must have contrast"
+            )
+        return np.asarray(2 * (values - low) / (high - low) - 1)
+    first, median, third = np.percentile(channel[inside], (25, 50, 75))
+    if third <= first:
         raise ValueError(
             f"{name}: half of the subject's voxels have the same value, {median}; "
             f"a channel must have contrast"
         )
-    z = (channel - median) / ((high - low) / NORMAL_IQR)
+    z = (channel - median) / ((third - first) / NORMAL_IQR)
     z = np.clip(z, settings.clip_low, settings.clip_high)
     return np.asarray(2 * (z - settings.clip_low) / (settings.clip_high - settings.clip_low) - 1)
+
+
+def _slice_labels(
+    volume: Volume, mask: Mask | None, transform: npt.NDArray[Any], min_object_pixels: int
+) -> list[int]:
+    """The label of every slice of the LPS-oriented volume: the list's where there is one, else the
+    mask's."""
+    axis = int(np.flatnonzero(transform[:, 0] == 2)[0])
+    num_slices = volume.foreground.shape[axis]
+    if volume.slice_labels is None:
+        return [_slice_label(mask, index, min_object_pixels) for index in range(num_slices)]
+    if len(volume.slice_labels) != num_slices:
+        raise ValueError(
+            f"{volume.patient}: {num_slices} slices must have as many labels, "
+            f"got {len(volume.slice_labels)}"
+        )
+    return [int(label) for label in volume.slice_labels[:: int(transform[axis, 1])]]
 
 
 def _slice_label(mask: Mask | None, index: int, min_object_pixels: int) -> int:

@@ -5,12 +5,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from cldf_dist.config import Data
 from cldf_dist.data.brats import (
     CHANNELS,
     brats_patients,
     listing_faults,
     patient_files,
-    read_brats,
+    read_patient,
     read_scan,
 )
 
@@ -52,7 +53,7 @@ def make_patient(
         scan[:, :, -1] = 0
         save(folder / f"{patient}{NAMES[year][channel]}{suffix}", scan)
     if seg:
-        save(folder / f"{patient}{NAMES[year]['seg']}{suffix}", labels(1, 2, 4))
+        save(folder / f"{patient}{NAMES[year]['seg']}{suffix}", labels(1, 2, 4 if year == 2021 else 3))
     return folder
 
 
@@ -60,7 +61,7 @@ def make_patient(
 @pytest.mark.parametrize("year", [2021, 2023])
 def test_both_naming_schemes_give_the_same_volume(tmp_path: Path, year: int, suffix: str) -> None:
     make_patient(tmp_path, "case_1", year, suffix)
-    volume = read_brats(tmp_path, "case_1")
+    volume = read_scan(tmp_path / "case_1")
     assert volume.patient == "case_1"
     assert volume.image.shape == (4, *SHAPE)
     assert volume.image.dtype == np.int16
@@ -82,13 +83,16 @@ def test_patients_are_the_sorted_folders_with_scans(tmp_path: Path) -> None:
 
 
 def test_faults_of_a_listing_are_told_without_opening_a_file(tmp_path: Path) -> None:
-    assert listing_faults(make_patient(tmp_path, "whole")) == []
-    assert listing_faults(make_patient(tmp_path, "no_mask", seg=False)) == []
+    data = Data(root=str(tmp_path))
+    make_patient(tmp_path, "whole")
+    make_patient(tmp_path, "no_mask", seg=False)
+    assert listing_faults(data, "whole") == []
+    assert listing_faults(data, "no_mask") == []
     folder = make_patient(tmp_path, "odd")
     (folder / "odd_t1.nii.gz").unlink()
     (folder / "odd_t2.nii").write_bytes(b"not a scan")
     (folder / "again_seg.nii").write_bytes(b"not a scan")
-    missing, doubled_scan, doubled_mask = listing_faults(folder)
+    missing, doubled_scan, doubled_mask = listing_faults(data, "odd")
     assert "odd has no t1 scan; expected *_t1.nii.gz" in missing
     assert "more than one t2 file: odd_t2.nii, odd_t2.nii.gz; keep one" in doubled_scan
     assert "more than one seg file" in doubled_mask
@@ -98,7 +102,7 @@ def test_the_files_of_a_patient_are_the_scans_and_the_mask(tmp_path: Path) -> No
     folder = make_patient(tmp_path, "case_1")
     (folder / "notes.txt").write_text("none")
     names = [f"case_1_{kind}.nii.gz" for kind in (*CHANNELS, "seg")]
-    assert [file.name for file in patient_files(folder)] == names
+    assert [file.name for file in patient_files(Data(root=str(tmp_path)), "case_1")] == names
 
 
 def test_folder_without_scans_tells_the_expected_layout(tmp_path: Path) -> None:
@@ -110,15 +114,15 @@ def test_folder_without_scans_tells_the_expected_layout(tmp_path: Path) -> None:
 
 def test_scan_without_segmentation_has_no_mask(tmp_path: Path) -> None:
     make_patient(tmp_path, "case_1", seg=False)
-    assert read_brats(tmp_path, "case_1").mask is None
+    assert read_scan(tmp_path / "case_1").mask is None
 
 
 def test_segmentation_is_not_opened_unless_asked_for(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     (folder / "case_1_seg.nii.gz").write_bytes(b"damaged")
-    assert read_brats(tmp_path, "case_1", with_mask=False).mask is None
+    assert read_scan(tmp_path / "case_1", with_mask=False).mask is None
     with pytest.raises(ValueError, match=r"case_1_seg\.nii\.gz is truncated or damaged"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 def test_new_scan_may_lie_in_a_folder_of_another_name(tmp_path: Path) -> None:
@@ -133,14 +137,14 @@ def test_missing_modality_is_named(tmp_path: Path, channel: str) -> None:
     (folder / f"case_1_{channel}.nii.gz").unlink()
     assert brats_patients(tmp_path) == ["case_1"]
     with pytest.raises(FileNotFoundError, match=rf"case_1 has no {channel} scan"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 def test_two_files_of_one_modality_are_named(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / "case_1-t1n.nii.gz", np.ones(SHAPE, np.int16))
     with pytest.raises(ValueError, match=r"case_1-t1n\.nii\.gz, case_1_t1\.nii\.gz; keep one"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 @pytest.mark.parametrize("kind", ["t2", "seg"])
@@ -148,7 +152,7 @@ def test_other_shape_names_both_files(tmp_path: Path, kind: str) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / f"case_1_{kind}.nii.gz", np.ones((6, 5, 3), np.uint8))
     with pytest.raises(ValueError, match=rf"case_1_flair.*case_1_{kind}\.nii\.gz.*same shape"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 @pytest.mark.parametrize("kind", ["t1ce", "seg"])
@@ -158,14 +162,14 @@ def test_other_affine_names_both_files(tmp_path: Path, kind: str) -> None:
     moved[2, 3] = 4
     save(folder / f"case_1_{kind}.nii.gz", np.ones(SHAPE, np.uint8), moved)
     with pytest.raises(ValueError, match=rf"case_1_flair.*case_1_{kind}\.nii\.gz.*same affine"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 def test_truncated_scan_is_named(tmp_path: Path) -> None:
     path = make_patient(tmp_path, "case_1") / "case_1_t2.nii.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"case_1_t2\.nii\.gz is truncated or damaged"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
 def test_labels_saved_as_scaled_floats_are_rounded(tmp_path: Path) -> None:
@@ -175,7 +179,7 @@ def test_labels_saved_as_scaled_floats_are_rounded(tmp_path: Path) -> None:
     nib.save(image, folder / "case_1_seg.nii.gz")
     stored = np.asanyarray(nib.load(folder / "case_1_seg.nii.gz").dataobj)
     assert 4 < stored.max() < 4.001  # the trap is set
-    mask = read_brats(tmp_path, "case_1").mask
+    mask = read_scan(tmp_path / "case_1").mask
     assert mask is not None
     np.testing.assert_array_equal(mask, labels(1, 2, 4) > 0)
 
@@ -183,25 +187,39 @@ def test_labels_saved_as_scaled_floats_are_rounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [5, 0.5, -1])
 def test_unknown_label_is_named(tmp_path: Path, value: float) -> None:
     folder = make_patient(tmp_path, "case_1")
-    array = labels(1, 2, 3).astype(np.float32)
+    array = labels(1, 2, 4).astype(np.float32)
     array[-1, -1, -1] = value
     save(folder / "case_1_seg.nii.gz", array)
     with pytest.raises(ValueError, match=rf"case_1_seg\.nii\.gz: labels must be.*found \[{value}"):
-        read_brats(tmp_path, "case_1")
+        read_scan(tmp_path / "case_1")
 
 
-def test_whole_tumour_is_every_label_above_zero(tmp_path: Path) -> None:
-    folder = make_patient(tmp_path, "case_1", 2023)
-    save(folder / "case_1-seg.nii.gz", labels(1, 2, 3, 4))
-    mask = read_brats(tmp_path, "case_1").mask
-    assert mask is not None
-    assert int(mask.sum()) == 4
+@pytest.mark.parametrize(
+    ("year", "stored", "other", "voxels"),
+    [
+        (2021, (1, 2, 4), 3, {"": 3, "whole_tumour": 3, "tumour_core": 2, "enhancing_tumour": 1}),
+        (2023, (1, 2, 3), 4, {"": 3, "whole_tumour": 3, "tumour_core": 2, "enhancing_tumour": 1}),
+    ],
+)
+def test_the_object_is_named_and_labels_of_another_year_are_refused(
+    tmp_path: Path, year: int, stored: tuple[int, ...], other: int, voxels: dict[str, int]
+) -> None:
+    folder = make_patient(tmp_path, "case_1", year)
+    file = folder / f"case_1{NAMES[year]['seg']}.nii.gz"
+    save(file, labels(*stored))
+    for name, count in voxels.items():
+        mask = read_patient(Data(root=str(tmp_path), object=name), "case_1").mask
+        assert mask is not None
+        assert int(mask.sum()) == count
+    save(file, labels(*stored, other))
+    with pytest.raises(ValueError, match=rf"labels must be one of .*found \[{other}"):
+        read_scan(folder)
 
 
 def test_channels_that_16_bits_cannot_hold_become_float32(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / "case_1_t1.nii.gz", np.full(SHAPE, 40000, np.uint16))
-    volume = read_brats(tmp_path, "case_1")
+    volume = read_scan(tmp_path / "case_1")
     assert volume.image.dtype == np.float32
     assert volume.image[1].max() == 40000
 
@@ -210,7 +228,7 @@ def test_development_data_is_read() -> None:
     root = development_data() / "brats2021"
     patients = brats_patients(root)
     assert len(patients) == 24
-    volume = read_brats(root, patients[0])
+    volume = read_scan(root / patients[0])
     assert volume.image.shape == (4, 240, 240, 32)
     assert volume.mask is not None
     assert not (volume.mask & ~volume.foreground).any()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cldf_dist.config import Data
-from cldf_dist.data.brats import brats_patients, read_brats
+from cldf_dist.data.brats import brats_patients, read_scan
 from cldf_dist.data.nifti import Volume
 from cldf_dist.data.slices import (
     DARKEST,
@@ -334,7 +334,7 @@ def test_development_data_returns_to_its_voxels() -> None:
     folder = development_data()
     patients = brats_patients(folder / "brats2021")
     splits = read_splits(folder / "brats_splits.json", patients)
-    volume = read_brats(folder / "brats2021", splits["validation"][0])
+    volume = read_scan(folder / "brats2021" / splits["validation"][0])
     slices, geometry = prepare_volume(volume, Data(image_size=128))
     assert {item.label for item in slices} >= {0, 1}
     native = to_native(stacked_masks(slices), geometry) > 0.5
