@@ -1,14 +1,29 @@
-"""Baselines that ask the diffusion model itself what an object-free slice would look like."""
+"""Baselines that ask the diffusion model itself what an object-free slice would look like.
+
+All maps are >= 0 and on one scale for all slices: a single cut holds for them. docs/method.md,
+"Baselines", says what is published, what the published code does, and where this differs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from cldf_dist.config import CLASSES, UNCONDITIONAL
 from cldf_dist.method.gradient_map import smooth
 from cldf_dist.method.noise import Schedule, key_noise
+
+NO_OBJECT, OBJECT = range(len(CLASSES))
+EMBEDDING = "class_embedding.weight"  # (labels, channels): how MONAI's U-Net is told the label
+
+# (x_t, timesteps, labels) -> the diffusion model's output
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_t, timesteps) -> logits
 
 
 @torch.no_grad()
@@ -39,3 +54,164 @@ def cdm_saliency(
             absent, present = schedule.predicted_noise(noised, timesteps, output).chunk(2)
             total += (present - absent).abs().sum(1)
     return smooth(total / (len(noise_levels) * draws), smooth_pixels)
+
+
+@torch.no_grad()
+def cg_diff(
+    net: nn.Module,
+    classifier: Classifier,
+    schedule: Schedule,
+    images: Tensor,
+    keys: Sequence[str],
+    *,
+    noise_level: int,
+    steps: int,
+    scale: float,
+    inversion: bool,
+    smooth_pixels: float,
+) -> Tensor:
+    """Saliency (batch, height, width) >= 0: |what changes where the object is taken away|.
+
+    From `noise_level` down to timestep 0 in `steps` deterministic DDIM steps, with the label "no
+    object" and the classifier's gradient towards it, times `scale`. The difference is summed over
+    channels, then smoothed.
+
+    `inversion` (Wolleb et al. 2022): the slice is encoded by the same steps upwards, without a
+    label, and the result compared with the slice itself. Else, as in the code of Hu et al. 2023:
+    the slice gets noise, and the result is compared with a second branch from the same noise,
+    which is denoised and guided towards "object".
+    """
+    sampler = _Guided(_labelled(net), classifier, schedule, scale)
+    down = _path(noise_level, steps)
+    if inversion:
+        noised = images
+        unlabelled = _classes(images, UNCONDITIONAL)
+        for upper, lower in reversed(down):
+            noised = sampler.step(noised, lower, upper, unlabelled)
+        targets = _classes(images, NO_OBJECT)
+    else:
+        noised = _noised(schedule, images, keys, noise_level).repeat(2, 1, 1, 1)
+        targets = _classes(images, OBJECT, NO_OBJECT)
+    for upper, lower in down:
+        noised = sampler.step(noised, upper, lower, targets, targets)
+    present, absent = (images, noised) if inversion else noised.chunk(2)
+    return smooth((present - absent).abs().sum(1), smooth_pixels)
+
+
+@torch.no_grad()
+def cg_cdm(
+    net: nn.Module,
+    classifier: Classifier,
+    schedule: Schedule,
+    images: Tensor,
+    keys: Sequence[str],
+    *,
+    noise_level: int,
+    steps: int,
+    scale: float,
+    tau: float,
+    smooth_pixels: float,
+) -> Tensor:
+    """Saliency (batch, height, width) >= 0: the derivative of the denoised slice by its label.
+
+    Hu et al. 2023, Algorithm 1: two branches from the same noised slice, one with the label's
+    embedding f(object), one with `tau` f(object) + (1 - tau) f(no object), take `steps` adjacent
+    DDIM steps from `noise_level` on; after each their difference is added up, divided by 1 - tau.
+    Each branch is guided towards its own class by the classifier's gradient times `scale`; with
+    scale 0 it is their CDM. The absolute value is summed over channels, then smoothed.
+
+    `net` embeds its labels by `class_embedding`, as MONAI's U-Net does.
+    """
+    denoise, between = _with_label_between(net, tau)
+    sampler = _Guided(denoise, classifier, schedule, scale)
+    noised = _noised(schedule, images, keys, noise_level).repeat(2, 1, 1, 1)
+    labels = _classes(images, OBJECT, between)
+    targets = _classes(images, OBJECT, NO_OBJECT)
+    total = torch.zeros_like(images)
+    for level in range(noise_level, noise_level - steps, -1):
+        noised = sampler.step(noised, level, level - 1, labels, targets)
+        present, absent = noised.chunk(2)
+        total += (present - absent) / (1 - tau)
+    return smooth(total.abs().sum(1), smooth_pixels)
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """Deterministic DDIM steps of a diffusion model under a classifier's guidance."""
+
+    denoise: Denoiser
+    classifier: Classifier
+    schedule: Schedule
+    scale: float
+
+    def step(
+        self,
+        noised: Tensor,
+        timestep: int,
+        next_timestep: int,
+        labels: Tensor,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """x_next of x_t, conditioned on `labels` and drawn towards the classes `targets`.
+
+        Guidance takes sqrt(1 - a_t) scale grad log p(target | x_t) off the predicted noise
+        (Dhariwal and Nichol 2021, Algorithm 2), after the predicted clean image was clipped.
+        """
+        times = torch.full((len(noised),), timestep, device=noised.device)
+        output = self.denoise(noised, times, labels)
+        stepped = self.schedule.ddim_step(noised, timestep, next_timestep, output)
+        if targets is None or self.scale == 0:
+            return stepped
+        ends = times.new_tensor([timestep, next_timestep])
+        signal, next_signal = self.schedule.signal(ends).unbind()
+        # x_next = sqrt(a_next / a_t) x_t + by_noise * predicted noise
+        by_noise = (1 - next_signal).sqrt() - (next_signal * (1 - signal) / signal).sqrt()
+        pull = self.scale * _class_gradient(self.classifier, noised, times, targets)
+        return stepped - by_noise * (1 - signal).sqrt() * pull
+
+
+def _class_gradient(
+    classifier: Classifier, noised: Tensor, timesteps: Tensor, targets: Tensor
+) -> Tensor:
+    """Gradient of each slice's log p(its target | x_t) with respect to x_t."""
+    with torch.enable_grad():
+        inputs = noised.detach().requires_grad_(True)
+        chosen = classifier(inputs, timesteps).float().log_softmax(1).gather(1, targets[:, None])
+        gradient: Tensor = torch.autograd.grad(chosen.sum(), inputs)[0]
+    return gradient
+
+
+def _labelled(net: nn.Module) -> Denoiser:
+    return lambda noised, timesteps, labels: net(noised, timesteps, class_labels=labels)
+
+
+def _with_label_between(net: nn.Module, tau: float) -> tuple[Denoiser, int]:
+    """The net with one label more, `tau` of the way from "no object" to "object"; its index."""
+    weight = net.get_parameter(EMBEDDING)
+    between = tau * weight[OBJECT] + (1 - tau) * weight[NO_OBJECT]
+    extended = {EMBEDDING: torch.cat([weight, between[None]])}
+
+    def denoise(noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        output: Tensor = functional_call(
+            net, extended, (noised, timesteps), {"class_labels": labels}
+        )
+        return output
+
+    return denoise, len(weight)
+
+
+def _path(noise_level: int, steps: int) -> list[tuple[int, int]]:
+    """The (upper, lower) timesteps of each step from `noise_level` to 0, evenly spaced."""
+    stops = [noise_level * left // steps for left in range(steps, -1, -1)]
+    return list(pairwise(stops))
+
+
+def _noised(schedule: Schedule, images: Tensor, keys: Sequence[str], noise_level: int) -> Tensor:
+    noise = key_noise(keys, noise_level, 0, images.shape[1:], images.device)
+    timesteps = torch.full((len(images),), noise_level, device=images.device)
+    return schedule.add_noise(images, timesteps, noise)
+
+
+def _classes(images: Tensor, *classes: int) -> Tensor:
+    """Each class once for every image, image by image within a class."""
+    return torch.tensor(classes, device=images.device).repeat_interleave(len(images))

@@ -1,8 +1,8 @@
 """How well a mask agrees with the truth, with an explicit rule for every empty mask.
 
-Two protocols. `score_case` is the strict one: a whole patient in 3-D, distances in mm, and a price
-for missing an object or for finding one in a healthy patient. `legacy_slice_scores` is the one of
-earlier publications, kept only so that numbers can be put beside theirs.
+`score_case` is the strict protocol: a whole patient in 3-D, distances in mm, and a price for
+missing an object or for finding one in a healthy patient. The slice-level protocol of earlier
+publications is in `legacy_metrics`.
 """
 
 from collections.abc import Sequence
@@ -37,16 +37,6 @@ class CaseScore:
     predicted_ml: float
 
 
-@dataclass(frozen=True)
-class SliceScore:
-    """One slice under the legacy protocol; the distance is in pixels, not in mm."""
-
-    slice_index: int
-    dice: float
-    iou: float
-    hd95_pixels: float
-
-
 def score_case(prediction: Mask, truth: Mask, spacing: Sequence[float]) -> CaseScore:
     """Score one patient's prediction against the truth, both (x, y, slices); `spacing` is in mm.
 
@@ -58,7 +48,7 @@ def score_case(prediction: Mask, truth: Mask, spacing: Sequence[float]) -> CaseS
     Raises ValueError for masks that are not boolean, not 3-D, empty arrays or of unequal shape, and
     for a spacing that is not three positive finite numbers.
     """
-    _check_masks(prediction, truth, num_dimensions=3)
+    check_masks(prediction, truth, num_dimensions=3)
     spacing_mm = _checked_spacing(spacing)
     intersection, num_predicted, num_true = _voxel_counts(prediction, truth)
     outcome = _outcome(num_predicted, num_true)
@@ -82,31 +72,6 @@ def score_case(prediction: Mask, truth: Mask, spacing: Sequence[float]) -> CaseS
     )
 
 
-def legacy_slice_scores(
-    prediction: Mask, truth: Mask, *, min_object_pixels: int = 1
-) -> list[SliceScore]:
-    """Score the slices that hold the object, one by one, as the published CDM code does.
-
-    Not a measure of clinical use: false alarms on other slices cost nothing, an empty prediction
-    gets distance 0 (the best possible), pixels have no size, and a patient counts as often as it
-    has slices. HD95 pools the surface distances of both directions before the percentile (MedPy's
-    definition), unlike `score_case`. Masks are (x, y, slices); a slice holds the object from
-    `min_object_pixels` true pixels on.
-    Raises ValueError for unusable masks as `score_case` does, and for `min_object_pixels` < 1.
-    """
-    _check_masks(prediction, truth, num_dimensions=3)
-    if min_object_pixels < 1:
-        raise ValueError(
-            f"min_object_pixels must be >= 1, got {min_object_pixels}; use 1 to score every slice "
-            "that holds the object"
-        )
-    is_positive = np.count_nonzero(truth, axis=(0, 1)) >= min_object_pixels
-    return [
-        _legacy_slice_score(int(index), prediction[..., index], truth[..., index])
-        for index in np.flatnonzero(is_positive)
-    ]
-
-
 def largest_component(mask: Mask) -> Mask:
     """Keep the largest connected component of a mask of any dimension; a tie keeps the first.
 
@@ -126,7 +91,7 @@ def precision_recall(predicted: Mask, truth: Mask) -> tuple[float | None, float 
 
     Precision is None where nothing is predicted, recall is None where nothing is true.
     """
-    _check_masks(predicted, truth)
+    check_masks(predicted, truth)
     hits, num_predicted, num_true = _voxel_counts(predicted, truth)
     precision = hits / num_predicted if num_predicted else None
     recall = hits / num_true if num_true else None
@@ -159,6 +124,22 @@ def auroc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float | None:
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
+def check_masks(prediction: Mask, truth: Mask, *, num_dimensions: int | None = None) -> None:
+    """Raise ValueError unless both are boolean, of one shape, and hold at least one voxel."""
+    _check_mask(prediction, name="prediction")
+    _check_mask(truth, name="truth")
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}; "
+            "bring the prediction back to the grid of the truth"
+        )
+    if num_dimensions is not None and truth.ndim != num_dimensions:
+        raise ValueError(
+            f"masks must be (x, y, slices), got shape {truth.shape}; "
+            "stack the slices of a patient on the last axis"
+        )
+
+
 def _outcome(num_predicted: int, num_true: int) -> Outcome:
     if num_predicted and num_true:
         return "overlap"
@@ -179,17 +160,6 @@ def _voxel_counts(prediction: Mask, truth: Mask) -> tuple[int, int, int]:
 def _dice_and_iou(intersection: int, num_predicted: int, num_true: int) -> tuple[float, float]:
     total = num_predicted + num_true
     return 2 * intersection / total, intersection / (total - intersection)
-
-
-def _legacy_slice_score(slice_index: int, prediction: Mask, truth: Mask) -> SliceScore:
-    """Score one slice that is known to hold the object; both masks are (x, y)."""
-    intersection, num_predicted, num_true = _voxel_counts(prediction, truth)
-    dice, iou = _dice_and_iou(intersection, num_predicted, num_true)
-    hd95_pixels = 0.0
-    if num_predicted:
-        pooled = np.concatenate(_surface_distances(prediction, truth, (1.0, 1.0)))
-        hd95_pixels = _percentile_95(pooled)
-    return SliceScore(slice_index=slice_index, dice=dice, iou=iou, hd95_pixels=hd95_pixels)
 
 
 def _surface_distances(
@@ -242,21 +212,6 @@ def _checked_spacing(spacing: Sequence[float]) -> tuple[float, ...]:
             "take it from the header of the volume"
         )
     return spacing_mm
-
-
-def _check_masks(prediction: Mask, truth: Mask, *, num_dimensions: int | None = None) -> None:
-    _check_mask(prediction, name="prediction")
-    _check_mask(truth, name="truth")
-    if prediction.shape != truth.shape:
-        raise ValueError(
-            f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}; "
-            "bring the prediction back to the grid of the truth"
-        )
-    if num_dimensions is not None and truth.ndim != num_dimensions:
-        raise ValueError(
-            f"masks must be (x, y, slices), got shape {truth.shape}; "
-            "stack the slices of a patient on the last axis"
-        )
 
 
 def _check_mask(mask: npt.NDArray[Any], *, name: str) -> None:

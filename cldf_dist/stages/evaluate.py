@@ -22,7 +22,7 @@ from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
-from cldf_dist.method.metrics import CaseScore, SliceScore, auroc, score_case
+from cldf_dist.method.metrics import CaseScore, auroc, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
     holm,
@@ -33,7 +33,7 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
-from cldf_dist.stages.legacy import legacy_scores, legacy_summary
+from cldf_dist.stages.legacy import LegacySlice, legacy_csv, legacy_summary, score_slices
 from cldf_dist.stages.masks import (
     SUPERVISED,
     FloatArray,
@@ -43,7 +43,7 @@ from cldf_dist.stages.masks import (
     open_slices,
     otsu_mask,
 )
-from cldf_dist.stages.tables import results_table
+from cldf_dist.stages.tables import legacy_table, results_table
 
 HEADLINE, OTSU = "headline", "otsu"  # threshold rules with a row per patient in cases.csv
 OURS = "cldf"
@@ -62,7 +62,10 @@ class Case:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    """Write summary.json, cases.csv and table.txt; return what to keep with DONE."""
+    """Score all test patients; return what to keep with DONE.
+
+    Writes summary.json, cases.csv and table.txt, and legacy_slices.csv and legacy.txt apart.
+    """
     prepare, cache, segment = (run.needs(name) for name in ("prepare", "cache", "segment"))
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged)
     rule = json.loads((segment / "thresholds.json").read_text())
@@ -76,12 +79,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )
     oracles = _oracles(segment / "scores", patients, rule["cuts"], config)
     cases: list[Case] = []
-    legacy: dict[str, list[SliceScore]] = {method: [] for method in methods}
+    legacy: list[LegacySlice] = []
     with progress("evaluate", len(patients), "patients") as counter:
         for patient in patients:
             cases += _score_patient(config, shards, segment, patient, oracles)
-            for method, rows in _legacy(config, shards, segment, patient, methods).items():
-                legacy[method] += rows
+            scores = PatientScores.load(segment / "scores", patient)
+            truth = read_mask(truth_path(prepare, patient))
+            legacy += score_slices(scores, truth, shards.geometry(patient), methods)
             counter.advance()
     summary: dict[str, Any] = {
         "strict": {
@@ -95,13 +99,14 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_without_object": _num_without_object(cases),
             "num_without_truth": len(shards.patients["test"]) - len(patients),
         },
-        "legacy": legacy_summary(legacy),
+        "legacy": legacy_summary(legacy, methods),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
     }
-    table = results_table(summary)
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
-    write_atomically(run.folder / "table.txt", table)
+    write_atomically(run.folder / "legacy_slices.csv", legacy_csv(legacy))
+    write_atomically(run.folder / "table.txt", results_table(summary))
+    write_atomically(run.folder / "legacy.txt", legacy_table(summary))
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
@@ -155,14 +160,6 @@ def _score_patient(
         yield Case(patient, method, OTSU, score_case(by_otsu, truth, geometry.spacing))
         native, allowed = native_scores(scores, method, geometry, gate)
         oracle.add(native[allowed], truth[allowed], num_true)
-
-
-def _legacy(
-    config: Config, shards: ShardSet, segment: Path, patient: str, methods: Sequence[str]
-) -> dict[str, list[SliceScore]]:
-    scores = PatientScores.load(segment / "scores", patient)
-    truth = read_mask(truth_path(shards.folder, patient))
-    return legacy_scores(config, scores, shards.geometry(patient), truth, methods)
 
 
 def _rows(

@@ -105,6 +105,7 @@ def _page(
         config=config,
         channels=channels(config.data),
         strict=summary["strict"],
+        legacy=summary["legacy"],
         gate=summary["gate"],
         seeds=summary["seeds"],
         titles=TITLES,

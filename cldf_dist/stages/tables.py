@@ -1,4 +1,4 @@
-"""The results as plain text, for the terminal and for table.txt."""
+"""The results as plain text: the strict ones for the terminal and table.txt, legacy.txt apart."""
 
 from __future__ import annotations
 
@@ -32,6 +32,41 @@ def results_table(summary: Mapping[str, Any]) -> str:
     if SUPERVISED in strict["methods"]:
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
+
+
+def legacy_table(summary: Mapping[str, Any]) -> str:
+    """The legacy block of summary.json for legacy.txt: means with their standard deviations."""
+    legacy = summary["legacy"]
+    blocks = [
+        f"Legacy protocol, only to compare with papers: {legacy['rule']}.\n"
+        "These numbers must not stand beside those of table.txt: they leave out false alarms on "
+        "other slices.",
+        "As thresholded\n" + _slices_block(legacy["methods"]),
+        "Largest component of each slice alone\n"
+        + _slices_block(legacy["methods_largest_component"]),
+        "Mean (standard deviation over slices). HD95 in pixels, both directions pooled: over all "
+        "pixels of both\nmasks, as the published code computes it, and over the contours alone, as "
+        "MedPy does on a 2-D slice.",
+    ]
+    if SUPERVISED in legacy["methods"]:
+        blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _slices_block(rows: Mapping[str, Any]) -> str:
+    header = ["method", "Dice", "IoU", "HD95 px", "HD95 px (contours)", "slices"]
+    lines = [
+        [
+            _marked(method),
+            _spread(row["dice"]),
+            _spread(row["iou"]),
+            _spread(row["hd95_pixels"], digits=1),
+            _spread(row["hd95_contour_pixels"], digits=1),
+            str(row["num_slices"]),
+        ]
+        for method, row in rows.items()
+    ]
+    return _aligned([header, *lines])
 
 
 def _scores_block(rows: Mapping[str, Any]) -> str:
@@ -85,6 +120,12 @@ def _interval(values: Mapping[str, Any], digits: int = 3, *, signed: bool = Fals
         return mean
     low, high = (_number(values[key], digits, signed=signed) for key in ("low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def _spread(values: Mapping[str, Any], digits: int = 3) -> str:
+    if values["mean"] is None:
+        return "-"
+    return f"{_number(values['mean'], digits)} ({_number(values['std'], digits)})"
 
 
 def _share(values: Mapping[str, Any]) -> str:

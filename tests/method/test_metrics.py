@@ -14,7 +14,6 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filte
 from cldf_dist.method.metrics import (
     auroc,
     largest_component,
-    legacy_slice_scores,
     precision_recall,
     score_case,
 )
@@ -177,36 +176,6 @@ def test_scores_do_not_depend_on_memory_layout_or_place_in_the_volume():
 def test_unusable_input_is_refused_with_the_reason(prediction, truth, spacing, message):
     with pytest.raises(ValueError, match=message):
         score_case(prediction, truth, spacing)
-
-
-def test_legacy_protocol_sees_only_slices_that_hold_the_object():
-    truth, prediction = empty((8, 8, 4)), empty((8, 8, 4))
-    truth[0:2, 0:2, 1] = True
-    truth[4, 4, 2] = True
-    prediction[0:2, 1:3, 1] = True
-    prediction[:, :, 3] = True  # a false alarm that costs nothing
-    overlap, miss = legacy_slice_scores(prediction, truth)
-    assert (overlap.slice_index, overlap.dice, overlap.iou) == (1, 0.5, 2 / 6)
-    assert overlap.hd95_pixels == 1.0
-    assert (miss.slice_index, miss.dice, miss.iou, miss.hd95_pixels) == (2, 0.0, 0.0, 0.0)
-    assert legacy_slice_scores(prediction, truth, min_object_pixels=2) == [overlap]
-
-
-def test_legacy_distance_pools_both_directions():
-    truth = box((40, 1, 1), (0, 1))
-    prediction = truth.copy()
-    prediction[30] = True  # pooled distances: 0, 30, 0
-    (score,) = legacy_slice_scores(prediction, truth)
-    assert score.hd95_pixels == pytest.approx(np.percentile([0, 30, 0], 95))
-    assert score.hd95_pixels < score_case(prediction, truth, ISOTROPIC).hd95_mm
-
-
-def test_legacy_protocol_of_a_healthy_patient_is_an_empty_list():
-    assert legacy_slice_scores(np.ones((3, 3, 2), dtype=bool), empty((3, 3, 2))) == []
-    with pytest.raises(ValueError, match="min_object_pixels must be >= 1"):
-        legacy_slice_scores(empty(), empty(), min_object_pixels=0)
-    with pytest.raises(ValueError, match="boolean"):
-        legacy_slice_scores(empty().astype(int), empty())
 
 
 def test_largest_component_keeps_the_biggest_and_joins_corners():

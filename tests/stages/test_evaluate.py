@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from math import hypot
 
 import numpy as np
@@ -12,8 +13,9 @@ from cldf_dist.method.metrics import score_case
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.run import Run
 from cldf_dist.stages import evaluate
+from cldf_dist.stages.legacy import legacy_summary
 from cldf_dist.stages.masks import SUPERVISED
-from cldf_dist.stages.tables import results_table
+from cldf_dist.stages.tables import legacy_table, results_table
 
 DIAGONAL_MM = hypot(16, 16, 12)
 BASELINES = ("gradcam", "gradient_map", "cdm")
@@ -136,15 +138,54 @@ def test_oracle_without_any_object_or_mask_is_undefined():
     assert search.best() == {"cut": None, "dice": None}
 
 
-def test_legacy_counts_positive_slices_only_and_rewards_a_miss(summary):
-    """Two positive slices of each of the six patients with the object; false alarms do not count,
-    and Otsu's threshold, which needs no gate, finds the box wherever the score shows it."""
-    legacy = summary["legacy"]
-    for row in legacy["methods"].values():
-        assert row["num_slices"] == 2 * (len(FOUND) + 1)
-        assert set(row) == {"dice", "iou", "hd95_pixels", "num_slices"}
-    assert legacy["methods"]["cldf"]["dice"] >= summary["strict"]["methods"]["cldf"]["dice"]["mean"]
-    assert "positive slices only" in legacy["rule"]
+@pytest.mark.parametrize("block", ["methods", "methods_largest_component"])
+def test_legacy_counts_positive_slices_only_and_asks_no_gate(summary, strict, block):
+    """Two slices with the object of each of the six patients that have it. Neither the false alarm
+    nor the gate that closes on one patient counts, so CLDF finds everything."""
+    rows = summary["legacy"][block]
+    assert list(rows) == list(strict["methods"])
+    assert {row["num_slices"] for row in rows.values()} == {2 * (len(FOUND) + 1)}
+    assert rows["cldf"]["dice"] == {"mean": 1.0, "std": 0.0}
+    # 8 of 16 pixels; four of the 24 of both masks lie 2 apart, and 4 of the 20 on the contours
+    half = rows["gradcam"]
+    assert half["dice"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert half["iou"]["mean"] == pytest.approx(1 / 2, abs=1e-6)
+    assert half["hd95_pixels"]["mean"] == half["hd95_contour_pixels"]["mean"] == 2.0
+    # CDM says nothing: the worst Dice, the best distance
+    nothing = rows["cdm"]
+    assert nothing["dice"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert nothing["hd95_pixels"] == nothing["hd95_contour_pixels"] == {"mean": 0.0, "std": 0.0}
+    assert "at least one object pixel" in summary["legacy"]["rule"]
+
+
+def test_legacy_means_can_be_computed_again_from_its_slices(evaluated, summary):
+    with (evaluated / "legacy_slices.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    methods = list(summary["legacy"]["methods"])
+    assert len(rows) == 2 * (len(FOUND) + 1) * len(methods)
+    assert {row["slice"] for row in rows} == {"2", "3"}
+    assert {row["patient"] for row in rows} == {*FOUND, MISSED}
+    for suffix, block in (("", "methods"), ("_largest_component", "methods_largest_component")):
+        for method, means in summary["legacy"][block].items():
+            for metric in ("dice", "iou", "hd95_pixels", "hd95_contour_pixels"):
+                values = [float(r[metric + suffix]) for r in rows if r["method"] == method]
+                assert np.mean(values) == pytest.approx(means[metric]["mean"])
+                assert np.std(values) == pytest.approx(means[metric]["std"])
+
+
+def test_legacy_table_stands_apart_from_the_strict_one(evaluated, summary):
+    table = (evaluated / "legacy.txt").read_text()
+    assert table == legacy_table(summary)
+    assert "must not stand beside" in table
+    assert re.search(r"^cldf +1\.000 \(0\.000\) .* 12$", table, re.MULTILINE)
+    assert table.count("supervised_decoder *") == 2
+    assert "saw the training masks" in table
+    assert "egacy" not in (evaluated / "table.txt").read_text()
+
+
+def test_without_a_slice_with_the_object_the_legacy_table_is_empty():
+    text = legacy_table({"legacy": legacy_summary([], ["cldf"])})
+    assert re.search(r"^cldf +- +- +- +- +0$", text, re.MULTILINE)
 
 
 def test_gate_is_judged_on_labelled_slices_of_both_splits(summary):

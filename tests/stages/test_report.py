@@ -1,8 +1,10 @@
 """The page and the pictures of a run whose every number is known by hand."""
 
+import csv
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import nibabel as nib
@@ -70,6 +72,70 @@ def test_page_holds_the_table_of_the_summary(config, page):
     assert "object precision 0.875" in text
     assert "object seeds 1,234" in text
     assert "train-diffusion" in text
+
+
+def test_legacy_protocol_has_a_section_of_its_own_behind_the_strict_tables(config, page):
+    before, section = page.split("<h2>Legacy protocol (for comparison with papers)</h2>")
+    section, after = section.split("<h2>", 1)
+    assert "under Otsu's threshold" in before.replace("&#39;", "'")
+    assert "must not stand beside" in section
+    assert '<details class="legacy">' in section, "collapsed"
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", section))
+    legacy = json.loads((config.run_folder / "evaluate" / "summary.json").read_text())["legacy"]
+    for block in ("methods", "methods_largest_component"):
+        for row in legacy[block].values():
+            dice, hd95 = row["dice"], row["hd95_pixels"]
+            assert f"{dice['mean']:.3f} ± {dice['std']:.3f}" in text
+            assert f"{hd95['mean']:.1f} ± {hd95['std']:.1f}" in text
+    assert text.count("supervised decoder *") == 2
+    assert text.count("saw the training masks") == 1
+    assert section.count('<tr class="ours">') == section.count('<tr class="reference">') == 2
+    assert "Mean ± standard deviation" not in before + after
+
+
+def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
+    """Some rows are left out and one is of a later version: its name stands for its title."""
+    config = settings(tmp_path)
+    make_run(config)
+    segment = config.run_folder / "segment"
+    shutil.rmtree(segment / "masks" / "gradcam")
+    shutil.copytree(segment / "masks" / "gradient_map", segment / "masks" / "new_row")
+    for path in (segment / "scores").glob("*.npz"):
+        scores = PatientScores.load(path.parent, path.stem)
+        scores.scores["new_row"] = scores.scores["gradient_map"].copy()
+        scores.scores["new_row"][:, 12, 12] = 0.8  # a component of its own
+        scores.save(path.parent)
+    rule = json.loads((segment / "thresholds.json").read_text())
+    rule["cuts"] = dict.fromkeys(("new_row", "cldf"), 0.5)
+    (segment / "thresholds.json").write_text(json.dumps(rule))
+    for stage in (evaluate, report):
+        run = Run(config, stage.__name__.rpartition(".")[2], ())
+        run.open()
+        run.finish(stage.run(config, run))
+    evaluated = config.run_folder / "evaluate"
+    summary = json.loads((evaluated / "summary.json").read_text())
+    strict, legacy = summary["strict"], summary["legacy"]
+    for block in ("methods", "methods_otsu", "oracle_threshold"):
+        assert list(strict[block]) == ["new_row", "cldf"]
+    for block in ("methods", "methods_largest_component"):
+        assert list(legacy[block]) == ["new_row", "cldf"]
+    assert list(strict["comparisons"]) == ["new_row"]
+    for name in ("cases.csv", "legacy_slices.csv"):
+        with (evaluated / name).open() as file:
+            assert {row["method"] for row in csv.DictReader(file)} == {"new_row", "cldf"}
+    page = (config.run_folder / "report" / "report.html").read_text()
+    rows = re.findall(r"<tr class=\"(?:ours)?\">\s*<th>([^<]+)</th>", page)
+    assert rows == ["new_row", "CLDF", "new_row", *["new_row", "CLDF"] * 3]
+    with_blob, without = (
+        legacy[block]["new_row"]["dice"]["mean"]
+        for block in ("methods", "methods_largest_component")
+    )
+    shown = page.split("<h2>Legacy protocol")[1].split("<h3>")[1:3]
+    assert with_blob < without
+    for dice, table in zip((with_blob, without), shown, strict=True):
+        assert f"<td>{dice:.3f} <span" in table
+    for text in (page, *((evaluated / n).read_text() for n in ("table.txt", "legacy.txt"))):
+        assert "saw the training masks" not in text
 
 
 def test_page_warns_of_simulated_data_and_of_clinical_use(page):
