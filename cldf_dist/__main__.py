@@ -68,23 +68,33 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
     config = load(files, settings, fit_section=stages[0].fit_section if len(stages) == 1 else "")
     _check_new_scans(name, config)
     from cldf_dist import pipeline
+    from cldf_dist.joint import one_per_object
 
+    parts = one_per_object(config)
     if dry:
-        print(pipeline.dry_run(config, stages))
+        for part in parts:
+            print(pipeline.dry_run(part, stages))
         return 0
     if config.input:
-        return _segment_new(config)
-    return _run_stages(config, stages, name)
+        return _segment_new(config, parts)
+    return _run_parts(config, parts, stages, name)
 
 
-def _segment_new(config: Config) -> int:
+def _segment_new(config: Config, parts: Sequence[Config]) -> int:
     """New scans are one process's work: under a launcher the other ranks have nothing to do."""
+    from cldf_dist.joint import join_new_scans
     from cldf_dist.processes import processes
-    from cldf_dist.stages.segment import segment_new
+    from cldf_dist.stages.new_scans import segment_new
 
     if not processes().is_main:
         return 0
-    written, failed = segment_new(config)
+    written, failed = [], []
+    for part in parts:
+        of_part = segment_new(part)
+        written += of_part[0]
+        failed += of_part[1]
+    if len(parts) > 1:
+        written += join_new_scans(config, parts)
     for path in written:
         print(path)
     for sentence in failed:
@@ -92,22 +102,32 @@ def _segment_new(config: Config) -> int:
     return 1 if failed else 0
 
 
-def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> int:
-    from cldf_dist import pipeline
+def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:
+    from cldf_dist.joint import join_runs
     from cldf_dist.processes import processes
     from cldf_dist.stopping import Stopped
 
     try:
-        if name == "run":
-            pipeline.run_all(config)
-        else:
-            pipeline.run_stage(config, stages[0])
-            pipeline.print_results(config, stages[0])
+        for part in parts:
+            _run_stages(part, stages, name)
     except Stopped as stop:
         print(f"cldf: {stop}; the same command resumes", file=sys.stderr)
         # under a launcher a rank that was asked to stop has done its duty: DONE tells the rest
         return 0 if processes().world_size > 1 else 128 + stop.number
+    if len(parts) > 1 and stage_named("segment") in stages and processes().is_main:
+        folder = join_runs(config, parts)
+        print(f"joint    {folder / 'masks'}/PATIENT.nii.gz, {folder / 'labels.json'}")
     return 0
+
+
+def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> None:
+    from cldf_dist import pipeline
+
+    if name == "run":
+        pipeline.run_all(config)
+    else:
+        pipeline.run_stage(config, stages[0])
+        pipeline.print_results(config, stages[0])
 
 
 def _check_new_scans(name: str, config: Config) -> None:

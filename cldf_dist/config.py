@@ -34,7 +34,8 @@ class Data:
     dataset: str = "brats"  # brats | chaos | dicom | nnunet | phantom
     root: str = ""  # folder of the native data set; unused by the phantom
     # what is segmented: a name that the data set knows, or several joined by "+" into one object
-    # (right_kidney+left_kidney); empty: the data set's usual or only one
+    # (right_kidney+left_kidney); empty: the data set's usual or only one. Names with commas
+    # between them (liver,spleen), or "each": one run per object, see joint.py
     object: str = ""
     modality: str = "mr_t1"  # chaos only: mr_t1 (in and out of phase) | mr_t2 | ct
     # CSV file of slice or volume labels, for nnunet and dicom; a relative path like that of splits
@@ -232,6 +233,37 @@ class Saliency:
 
 
 @dataclass(frozen=True)
+class CgDiff:
+    """CG-Diff: what a guided walk to "no object" and back changes (Wolleb et al., MICCAI 2022).
+
+    A baseline of CDM-WSSS (Hu et al., MICCAI 2023). What is published where: docs/method.md.
+    """
+
+    enabled: bool = True  # false leaves the row out
+    inversion: bool = True  # encode by DDIM, as Wolleb et al.; false: noise, as the CDM-WSSS code
+    # timestep; t = 300 of the 4000 linear steps of CDM-WSSS, by equal signal-to-noise ratio in the
+    # default schedule. The 500 of 1000 of Wolleb et al. would be 818, where the classifier is blind
+    noise_level: int = 152
+    steps: int = 20  # of DDIM, each way, evenly spaced; both codes take every timestep
+    scale: float = 100.0  # of the classifier's gradient; Wolleb et al.
+    smooth_pixels: float = 1.0
+
+
+@dataclass(frozen=True)
+class CgCdm:
+    """CG-CDM: the denoised slice's derivative by its label (Hu et al., "CDM-WSSS")."""
+
+    enabled: bool = True  # false leaves the row out
+    # timestep; their t = 400 of 4000 linear steps, by equal signal-to-noise ratio in the default
+    # schedule
+    noise_level: int = 202
+    steps: int = 10  # adjacent DDIM steps; theirs, of a chain four times as fine
+    scale: float = 10.0  # of the classifier's gradient; theirs. 0: their CDM, without a classifier
+    tau: float = 0.95  # share of f(object) in the second label; theirs. 0: "no object" itself
+    smooth_pixels: float = 1.0
+
+
+@dataclass(frozen=True)
 class Segment:
     batch_size: int = 16  # slices per forward pass and process
     gate_probability: float = (
@@ -285,6 +317,8 @@ class Config:
     cache: Cache = field(default_factory=Cache)
     decoder: Decoder = field(default_factory=Decoder)
     saliency: Saliency = field(default_factory=Saliency)
+    cg_diff: CgDiff = field(default_factory=CgDiff)
+    cg_cdm: CgCdm = field(default_factory=CgCdm)
     segment: Segment = field(default_factory=Segment)
     evaluate: Evaluate = field(default_factory=Evaluate)
     report: Report = field(default_factory=Report)

@@ -38,6 +38,7 @@ def broken_rules(config: Config) -> list[str]:
         *_levels_of("classifier", config.classifier, middle_attends=False),
         *_cam(config),
         *_noise_levels(config),
+        *_counterfactuals(config),
         *_taps(config),
         *_smoothing(config),
         *_decoder(config),
@@ -104,7 +105,8 @@ def _data(config: Config) -> Iterator[str]:
 def _object(config: Config) -> Iterator[str]:
     """The rules of data.object that need no look at the data."""
     data = config.data
-    parts = data.object.split("+") if data.object else []
+    names = data.object.split(",") if data.object not in ("", "each") else []
+    parts = [part for name in names for part in name.split("+")]
     known: tuple[str, ...] | None = None  # only the data know
     if data.dataset == "brats":
         known = BRATS_OBJECTS
@@ -121,10 +123,10 @@ def _object(config: Config) -> Iterator[str]:
             yield (
                 f"data.object must be of {', '.join(known)} for data.dataset={data.dataset}"
                 + (f" and data.modality={data.modality}" if data.dataset == "chaos" else "")
-                + f", or several joined by +; got {part!r}"
+                + f", joined by + for one object or by a comma for several; got {part!r}"
             )
-    if len(set(parts)) != len(parts) or (parts and not all(parts)):
-        yield f"data.object must name different objects joined by +, got {data.object!r}"
+    if len(set(parts)) != len(parts) or not all(parts):
+        yield f"data.object must name different objects, got {data.object!r}"
     if data.labels and data.dataset not in ("nnunet", "dicom"):
         yield (
             f"data.labels is for data.dataset=nnunet and dicom; {data.dataset} has its labels from "
@@ -217,6 +219,37 @@ def _noise_levels(config: Config) -> Iterator[str]:
         )
 
 
+def _counterfactuals(config: Config) -> Iterator[str]:
+    """The rules of the rows cg_diff and cg_cdm, where they are on."""
+    last = config.diffusion.num_timesteps - 1
+    blind = config.classifier.max_noise_level
+    for path, row in (("cg_diff", config.cg_diff), ("cg_cdm", config.cg_cdm)):
+        if not row.enabled:
+            continue
+        if not 1 <= row.noise_level <= last:
+            yield f"{path}.noise_level must be a timestep in 1..{last}, got {row.noise_level}"
+        if not 1 <= row.steps <= row.noise_level:
+            yield (
+                f"{path}.steps must lie in 1..{row.noise_level} ({path}.noise_level), "
+                f"got {row.steps}"
+            )
+        if row.scale < 0:
+            yield f"{path}.scale must be >= 0, got {row.scale}"
+        if row.scale > 0 and row.noise_level >= blind:
+            yield (
+                f"{path}.noise_level must stay below classifier.max_noise_level ({blind}), noise "
+                f"that the classifier never saw in training, or {path}.scale be 0; "
+                f"got {row.noise_level}"
+            )
+    if config.cg_diff.enabled and config.cg_diff.inversion and config.diffusion.label_dropout == 0:
+        yield (
+            "cg_diff.inversion needs a diffusion model that was trained without labels too: "
+            "diffusion.label_dropout > 0, or cg_diff.inversion=false, or cg_diff.enabled=false"
+        )
+    if config.cg_cdm.enabled and not 0 <= config.cg_cdm.tau < 1:
+        yield f"cg_cdm.tau must lie in [0, 1), got {config.cg_cdm.tau}"
+
+
 def _taps(config: Config) -> Iterator[str]:
     taps, net = config.features.taps, config.diffusion.net
     if not taps:
@@ -238,6 +271,8 @@ def _smoothing(config: Config) -> Iterator[str]:
     for path, pixels in (
         ("gradient_map.smooth_pixels", config.gradient_map.smooth_pixels),
         ("saliency.smooth_pixels", config.saliency.smooth_pixels),
+        ("cg_diff.smooth_pixels", config.cg_diff.smooth_pixels if config.cg_diff.enabled else 0),
+        ("cg_cdm.smooth_pixels", config.cg_cdm.smooth_pixels if config.cg_cdm.enabled else 0),
     ):
         if pixels < 0 or 3 * pixels + 0.5 >= size:
             yield (
@@ -286,3 +321,5 @@ def _shares(config: Config) -> Iterator[str]:
     ):
         if not 0 <= share < 1:
             yield f"{path} must lie in [0, 1), got {share}"
+    if not config.segment.min_component_ml >= 0:
+        yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"

@@ -214,7 +214,7 @@ def summary(config: Config) -> str:
     lines += [
         "",
         f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",
-        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv",
+        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv; as in papers: legacy.txt",
         f"report   {folder / 'report' / 'report.html'}",
     ]
     if config.tracking.enabled:

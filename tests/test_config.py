@@ -309,3 +309,42 @@ def test_the_ready_configurations_keep_every_rule(name: str) -> None:
     folder = Path(__file__).parents[1] / "configs"
     load([str(folder / f"{name}.yaml")], ["data.root=/data"])
     load([str(folder / f"{name}.yaml"), str(folder / "small.yaml")], ["data.root=/data"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("cg_diff.noise_level", 0, r"cg_diff\.noise_level must be a timestep in 1\.\.999, got 0"),
+        ("cg_cdm.noise_level", 1000, r"cg_cdm\.noise_level must be a timestep in 1\.\.999"),
+        (
+            "cg_diff.steps",
+            153,
+            r"cg_diff\.steps must lie in 1\.\.152 \(cg_diff\.noise_level\), got",
+        ),
+        ("cg_cdm.steps", 0, r"cg_cdm\.steps must lie in 1\.\.202 \(cg_cdm\.noise_level\), got 0"),
+        ("cg_diff.scale", -1.0, r"cg_diff\.scale must be >= 0, got -1\.0"),
+        (
+            "cg_cdm.noise_level",
+            300,
+            r"cg_cdm\.noise_level must stay below classifier\.max_noise_le",
+        ),
+        ("cg_cdm.tau", 1.0, r"cg_cdm\.tau must lie in \[0, 1\), got 1\.0"),
+        ("cg_cdm.smooth_pixels", 43.0, r"cg_cdm\.smooth_pixels must be >= 0 .* got 43\.0"),
+        ("diffusion.label_dropout", 0.0, r"cg_diff\.inversion needs .* diffusion\.label_dropout >"),
+    ],
+)
+def test_counterfactual_rows_keep_their_rules_where_they_are_on(
+    path: str, value: Any, rule: str
+) -> None:
+    broken = changed(Config(name="sound", data=Data(dataset="phantom")), path, value)
+    with pytest.raises(ValueError, match=rule):
+        check(broken)
+    for row in ("cg_diff", "cg_cdm"):
+        broken = changed(broken, f"{row}.enabled", False)
+    check(broken)
+
+
+def test_without_guidance_the_classifier_need_not_know_the_noise() -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    check(changed(changed(sound, "cg_diff.noise_level", 818), "cg_diff.scale", 0.0))
+    check(changed(changed(sound, "cg_diff.inversion", False), "diffusion.label_dropout", 0.0))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cldf_dist.config import Data
 from cldf_dist.data.nifti import Volume, check_same_grid, read_nifti, stack_channels
-from cldf_dist.data.objects import object_mask, object_values
-from cldf_dist.data.subject import subject_of
+from cldf_dist.data.objects import USUAL_OBJECTS, object_mask, object_values
+from cldf_dist.data.subject import rule_of, subject_of
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
-WHOLE_TUMOUR = "whole_tumour"
+WHOLE_TUMOUR = USUAL_OBJECTS["brats"]
 UNTIL_2021 = {WHOLE_TUMOUR: (1, 2, 4), "tumour_core": (1, 4), "enhancing_tumour": (4,)}
 SINCE_2023 = {WHOLE_TUMOUR: (1, 2, 3), "tumour_core": (1, 3), "enhancing_tumour": (3,)}
 ENDINGS = {  # of the file name, before .nii or .nii.gz
@@ -29,6 +29,11 @@ LAYOUT = "<root>/<patient>/<patient>_{flair,t1,t1ce,t2,seg}.nii.gz or -{t2f,t1n,
 def channels(settings: Data) -> tuple[str, ...]:
     """Names of the image channels, in their order."""
     return CHANNELS
+
+
+def objects(settings: Data) -> tuple[str, ...]:
+    """Names of the objects that `data.object` may be."""
+    return tuple(UNTIL_2021)
 
 
 def patients(settings: Data) -> list[str]:
@@ -58,7 +63,7 @@ def listing_faults(settings: Data, patient: str) -> list[str]:
 def read_patient(settings: Data, patient: str) -> Volume:
     """One patient; channels in the order of CHANNELS."""
     folder = Path(settings.root) / patient
-    return read_scan(folder, object_name=settings.object, subject=settings.subject)
+    return read_scan(folder, object_name=settings.object, subject=rule_of(settings))
 
 
 def brats_patients(root: str | Path) -> list[str]:
@@ -81,7 +86,7 @@ def is_patient_folder(folder: Path) -> bool:
 
 
 def read_scan(
-    path: str | Path, *, with_mask: bool = True, object_name: str = "", subject: str = "auto"
+    path: str | Path, *, with_mask: bool = True, object_name: str = "", subject: str = "nonzero"
 ) -> Volume:
     """One patient folder anywhere; `mask` is None where it has no segmentation.
 
@@ -110,7 +115,7 @@ def read_scan(
     return Volume(
         patient=folder.name,
         image=image,
-        foreground=subject_of(image, "nonzero" if subject == "auto" else subject),
+        foreground=subject_of(image, subject),
         mask=mask,
         affine=scans[reference][1],
         sources=tuple(str(paths[channel]) for channel in CHANNELS),

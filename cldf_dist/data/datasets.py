@@ -1,7 +1,7 @@
 """The native data sets by name: who is in them, and one patient as a Volume.
 
-A reader is a module with the functions `channels`, `patients`, `patient_files`, `listing_faults`
-and `read_patient`, each of the settings `Data` (and a patient's name).
+A reader is a module with the functions `channels`, `objects`, `patients`, `patient_files`,
+`listing_faults` and `read_patient`, each of the settings `Data` (and a patient's name).
 """
 
 import dataclasses
@@ -29,6 +29,11 @@ FAULTS_SHOWN = 5  # of a folder, in one error
 def channels(settings: Data) -> tuple[str, ...]:
     """Names of the image channels, in their order."""
     return tuple(_reader(settings).channels(settings))
+
+
+def objects(settings: Data) -> tuple[str, ...]:
+    """Names of the objects that `data.object` may be."""
+    return tuple(_reader(settings).objects(settings))
 
 
 def patients(settings: Data) -> list[str]:

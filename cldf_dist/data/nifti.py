@@ -12,12 +12,15 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 Affine = npt.NDArray[np.float64]
 
 NIFTI2_HEADER_BYTES = 540
+NIFTI1_MAGIC_AT, NIFTI1_MAGIC = 344, (b"n+1", b"ni1")
+GZIP_MAGIC = b"\x1f\x8b"
 AFFINE_TOLERANCE = 1e-3  # mm
 SCANNER_COORDINATES = 1  # the sform and qform code of what we write
 _UNREADABLE = (
@@ -41,6 +44,7 @@ class Volume:
     # count in place of the mask's
     slice_labels: npt.NDArray[np.int8] | None = None
     mask_names: tuple[str, ...] = ()  # per slice: its mask's file in the data set's own layout
+    dicom_files: tuple[Path, ...] = ()  # per slice, of the first channel, where it came as DICOM
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -62,14 +66,16 @@ def read_nifti(path: str | Path) -> tuple[npt.NDArray[Any], Affine]:
     three-dimensional or holds numbers that are not finite.
     """
     path = Path(path)
-    image = _open(path)
+    content = _content(path)
     try:
+        with LoggingOutputSuppressor():  # nibabel prints what it thinks of a damaged header
+            header_bytes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
+            kind = nib.Nifti2Image if NIFTI2_HEADER_BYTES in header_bytes else nib.Nifti1Image
+            image: Any = kind.from_bytes(content)
         stored = np.asanyarray(image.dataobj)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
-    affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: the affine does not describe a grid in space: {affine.tolist()}")
+    affine = check_affine(np.asarray(image.affine, np.float64), path)
     return _plain_numbers(_three_dimensional(stored, path), path), affine
 
 
@@ -104,6 +110,17 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> No
             partial.unlink()
 
 
+def check_affine(affine: Affine, path: str | Path) -> Affine:
+    """The affine itself; ValueError unless it is (4, 4) and places a grid in space."""
+    grid = affine.shape == (4, 4) and np.isfinite(affine).all()
+    if not grid or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(
+            f"{path}: the affine does not describe a grid in space: {affine.tolist()}; repair the "
+            "file's header"
+        )
+    return affine
+
+
 def check_same_grid(
     path: Path,
     scan: tuple[npt.NDArray[Any], Affine],
@@ -114,7 +131,7 @@ def check_same_grid(
     if scan[0].shape != other[0].shape:
         raise ValueError(
             f"{path} and {other_path} must have the same shape, "
-            f"got {scan[0].shape} and {other[0].shape}"
+            f"got {scan[0].shape} and {other[0].shape}; resample them to one grid"
         )
     if not np.allclose(scan[1], other[1], rtol=0, atol=AFFINE_TOLERANCE):
         raise ValueError(
@@ -129,17 +146,23 @@ def stack_channels(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return np.stack([array.astype(np.int16 if fits else np.float32) for array in arrays])
 
 
-def _open(path: Path) -> Any:
-    """Unpack the whole file first: nibabel alone stops before it reaches gzip's checksum."""
-    if not path.is_file():
+def _content(path: Path) -> bytes:
+    """The whole file, unpacked: nibabel alone stops before it reaches gzip's checksum."""
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    content = path.read_bytes()
     try:
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
-        header_bytes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
-        kind = nib.Nifti2Image if NIFTI2_HEADER_BYTES in header_bytes else nib.Nifti1Image
-        return kind.from_bytes(content)
+        content = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}; make it a readable file") from None
+    packed = content.startswith(GZIP_MAGIC)
+    if packed and path.name.endswith(".nii"):
+        raise ValueError(f"{path} is packed by gzip; add .gz to its name, or unpack it")
+    if not path.name.endswith(".gz"):
+        return content
+    if not packed and content[NIFTI1_MAGIC_AT : NIFTI1_MAGIC_AT + 3] in NIFTI1_MAGIC:
+        raise ValueError(f"{path} is not packed; take .gz off its name, or pack it by gzip")
+    try:
+        return gzip.decompress(content)
     except _UNREADABLE as error:
         raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
 
@@ -148,7 +171,9 @@ def _three_dimensional(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or 0 in array.shape:
-        raise ValueError(f"{path} must be three-dimensional, got shape {array.shape}")
+        raise ValueError(
+            f"{path} must be three-dimensional, got shape {array.shape}; save one volume a file"
+        )
     return array
 
 
@@ -163,7 +188,9 @@ def _plain_numbers(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
             raise ValueError(f"{path}: {array.dtype} values must fit 32 bits; rescale the file")
         return array.astype(np.int32)
     if array.dtype.kind != "f":
-        raise ValueError(f"{path}: voxels must be real numbers, got {array.dtype}")
+        raise ValueError(
+            f"{path}: voxels must be real numbers, got {array.dtype}; convert the file"
+        )
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float32)
     if not np.isfinite(numbers).all():

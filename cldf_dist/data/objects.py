@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cldf_dist.config import Data
+
+USUAL_OBJECTS = {"brats": "whole_tumour", "chaos": "liver", "phantom": "lesion"}
 LABEL_TOLERANCE = 0.01  # a label saved as a scaled float comes back as 4.00000024
+
+
+def object_title(settings: Data) -> str:
+    """What the target is called in words, such as "whole tumour"."""
+    name = settings.object or USUAL_OBJECTS.get(settings.dataset, "object")
+    return name.replace("_", " ").replace("+", " and ")
 
 
 def object_parts(name: str, known: Collection[str], *, usual: str = "") -> tuple[str, ...]:

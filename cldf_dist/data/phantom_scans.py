@@ -6,12 +6,17 @@ from pathlib import Path
 from cldf_dist.config import Data
 from cldf_dist.data.nifti import Volume
 from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
-from cldf_dist.data.subject import subject_of
+from cldf_dist.data.subject import rule_of, subject_of
 
 
 def channels(settings: Data) -> tuple[str, ...]:
     """Names of the image channels, in their order."""
     return CHANNELS
+
+
+def objects(settings: Data) -> tuple[str, ...]:
+    """Names of the objects that `data.object` may be."""
+    return ("lesion",)
 
 
 def patients(settings: Data) -> list[str]:
@@ -36,5 +41,5 @@ def read_patient(settings: Data, patient: str) -> Volume:
         raise ValueError(f"the phantom has patients {names[0]} to {names[-1]}; got {patient!r}")
     made = PhantomSettings(**dataclasses.asdict(settings.phantom))
     image, mask, affine = phantom_patient(names.index(patient), made)
-    inside = subject_of(image, "tissue" if settings.subject == "auto" else settings.subject)
+    inside = subject_of(image, rule_of(settings))
     return Volume(patient, image, inside, mask > 0, affine)

@@ -6,11 +6,24 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from cldf_dist.config import Data
+
 Mask = npt.NDArray[np.bool_]
 
 SUBJECT_LEVEL = 0.2  # of the bright tissue: above the air's noise, below every soft tissue
 SMOOTH_PIXELS = 1.0  # standard deviation, before the subject is told from air
 BODY_HOUNSFIELD = -500.0  # half way from air to water: lungs are filled afterwards
+
+
+# what "auto" means where the data set says so: skull-stripped scans, and scans with air around
+USUAL_RULES = {"brats": "nonzero", "chaos": "tissue", "phantom": "tissue"}
+
+
+def rule_of(settings: Data) -> str:
+    """The rule for `subject_of` that `data.subject` and `data.dataset` amount to."""
+    if settings.subject != "auto":
+        return settings.subject
+    return USUAL_RULES.get(settings.dataset, "auto")
 
 
 def subject_of(image: npt.NDArray[Any], rule: str, *, hounsfield: bool = False) -> Mask:

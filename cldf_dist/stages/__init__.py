@@ -90,7 +90,7 @@ STAGES = (
         "segment",
         "score maps and masks of the test patients, or of new scans (input=, output=)",
         needs=("train-decoder",),
-        sections=("segment", "saliency"),
+        sections=("segment", "saliency", "cg_diff", "cg_cdm"),
     ),
     Stage(
         "evaluate",

@@ -16,12 +16,16 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from cldf_dist.config import Data
 from cldf_dist.data.slices import Geometry, to_native
 
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-METHODS = ("gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cldf")
+# in the order of the table; cg_diff and cg_cdm only where their settings have them `enabled`
+METHODS = (
+    "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm", "cldf",
+)  # fmt: skip
 SUPERVISED = "supervised_decoder"  # a reference row: it saw the training masks
 
 
@@ -132,3 +136,15 @@ def otsu_mask(
     return object_mask(
         native, allowed, 0.0, spacing=geometry.spacing, min_component_ml=min_component_ml
     )
+
+
+def write_own_layout(folder: Path, mask: Mask, geometry: Geometry, data: Data) -> None:
+    """Write a mask (x, y, slices) as the data set itself keeps its masks, where that is not NIfTI:
+    CHAOS's PNG files, unless its gray values cannot hold the object."""
+    if not geometry.mask_names:
+        return
+    from cldf_dist.data.chaos_masks import can_be_written, write_chaos_masks
+
+    scanner = "CT" if data.modality == "ct" else "MR"
+    if can_be_written(data.object, scanner=scanner):
+        write_chaos_masks(folder, mask, geometry, object_name=data.object)

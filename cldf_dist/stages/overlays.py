@@ -31,6 +31,8 @@ TITLES = {
     "layercam": "LayerCAM",
     "gradient_map": "gradient map",
     "cdm": "CDM saliency",
+    "cg_diff": "CG-Diff",
+    "cg_cdm": "CG-CDM",
     "cldf": "CLDF",
     SUPERVISED: "supervised decoder",
 }
@@ -38,7 +40,7 @@ MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"
 OBJECT_SEED, BACKGROUND_SEED = (0.90, 0.10, 0.15, 0.75), (0.15, 0.40, 0.95, 0.40)
 PANEL_INCHES = 1.55
 DOTS_PER_INCH = 100
-UNBOUNDED = ("cdm",)  # scores that are not in [0, 1]: scaled within the patient
+UNBOUNDED = ("cdm", "cg_diff", "cg_cdm")  # scores that are not in [0, 1]: scaled within the patient
 TOP_PERCENTILE = 99.8
 
 

@@ -1,4 +1,4 @@
-"""Score maps and masks of the test patients (or of new scans), for CLDF and every baseline.
+"""Score maps and masks of the test patients, for CLDF and every baseline.
 
 The cut of each row is set without masks: it is the score that a fixed share of the subject pixels
 of negative validation slices exceeds. Gate, grid and post-processing are the same for all rows.
@@ -6,8 +6,8 @@ of negative validation slices exceeds. Gate, grid and post-processing are the sa
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from cldf_dist.config import Config
-from cldf_dist.data import datasets
 from cldf_dist.data.nifti import write_nifti
 from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.slices import Geometry, foreground, prepare_volume
+from cldf_dist.data.slices import Geometry, foreground
 from cldf_dist.method.cam import class_activation_maps
-from cldf_dist.method.counterfactual import cdm_saliency
+from cldf_dist.method.counterfactual import cdm_saliency, cg_cdm, cg_diff
 from cldf_dist.method.features import extract_features
 from cldf_dist.method.prototypes import prototype_score
 from cldf_dist.method.seeds import scale_to_unit
@@ -31,8 +30,7 @@ from cldf_dist.method.threshold import negative_cut
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, processes, wait_for_everyone
 from cldf_dist.progress import progress
-from cldf_dist.run import Run, changed_keys, read_config, write_atomically
-from cldf_dist.stages import stage_named
+from cldf_dist.run import Run, write_atomically
 from cldf_dist.stages.cache import FrozenNets, gradient_map_of, half_pixel_major
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
@@ -42,6 +40,7 @@ from cldf_dist.stages.masks import (
     PatientScores,
     native_scores,
     object_mask,
+    write_own_layout,
 )
 
 CAMS = ("gradcam", "gradcam_pp", "layercam")
@@ -66,51 +65,118 @@ class Segmenter:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return (*METHODS, *(name for name in self.decoders if name != "cldf"))
+        """Every row that the settings have and whose nets are there."""
+        left_out = {
+            row
+            for row, settings in (("cg_diff", self.config.cg_diff), ("cg_cdm", self.config.cg_cdm))
+            if not settings.enabled
+        }
+        rows = (*METHODS, *(name for name in self.decoders if name != "cldf"))
+        return tuple(row for row in rows if row not in left_out)
 
-    def score(self, patient: str, keys: list[str], images: FloatArray) -> PatientScores:
-        """Score maps of prepared slices (slices, channels, height, width)."""
+    def score(
+        self,
+        patient: str,
+        keys: list[str],
+        images: FloatArray,
+        rows: Sequence[str] | None = None,
+    ) -> PatientScores:
+        """Score maps of prepared slices (slices, channels, height, width), of `rows` or all."""
+        wanted = self.rows if rows is None else rows
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(keys), self.config.segment.batch_size):
             batch = slice(start, start + self.config.segment.batch_size)
-            parts.append(self._score_batch(images[batch], keys[batch]))
+            parts.append(self._score_batch(images[batch], keys[batch], wanted))
         joined = {n: torch.cat([p[n].cpu() for p in parts]).numpy() for n in parts[0]}
         return PatientScores(patient, joined, joined.pop("probability"), foreground(images))
 
-    def _score_batch(self, images: FloatArray, keys: list[str]) -> dict[str, Tensor]:
+    def _score_batch(
+        self, images: FloatArray, keys: list[str], rows: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The score map of each row, and "probability", which gates them all."""
         config, nets = self.config, self.nets
         device = accelerator().device
         inside = torch.from_numpy(foreground(images)).to(device)
         pixels = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
         maps, probability = gradient_map_of(config, nets, pixels, keys)
-        cams = class_activation_maps(nets.cam, pixels, config.cam.layer, CAMS)
+        scaled = {"gradient_map": maps}
+        cams = [row for row in CAMS if row in rows]
+        if cams:
+            scaled |= class_activation_maps(nets.cam, pixels, config.cam.layer, cams)
         # a map scaled within its slice says where, p(object) says whether: only the product
         # can be compared with one cut across slices
         sure = probability[:, None, None]
-        scores = {name: scale_to_unit(cams[name], inside) * sure for name in CAMS}
-        scores["gradient_map"] = scale_to_unit(maps, inside) * sure
-        saliency = config.saliency
-        with torch.no_grad():
-            scores["cdm"] = cdm_saliency(
-                nets.diffusion,
-                nets.schedule,
-                pixels,
-                keys,
-                noise_levels=saliency.noise_levels,
-                draws=saliency.draws,
-                smooth_pixels=saliency.smooth_pixels,
-            )
-            features = extract_features(
-                nets.diffusion, nets.schedule, pixels, keys, config.features
-            )
-            taps = {tap: _as_decoded(value) for tap, value in features.items()}
-            for row, (decoder, prototypes) in self.decoders.items():
-                embedding = decoder.embed_maps(taps, images.shape[2:])
-                scores[row] = prototype_score(embedding.movedim(1, -1), prototypes)
+        scores = {
+            row: scale_to_unit(scaled[row], inside) * sure
+            for row in (*CAMS, "gradient_map")
+            if row in rows
+        }
+        scores |= _counterfactuals(config, nets, pixels, keys, rows)
+        scores |= self._decoded(pixels, keys, [row for row in self.decoders if row in rows])
         return {
-            **{name: value.float() for name, value in scores.items()},
+            **{row: scores[row].float() for row in rows},
             "probability": probability,
         }
+
+    @torch.no_grad()
+    def _decoded(self, pixels: Tensor, keys: list[str], rows: Sequence[str]) -> dict[str, Tensor]:
+        if not rows:
+            return {}
+        nets = self.nets
+        features = extract_features(
+            nets.diffusion, nets.schedule, pixels, keys, self.config.features
+        )
+        taps = {tap: _as_decoded(value) for tap, value in features.items()}
+        scores = {}
+        for row in rows:
+            decoder, prototypes = self.decoders[row]
+            embedding = decoder.embed_maps(taps, pixels.shape[2:])
+            scores[row] = prototype_score(embedding.movedim(1, -1), prototypes)
+        return scores
+
+
+def _counterfactuals(
+    config: Config, nets: FrozenNets, pixels: Tensor, keys: list[str], rows: Sequence[str]
+) -> dict[str, Tensor]:
+    """The maps of the rows that ask the diffusion model alone; absolute, on one scale."""
+    scores = {}
+    if "cdm" in rows:
+        scores["cdm"] = cdm_saliency(
+            nets.diffusion,
+            nets.schedule,
+            pixels,
+            keys,
+            noise_levels=config.saliency.noise_levels,
+            draws=config.saliency.draws,
+            smooth_pixels=config.saliency.smooth_pixels,
+        )
+    if "cg_diff" in rows:
+        scores["cg_diff"] = cg_diff(
+            nets.diffusion,
+            nets.classifier,
+            nets.schedule,
+            pixels,
+            keys,
+            noise_level=config.cg_diff.noise_level,
+            steps=config.cg_diff.steps,
+            scale=config.cg_diff.scale,
+            inversion=config.cg_diff.inversion,
+            smooth_pixels=config.cg_diff.smooth_pixels,
+        )
+    if "cg_cdm" in rows:
+        scores["cg_cdm"] = cg_cdm(
+            nets.diffusion,
+            nets.classifier,
+            nets.schedule,
+            pixels,
+            keys,
+            noise_level=config.cg_cdm.noise_level,
+            steps=config.cg_cdm.steps,
+            scale=config.cg_cdm.scale,
+            tau=config.cg_cdm.tau,
+            smooth_pixels=config.cg_cdm.smooth_pixels,
+        )
+    return scores
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -138,63 +204,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         _write_masks(config, scores, shards.geometry(name), cuts, run.folder)
     wait_for_everyone()
     return {"rows": list(segmenter.rows), "patients": len(patients)}
-
-
-def segment_new(config: Config) -> tuple[list[Path], list[str]]:
-    """Masks and probability maps for new scans: config.input, a scan's folder or a folder of
-    them; written to config.output in each scan's own grid.
-
-    The run's own settings count, those of the command line must not contradict them. Returns the
-    masks written, and one sentence for each scan that could not be segmented.
-    """
-    run = Run(config, "segment", ())
-    folder = run.needs("segment")
-    made = _settings_of_run(config, folder)
-    cut = json.loads((folder / "thresholds.json").read_text())["cuts"]["cldf"]
-    segmenter = Segmenter.load(made, Run(made, "segment", ()))
-    scans = datasets.new_scans(made.data, Path(config.input).resolve())
-    written, failed = [], []
-    with progress("segment", len(scans), "scans") as bar:
-        for path in scans:
-            try:
-                written.append(_segment_scan(segmenter, path, cut, Path(config.output)))
-            except (ValueError, OSError) as error:
-                failed.append(f"{path.name}: {error}")
-            bar.advance(note=path.name)
-    return written, failed
-
-
-def _settings_of_run(config: Config, folder: Path) -> Config:
-    """The settings that the nets were trained with; ValueError where `config` differs."""
-    made = read_config(folder / "config.yaml")
-    sections = stage_named("segment").all_sections
-    changed = [
-        change
-        for change in changed_keys(made, config, sections)
-        if not change.startswith(("data.root=", "data.dataset="))  # of the training data
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was made with {'; '.join(changed[:3])}; new scans are segmented with the "
-            "settings of the run: leave them out, or name another run"
-        )
-    batch = dataclasses.replace(made.segment, batch_size=config.segment.batch_size)
-    return dataclasses.replace(made, runs=config.runs, name=config.name, segment=batch)
-
-
-def _segment_scan(segmenter: Segmenter, path: Path, cut: float, output: Path) -> Path:
-    config = segmenter.config
-    volume = datasets.read_scan(config.data, path)
-    slices, geometry = prepare_volume(volume, config.data)
-    if not slices:
-        raise ValueError("no slice shows enough of the subject (data.min_foreground_fraction)")
-    images = np.stack([item.image for item in slices])
-    scores = segmenter.score(volume.patient, [item.key for item in slices], images)
-    mask, probability = _mask_and_probability(config, scores, "cldf", geometry, cut)
-    write_nifti(output / f"{volume.patient}_probability.nii.gz", probability, volume.affine)
-    target = output / f"{volume.patient}_mask.nii.gz"
-    write_nifti(target, mask.astype(np.uint8), volume.affine)
-    return target
 
 
 def _as_decoded(features: Tensor) -> Tensor:
@@ -239,17 +248,18 @@ def _write_masks(
 ) -> None:
     affine = np.array(geometry.affine)
     for row, cut in cuts.items():
-        mask, probability = _mask_and_probability(config, scores, row, geometry, cut)
+        mask, probability = mask_and_probability(config, scores, row, geometry, cut)
         target = folder / "masks" / row
         target.mkdir(parents=True, exist_ok=True)
         write_nifti(target / f"{scores.patient}.nii.gz", mask.astype(np.uint8), affine)
+        write_own_layout(folder / "chaos" / row, mask, geometry, config.data)
         if row == "cldf":
             (folder / "probability").mkdir(exist_ok=True)
             path = folder / "probability" / f"{scores.patient}.nii.gz"
             write_nifti(path, probability, affine)
 
 
-def _mask_and_probability(
+def mask_and_probability(
     config: Config, scores: PatientScores, row: str, geometry: Geometry, cut: float
 ) -> tuple[npt.NDArray[np.bool_], FloatArray]:
     """The mask, and a map in [0, 1] that is 0.5 at the cut; both on the scan's grid."""

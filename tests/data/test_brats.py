@@ -53,7 +53,10 @@ def make_patient(
         scan[:, :, -1] = 0
         save(folder / f"{patient}{NAMES[year][channel]}{suffix}", scan)
     if seg:
-        save(folder / f"{patient}{NAMES[year]['seg']}{suffix}", labels(1, 2, 4 if year == 2021 else 3))
+        save(
+            folder / f"{patient}{NAMES[year]['seg']}{suffix}",
+            labels(1, 2, 4 if year == 2021 else 3),
+        )
     return folder
 
 

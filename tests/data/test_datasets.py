@@ -130,7 +130,9 @@ def test_all_faults_of_a_listing_are_told_at_once(tmp_path: Path) -> None:
 
 def test_unknown_data_set_lists_the_known_ones() -> None:
     for ask in (patients, channels, lambda data: read_patient(data, "a")):
-        with pytest.raises(ValueError, match=r"must be one of brats, chaos, dicom, nnunet, phantom; got 'mnist'"):
+        with pytest.raises(
+            ValueError, match=r"must be one of brats, chaos, dicom, nnunet, phantom; got 'mnist'"
+        ):
             ask(Data(dataset="mnist"))
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,40 @@ def test_the_reference_row_is_there_only_where_it_was_trained(
     assert Segmenter.load(config, Run(config, "segment", ())).rows == METHODS
     config = load([debug_run.words[0]], debug_run.words[1:])
     assert Segmenter.load(config, Run(config, "segment", ())).rows == (*METHODS, SUPERVISED)
+
+
+def test_rows_that_are_switched_off_are_nowhere(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    words = [*run.words, "cg_diff.enabled=false", "cg_cdm.enabled=false"]
+    for stage in ("segment", "evaluate", "report"):
+        assert main([stage, *words]) == 0
+    rows = {*METHODS, SUPERVISED} - {"cg_diff", "cg_cdm"}
+    folder = run.folder / "segment"
+    assert set(json.loads((folder / "thresholds.json").read_text())["cuts"]) == rows
+    assert {path.name for path in (folder / "masks").iterdir()} == rows
+    summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
+    assert set(summary["strict"]["methods"]) == set(summary["strict"]["methods_otsu"]) == rows
+    assert set(summary["legacy"]["methods"]) == rows
+    for path in (run.folder / "evaluate").iterdir():
+        if path.suffix in (".csv", ".txt"):
+            assert not re.search("cg_diff|cg_cdm", path.read_text()), path
+    page = (run.folder / "report" / "report.html").read_text()
+    assert not re.search("CG-Diff|CG-CDM", page), "only its list of settings knows them"
+
+
+def test_only_the_rows_asked_for_are_scored_and_the_gate_is_always_there(debug_run: Any) -> None:
+    config = load([debug_run.words[0]], debug_run.words[1:])
+    table = ShardSet(debug_run.folder / "prepare").split("validation")
+    keys, images = table.keys[:3], table.read_images([0, 1, 2])
+    segmenter = Segmenter.load(config, Run(config, "segment", ()))
+    everything = segmenter.score("someone", keys, images)
+    assert tuple(everything.scores) == segmenter.rows
+    for rows in (("cldf",), ("cg_cdm", "layercam")):
+        some = segmenter.score("someone", keys, images, rows=rows)
+        assert tuple(some.scores) == rows
+        for row in rows:
+            np.testing.assert_array_equal(some.scores[row], everything.scores[row])
+        np.testing.assert_array_equal(some.probability, everything.probability)
 
 
 @pytest.mark.parametrize("patient", ["phantom_000"])

@@ -1,0 +1,230 @@
+"""New scans, segmented by a finished run: from the command line, or from Python.
+
+from cldf_dist import load_segmenter
+
+segmenter = load_segmenter("runs/brats")
+result = segmenter.segment("scans/patient_7")
+result.mask, result.probability, result.affine
+result.save("masks")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist import __version__
+from cldf_dist.config import Config, check
+from cldf_dist.data.new_scans import Scan, find_scans
+from cldf_dist.data.nifti import Affine, Volume, check_affine, write_nifti
+from cldf_dist.data.objects import object_title
+from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.slices import Geometry, prepare_volume
+from cldf_dist.data.subject import rule_of, subject_of
+from cldf_dist.progress import progress
+from cldf_dist.run import Run, changed_keys, read_config
+from cldf_dist.stages import stage_named
+from cldf_dist.stages.masks import FloatArray, Mask, write_own_layout
+from cldf_dist.stages.segment import Segmenter, mask_and_probability
+
+ROW = "cldf"
+# settings that are about the scans at hand, not about the trained run
+OF_NEW_SCANS = ("segment.batch_size", "segment.gate_probability", "segment.min_component_ml")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in one scan, on the scan's own grid."""
+
+    name: str
+    mask: Mask  # (x, y, slices)
+    probability: FloatArray  # (x, y, slices) in [0, 1]; 0.5 at the cut
+    affine: Affine  # (4, 4), voxel index to mm
+    slice_probability: FloatArray  # (slices,) p(object) by the classifier; nan where not prepared
+    config: Config
+    geometry: Geometry
+    dicom_files: tuple[Path, ...] = ()
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write mask and probability as NIfTI, the mask as DICOM-SEG too where the scan came as
+        DICOM, and in CHAOS's own layout where it came in that. Returns the files of the mask."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_nifti(folder / f"{self.name}_probability.nii.gz", self.probability, self.affine)
+        written = [folder / f"{self.name}_mask.nii.gz"]
+        if self.dicom_files:
+            from cldf_dist.data.dicom_seg import write_dicom_seg
+
+            written.append(folder / f"{self.name}_seg.dcm")
+            write_dicom_seg(
+                written[-1],
+                self.mask,
+                self.dicom_files,
+                label=object_title(self.config.data),
+                software_version=__version__,
+            )
+        write_own_layout(folder / "chaos", self.mask, self.geometry, self.config.data)
+        # the mask comes last: where it is, the rest is
+        write_nifti(written[0], self.mask.astype(np.uint8), self.affine)
+        return written
+
+
+@dataclass(frozen=True)
+class ScanSegmenter:
+    """The trained nets of a run, ready for scans that it has never seen."""
+
+    config: Config
+    channels: tuple[str, ...]  # what a scan must have, in this order
+    cut: float
+    nets: Segmenter
+
+    def find(self, path: str | Path) -> list[Scan]:
+        """The scans at `path`; see `data.new_scans.find_scans`."""
+        return find_scans(path, self.config.data, self.channels)
+
+    def segment(self, path: str | Path) -> Segmentation:
+        """The one scan at `path`: a NIfTI file, a DICOM folder, or a folder of the training data's
+        layout. ValueError where there are several."""
+        scans = self.find(path)
+        if len(scans) != 1:
+            names = ", ".join(scan.name for scan in scans[:5])
+            raise ValueError(f"{path} holds {len(scans)} scans ({names}); use segment_all")
+        return self.segment_volume(scans[0].read())
+
+    def segment_all(self, path: str | Path) -> Iterator[Segmentation]:
+        """All scans at `path`, one after the other."""
+        for scan in self.find(path):
+            yield self.segment_volume(scan.read())
+
+    def segment_array(
+        self, image: npt.NDArray[np.number], affine: Affine, *, name: str = "scan"
+    ) -> Segmentation:
+        """An image (channels, x, y, slices), channels as `self.channels`, and its affine (4, 4)
+        from voxel index to mm in RAS+, as NIfTI has it."""
+        image = np.asarray(image)
+        if image.ndim != 4 or len(image) != len(self.channels):
+            raise ValueError(
+                f"{name}: the image must be (channels, x, y, slices) with the channels "
+                f"{', '.join(self.channels)}, got shape {image.shape}"
+            )
+        if image.dtype.kind not in "iuf" or not np.isfinite(image).all():
+            raise ValueError(f"{name}: the image must be finite numbers, got {image.dtype}")
+        hounsfield = all(channel.lower() == "ct" for channel in self.channels)
+        inside = subject_of(image, rule_of(self.config.data), hounsfield=hounsfield)
+        affine = check_affine(np.asarray(affine, np.float64), name)
+        return self.segment_volume(Volume(name, image, inside, None, affine, hounsfield=hounsfield))
+
+    def segment_volume(self, volume: Volume) -> Segmentation:
+        """A scan that was read already; its mask, if it has one, is not looked at."""
+        config = self.config
+        slices, geometry = prepare_volume(dataclasses.replace(volume, mask=None), config.data)
+        if not slices:
+            raise ValueError(
+                f"{volume.patient}: no slice shows enough of the subject "
+                "(data.min_foreground_fraction)"
+            )
+        images = np.stack([item.image for item in slices])
+        keys = [item.key for item in slices]
+        scores = self.nets.score(volume.patient, keys, images, rows=(ROW,))
+        mask, probability = mask_and_probability(config, scores, ROW, geometry, self.cut)
+        certainty = np.full(_num_slices(geometry), np.nan, np.float32)
+        certainty[list(geometry.indices)] = scores.probability
+        return Segmentation(
+            name=volume.patient,
+            mask=mask,
+            probability=probability,
+            affine=volume.affine,
+            slice_probability=certainty,
+            config=config,
+            geometry=geometry,
+            dicom_files=volume.dicom_files,
+        )
+
+
+def load_segmenter(
+    run_folder: str | Path,
+    *,
+    gate_probability: float | None = None,
+    min_component_ml: float | None = None,
+    batch_size: int | None = None,
+) -> ScanSegmenter:
+    """The segmenter of a finished run, from its folder such as `runs/brats`.
+
+    Slices that the classifier puts below `gate_probability` are emptied (0: none is); components
+    below `min_component_ml` are removed. Without a value the run's own settings count. Raises
+    FileNotFoundError where the run is not finished up to its segment stage.
+    """
+    folder = Path(run_folder)
+    if not (folder / "segment").is_dir():
+        raise FileNotFoundError(f"{folder} holds no segment stage; run: cldf run CONFIG")
+    made = read_config(folder / "segment" / "config.yaml")
+    own = made.segment
+    segment = dataclasses.replace(
+        own,
+        gate_probability=own.gate_probability if gate_probability is None else gate_probability,
+        min_component_ml=own.min_component_ml if min_component_ml is None else min_component_ml,
+        batch_size=own.batch_size if batch_size is None else batch_size,
+    )
+    config = dataclasses.replace(
+        made, runs=str(folder.parent), name=folder.name, segment=segment, input="-", output="-"
+    )
+    check(config)
+    return _loaded(config)
+
+
+def segment_new(config: Config) -> tuple[list[Path], list[str]]:
+    """Masks for the new scans at config.input, written to config.output.
+
+    The run's own settings count, those of the command line must not contradict them. Returns the
+    masks written, and one sentence for each scan that could not be segmented.
+    """
+    segmenter = _loaded(_settings_of_run(config))
+    output = Path(config.output)
+    scans = segmenter.find(config.input)
+    written, failed = [], []
+    with progress("segment", len(scans), "scans") as bar:
+        for scan in scans:
+            try:
+                written += segmenter.segment_volume(scan.read()).save(output)
+            except (ValueError, OSError) as error:
+                failed.append(f"{scan.name}: {error}")
+            bar.advance(note=scan.name)
+    return written, failed
+
+
+def _loaded(config: Config) -> ScanSegmenter:
+    run = Run(config, "segment", ())
+    folder = run.needs("segment")
+    cut = json.loads((folder / "thresholds.json").read_text())["cuts"][ROW]
+    channels = ShardSet(run.needs("prepare"), on_damaged="skip").manifest["channels"]
+    return ScanSegmenter(config, tuple(channels), cut, Segmenter.load(config, run))
+
+
+def _settings_of_run(config: Config) -> Config:
+    """The settings that the nets were trained with; ValueError where `config` differs."""
+    folder = Run(config, "segment", ()).needs("segment")
+    made = read_config(folder / "config.yaml")
+    free = (*(f"{key}=" for key in OF_NEW_SCANS), "data.root=", "data.dataset=", "data.labels=")
+    changed = [
+        change
+        for change in changed_keys(made, config, stage_named("segment").all_sections)
+        if not change.startswith(free)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was made with {'; '.join(changed[:3])}; new scans are segmented with the "
+            "settings of the run: leave them out, or name another run"
+        )
+    return dataclasses.replace(made, runs=config.runs, name=config.name, segment=config.segment)
+
+
+def _num_slices(geometry: Geometry) -> int:
+    """Slices of the scan along the axis to the head."""
+    axis = next(number for number, letter in enumerate(geometry.axes) if letter in "SI")
+    return geometry.shape[axis]

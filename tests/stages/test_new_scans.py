@@ -1,0 +1,182 @@
+"""New scans in every form that they come in, segmented by runs of the debug size."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cldf_dist
+from cldf_dist import load_segmenter
+from cldf_dist.config import Data
+from cldf_dist.data.new_scans import find_scans
+from cldf_dist.data.nifti import read_nifti, write_nifti
+from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
+from cldf_dist.stages.new_scans import Segmentation
+
+AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
+ONE_CHANNEL = Data(dataset="nnunet", root="gone")
+
+
+def phantom_image(index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A patient that no run has seen: (4, x, y, slices) and the affine."""
+    settings = PhantomSettings(num_patients=40, num_slices=5, grid_size=40)
+    image, _, affine = phantom_patient(index, settings)
+    return image.astype(np.float32), affine
+
+
+def write_brats(folder: Path, index: int) -> Path:
+    image, affine = phantom_image(index)
+    for channel, values in zip(CHANNELS, image):
+        write_nifti(folder / f"{folder.name}_{channel}.nii.gz", values, affine)
+    return folder
+
+
+def write_numbered(folder: Path, case: str, index: int) -> list[Path]:
+    image, affine = phantom_image(index)
+    paths = [folder / f"{case}_{number:04d}.nii.gz" for number in range(4)]
+    for path, values in zip(paths, image):
+        write_nifti(path, values, affine)
+    return paths
+
+
+def small_scan(path: Path) -> Path:
+    write_nifti(path, np.ones((4, 5, 3), np.float32), AFFINE)
+    return path
+
+
+def test_every_form_of_the_same_scan_gives_the_same_mask(debug_run: Any, tmp_path: Path) -> None:
+    segmenter = load_segmenter(debug_run.folder)
+    assert segmenter.channels == CHANNELS
+    image, affine = phantom_image(33)
+    expected = segmenter.segment_array(image, affine, name="scan")
+    assert expected.mask.shape == image.shape[1:]
+    assert expected.mask.any()
+    assert not expected.mask.all()
+    folder = write_brats(tmp_path / "brats" / "scan", 33)
+    files = write_numbered(tmp_path / "numbered", "scan", 33)
+    for path in (folder, folder.parent, folder / "scan_t1.nii.gz", files[2], files[0].parent):
+        found = segmenter.segment(path)
+        assert found.name == "scan"
+        np.testing.assert_array_equal(found.mask, expected.mask)
+        np.testing.assert_array_equal(found.probability, expected.probability)
+    saved = found.save(tmp_path / "out")
+    assert saved == [tmp_path / "out" / "scan_mask.nii.gz"]
+    assert sorted(p.name for p in saved[0].parent.iterdir()) == [
+        "scan_mask.nii.gz",
+        "scan_probability.nii.gz",
+    ]
+    values, written = read_nifti(saved[0])
+    np.testing.assert_array_equal(values > 0, expected.mask)
+    np.testing.assert_allclose(written, affine, atol=1e-4)
+
+
+def test_several_scans_are_segmented_one_by_one(debug_run: Any, tmp_path: Path) -> None:
+    segmenter = load_segmenter(debug_run.folder, batch_size=3)
+    for name, index in (("ann", 31), ("bob", 32)):
+        write_brats(tmp_path / name, index)
+    assert [found.name for found in segmenter.segment_all(tmp_path)] == ["ann", "bob"]
+    with pytest.raises(ValueError, match=r"holds 2 scans \(ann, bob\); use segment_all"):
+        segmenter.segment(tmp_path)
+
+
+def test_slices_that_the_classifier_calls_negative_are_emptied_on_request(debug_run: Any) -> None:
+    image, affine = phantom_image(34)
+
+    def segment(gate: float) -> Segmentation:
+        """With a cut that takes every pixel of the subject: the gate alone decides."""
+        segmenter = load_segmenter(debug_run.folder, gate_probability=gate)
+        return dataclasses.replace(segmenter, cut=-1.0).segment_array(image, affine)
+
+    everywhere = segment(0.0)
+    certain = everywhere.slice_probability
+    known = np.isfinite(certain)
+    assert known.any()
+    gate = float(np.median(certain[known]))
+    gated = segment(gate)
+    passed = known & (certain >= gate)
+    assert 0 < passed.sum() < known.sum()
+    np.testing.assert_array_equal(gated.mask[..., passed], everywhere.mask[..., passed])
+    assert not gated.mask[..., ~passed].any()
+    assert everywhere.mask[..., known].any(axis=(0, 1)).all(), "the gate had something to empty"
+    for wrong, said in (({"gate_probability": 1.0}, "gate"), ({"min_component_ml": -1}, "min_c")):
+        with pytest.raises(ValueError, match=f"segment.{said}"):
+            load_segmenter(debug_run.folder, **wrong)
+
+
+def test_the_package_alone_imports_no_torch(start: Any) -> None:
+    words = (
+        "import sys, cldf_dist; print('torch' in sys.modules, 'load_segmenter' in dir(cldf_dist))"
+    )
+    process = start("-c", words)
+    assert process.communicate()[0].split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        cldf_dist.no_such_name  # noqa: B018
+
+
+def test_a_run_that_is_not_finished_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no segment stage; run: cldf run CONFIG"):
+        load_segmenter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "said"),
+    [
+        ((3, 8, 8, 4), 1.0, r"channels flair, t1, t1ce, t2, got shape \(3, 8, 8, 4\)"),
+        ((8, 8, 4), 1.0, "must be .channels, x, y, slices."),
+        ((4, 8, 8, 4), np.nan, "must be finite numbers"),
+        ((4, 8, 8, 4), 0.0, "scan: the scan is empty"),
+    ],
+)
+def test_unfit_arrays_are_refused(
+    debug_run: Any, shape: tuple[int, ...], value: float, said: str
+) -> None:
+    segmenter = load_segmenter(debug_run.folder)
+    with pytest.raises(ValueError, match=said):
+        segmenter.segment_array(np.full(shape, value), AFFINE)
+    image, _ = phantom_image(33)
+    with pytest.raises(ValueError, match="scan: the affine does not describe a grid"):
+        segmenter.segment_array(image, np.zeros((4, 4)))
+
+
+def test_one_channel_scans_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("ann.nii.gz", "bob_0000.nii.gz", "c.d.nii.gz"):
+        small_scan(tmp_path / name)
+    small_scan(tmp_path / "hidden" / ".dan.nii.gz")
+    scans = find_scans(tmp_path, ONE_CHANNEL, ["t2"])
+    assert [scan.name for scan in scans] == ["ann", "bob", "c.d"]
+    (only,) = find_scans(tmp_path / "c.d.nii.gz", ONE_CHANNEL, ["t2"])
+    volume = only.read()
+    assert volume.image.shape == (1, 4, 5, 3)
+    assert volume.sources == (str(tmp_path / "c.d.nii.gz"),)
+    assert volume.mask is None
+
+
+def test_what_is_no_scan_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        find_scans(tmp_path / "absent", ONE_CHANNEL, ["t2"])
+    with pytest.raises(ValueError, match="holds no scan; expected one NIfTI file, "):
+        find_scans(tmp_path, ONE_CHANNEL, ["t2"])
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"notes\.txt is neither a NIfTI file .* nor a DICOM file"):
+        find_scans(tmp_path / "notes.txt", ONE_CHANNEL, ["t2"])
+    brats = dataclasses.replace(ONE_CHANNEL, dataset="brats")
+    with pytest.raises(ValueError, match=r"_0000\.nii\.gz to <case>_0003\.nii\.gz"):
+        find_scans(tmp_path, brats, CHANNELS)
+
+
+def test_a_missing_channel_is_named(tmp_path: Path) -> None:
+    small_scan(tmp_path / "ann_0000.nii.gz")
+    with pytest.raises(FileNotFoundError, match=r"ann has no ann_0001\.nii\.gz, the channel t2"):
+        find_scans(tmp_path, ONE_CHANNEL, ["t1", "t2"])
+    odd = small_scan(tmp_path / "other" / "ann.nii.gz")
+    with pytest.raises(ValueError, match=r"ann\.nii\.gz: the scan has 2 channels \(t1, t2\)"):
+        find_scans(odd, ONE_CHANNEL, ["t1", "t2"])
+
+
+def test_two_scans_of_one_name_would_overwrite_each_other(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        small_scan(tmp_path / folder / "ann.nii.gz")
+    with pytest.raises(ValueError, match="more than one scan named ann"):
+        find_scans(tmp_path, ONE_CHANNEL, ["t2"])
