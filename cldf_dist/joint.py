@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from cldf_dist.config import Config
-from cldf_dist.data.datasets import objects
+from cldf_dist.data.datasets import objects, patients
 from cldf_dist.data.nifti import Affine, read_nifti, write_nifti
+from cldf_dist.data.splits import split_patients
+from cldf_dist.processes import processes
 from cldf_dist.run import write_atomically
 from cldf_dist.stages.masks import FloatArray, Mask
 
@@ -40,21 +42,44 @@ def one_per_object(config: Config) -> list[Config]:
     ]
 
 
+def with_one_split(config: Config, parts: Sequence[Config]) -> list[Config]:
+    """The same runs with the same patients in each split, or label maps could not be made.
+
+    Where `data.splits` is not set, a split is drawn once, as `prepare` would but without regard to
+    the share of positive slices, and kept in the folder of the study.
+    """
+    if config.data.splits or len(parts) == 1:
+        return list(parts)
+    path = (config.run_folder / "splits.json").resolve()
+    if processes().is_main and not path.exists():
+        settings = parts[0].data
+        splits = split_patients(
+            dict.fromkeys(patients(settings), 0.0),
+            settings.validation_fraction,
+            settings.test_fraction,
+            settings.split_seed,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(splits, indent=1))
+    data = (dataclasses.replace(part.data, splits=str(path)) for part in parts)
+    return [dataclasses.replace(part, data=of_part) for part, of_part in zip(parts, data)]
+
+
 def join_runs(config: Config, parts: Sequence[Config]) -> Path:
     """Write the label maps of the test patients of finished runs; the folder they are in."""
     folders = {part.data.object: part.run_folder / "segment" for part in parts}
-    patients = sorted(
+    files = sorted(
         set.intersection(
             *({file.name for file in (f / "probability").iterdir()} for f in folders.values())
         )
     )
     target = config.run_folder / "joint"
-    for patient in patients:
+    for file in files:
         found = {
-            name: _found(folder / "masks" / "cldf" / patient, folder / "probability" / patient)
+            name: _found(folder / "masks" / "cldf" / file, folder / "probability" / file)
             for name, folder in folders.items()
         }
-        _write_label_map(target / "masks" / patient, found)
+        _write_label_map(target / "masks" / file, found)
     _write_names(target / "labels.json", list(folders))
     return target
 

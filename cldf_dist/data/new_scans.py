@@ -20,6 +20,15 @@ BRATS_CHANNELS = ("brats", "phantom")  # the data sets whose channels are the fo
 
 
 @dataclass(frozen=True)
+class ScanKind:
+    """What the scans of a run are."""
+
+    settings: Data
+    channels: tuple[str, ...]  # what a scan must have, in this order
+    hounsfield: bool  # the values are Hounsfield units
+
+
+@dataclass(frozen=True)
 class Scan:
     """A scan that was found, and how to read it: a Volume without a mask."""
 
@@ -27,7 +36,7 @@ class Scan:
     read: Callable[[], Volume]
 
 
-def find_scans(path: str | Path, settings: Data, channels: Sequence[str]) -> list[Scan]:
+def find_scans(path: str | Path, kind: ScanKind) -> list[Scan]:
     """The scans at `path`: a file, a scan's folder, or a folder of scans.
 
     Understood are the layout of the training data, NIfTI files named as in nnU-Net
@@ -36,20 +45,14 @@ def find_scans(path: str | Path, settings: Data, channels: Sequence[str]) -> lis
     """
     path = Path(path).resolve()
     if path.is_file():
-        scans = [_scan_of_file(path, settings, channels)]
+        scans = [_scan_of_file(path, kind)]
     elif path.is_dir():
-        scans = list(_scans_in(path, settings, channels)) or [
-            scan
-            for folder in sorted(path.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".")
-            for scan in _scans_in(folder, settings, channels)
-        ]
+        scans = list(_scans_below(path, kind))
     else:
         raise FileNotFoundError(f"input={path} does not exist")
     if not scans:
         raise ValueError(
-            f"input={path} holds no scan; expected {_expected(settings, channels)}, or a folder of "
-            "such"
+            f"input={path} holds no scan; expected {_expected(kind)}, or a folder of such"
         )
     names = [scan.name for scan in scans]
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -58,56 +61,67 @@ def find_scans(path: str | Path, settings: Data, channels: Sequence[str]) -> lis
     return scans
 
 
-def _scan_of_file(path: Path, settings: Data, channels: Sequence[str]) -> Scan:
+def _scan_of_file(path: Path, kind: ScanKind) -> Scan:
     if path.name.endswith(NIFTI_ENDINGS):
-        if settings.dataset in BRATS_CHANNELS and brats.is_patient_folder(path.parent):
-            return _brats_scan(path.parent, settings)
-        for scan, files in _nifti_cases(path.parent, settings, channels):
+        if kind.settings.dataset in BRATS_CHANNELS and brats.is_patient_folder(path.parent):
+            return _brats_scan(path.parent, kind)
+        for scan, files in _nifti_cases(path.parent, kind):
             if path in files:
                 return scan
         raise ValueError(
-            f"input={path}: the scan has {len(channels)} channels ({', '.join(channels)}); "
-            f"expected {_expected(settings, channels)}"
+            f"input={path}: the run's scans have {len(kind.channels)} channels "
+            f"({', '.join(kind.channels)}); expected {_expected(kind)}"
         )
     files = dicom.dicom_files(path.parent)
+    if path in files and len(kind.channels) == 1:
+        series = next(group for group in dicom.group_series(files).values() if path in group)
+        return _dicom_scan(path.parent.name, [series], kind)
     if path in files:
-        series = [group for group in dicom.group_series(files).values() if path in group]
-        return _dicom_scan(path.parent.name, [series[0]], settings, channels)
+        raise ValueError(f"input={path} is one of several files; name the folder of the scan")
     raise ValueError(f"input={path} is neither a NIfTI file (.nii, .nii.gz) nor a DICOM file")
 
 
-def _scans_in(folder: Path, settings: Data, channels: Sequence[str]) -> Iterator[Scan]:
+def _scans_below(folder: Path, kind: ScanKind) -> Iterator[Scan]:
+    """The scans of the folder, or of those in it where it is none itself, at any depth."""
+    found = list(_scans_in(folder, kind))
+    yield from found
+    for below in () if found else sorted(folder.iterdir()):
+        if below.is_dir() and not below.name.startswith("."):
+            yield from _scans_below(below, kind)
+
+
+def _scans_in(folder: Path, kind: ScanKind) -> Iterator[Scan]:
     """The scans that lie in the folder itself, or are it."""
-    if settings.dataset in BRATS_CHANNELS and brats.is_patient_folder(folder):
-        yield _brats_scan(folder, settings)
+    if kind.settings.dataset in BRATS_CHANNELS and brats.is_patient_folder(folder):
+        yield _brats_scan(folder, kind)
         return
-    cases = _nifti_cases(folder, settings, channels)
+    cases = _nifti_cases(folder, kind)
     if cases:
         yield from (scan for scan, _ in cases)
         return
-    if settings.dataset == "chaos":
+    if kind.settings.dataset == "chaos":
         from cldf_dist.data import chaos
 
-        found = chaos.new_scans(settings, folder)
+        found = chaos.new_scans(kind.settings, folder)
         yield from (Scan(name, read) for name, read in found)
         if found:
             return
     files = dicom.dicom_files(folder)
-    by_channel = [dicom.dicom_files(folder / name) for name in channels if (folder / name).is_dir()]
-    if files and len(channels) == 1:
-        yield _dicom_scan(folder.name, [files], settings, channels)
-    elif len(by_channel) == len(channels) and all(by_channel):
-        yield _dicom_scan(folder.name, by_channel, settings, channels)
+    by_channel = [
+        dicom.dicom_files(folder / name) for name in kind.channels if (folder / name).is_dir()
+    ]
+    if files and len(kind.channels) == 1:
+        yield _dicom_scan(folder.name, [files], kind)
+    elif len(by_channel) == len(kind.channels) and all(by_channel):
+        yield _dicom_scan(folder.name, by_channel, kind)
 
 
-def _brats_scan(folder: Path, settings: Data) -> Scan:
-    read = partial(brats.read_scan, folder, with_mask=False, subject=rule_of(settings))
+def _brats_scan(folder: Path, kind: ScanKind) -> Scan:
+    read = partial(brats.read_scan, folder, with_mask=False, subject=rule_of(kind.settings))
     return Scan(folder.name, read)
 
 
-def _nifti_cases(
-    folder: Path, settings: Data, channels: Sequence[str]
-) -> list[tuple[Scan, list[Path]]]:
+def _nifti_cases(folder: Path, kind: ScanKind) -> list[tuple[Scan, list[Path]]]:
     """Per case of the folder the scan and its files, one per channel in their order."""
     files = [
         file
@@ -120,41 +134,35 @@ def _nifti_cases(
         case, _, number = stem.rpartition("_")
         if case and len(number) == 4 and number.isdecimal():
             by_case[case][int(number)] = file
-        elif len(channels) == 1:
+        elif len(kind.channels) == 1:
             by_case[stem][0] = file
     found = []
     for case, parts in by_case.items():
-        missing = [number for number in range(len(channels)) if number not in parts]
+        missing = [number for number in range(len(kind.channels)) if number not in parts]
         if missing:
             raise FileNotFoundError(
                 f"{folder}: {case} has no {case}_{missing[0]:04d}.nii.gz, the channel "
-                f"{channels[missing[0]]}; the run needs {', '.join(channels)}"
+                f"{kind.channels[missing[0]]}; the run needs {', '.join(kind.channels)}"
             )
-        ordered = [parts[number] for number in range(len(channels))]
-        found.append((Scan(case, partial(_read_nifti, case, ordered, settings, channels)), ordered))
+        ordered = [parts[number] for number in range(len(kind.channels))]
+        found.append((Scan(case, partial(_read_nifti, case, ordered, kind)), ordered))
     return found
 
 
-def _read_nifti(
-    name: str, files: Sequence[Path], settings: Data, channels: Sequence[str]
-) -> Volume:
+def _read_nifti(name: str, files: Sequence[Path], kind: ScanKind) -> Volume:
     scans = [read_nifti(file) for file in files]
-    return _volume(name, scans, [str(file) for file in files], settings, channels)
+    return _volume(name, scans, [str(file) for file in files], kind)
 
 
-def _dicom_scan(
-    name: str, series: Sequence[Sequence[Path]], settings: Data, channels: Sequence[str]
-) -> Scan:
-    return Scan(name, partial(_read_dicom, name, series, settings, channels))
+def _dicom_scan(name: str, series: Sequence[Sequence[Path]], kind: ScanKind) -> Scan:
+    return Scan(name, partial(_read_dicom, name, series, kind))
 
 
-def _read_dicom(
-    name: str, groups: Sequence[Sequence[Path]], settings: Data, channels: Sequence[str]
-) -> Volume:
+def _read_dicom(name: str, groups: Sequence[Sequence[Path]], kind: ScanKind) -> Volume:
     places = [str(files[0].parent) for files in groups]
     series = [dicom.read_series(files, name=place) for files, place in zip(groups, places)]
     scans = [(item.image, item.affine) for item in series]
-    volume = _volume(name, scans, places, settings, channels)
+    volume = _volume(name, scans, places, kind)
     return dataclasses.replace(volume, dicom_files=series[0].files)
 
 
@@ -162,34 +170,32 @@ def _volume(
     name: str,
     scans: Sequence[tuple[npt.NDArray[Any], Affine]],
     places: Sequence[str],
-    settings: Data,
-    channels: Sequence[str],
+    kind: ScanKind,
 ) -> Volume:
     for place, scan in zip(places[1:], scans[1:]):
         check_same_grid(Path(places[0]), scans[0], Path(place), scan)
     image = stack_channels([array for array, _ in scans])
-    hounsfield = all(channel.lower() == "ct" for channel in channels)
     return Volume(
         patient=name,
         image=image,
-        foreground=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        foreground=subject_of(image, rule_of(kind.settings), hounsfield=kind.hounsfield),
         mask=None,
         affine=scans[0][1],
         sources=tuple(places),
-        hounsfield=hounsfield,
+        hounsfield=kind.hounsfield,
     )
 
 
-def _expected(settings: Data, channels: Sequence[str]) -> str:
-    if settings.dataset in BRATS_CHANNELS:
+def _expected(kind: ScanKind) -> str:
+    if kind.settings.dataset in BRATS_CHANNELS:
         own = brats.LAYOUT.replace("<root>/", "")
-    elif settings.dataset == "chaos":
+    elif kind.settings.dataset == "chaos":
         own = "a patient's folder in CHAOS's layout"
     else:
         own = "a folder of DICOM files"
-    if len(channels) == 1:
+    if len(kind.channels) == 1:
         return f"one NIfTI file, {own}, or the DICOM files of one series"
     return (
-        f"{own}, <case>_0000.nii.gz to <case>_{len(channels) - 1:04d}.nii.gz, or DICOM folders "
-        f"named {', '.join(channels)}"
+        f"{own}, <case>_0000.nii.gz to <case>_{len(kind.channels) - 1:04d}.nii.gz, or "
+        f"DICOM folders named {', '.join(kind.channels)}"
     )

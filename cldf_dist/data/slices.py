@@ -56,6 +56,7 @@ class Geometry:
     image_size: int
     indices: tuple[int, ...]  # the slices that were kept
     mask_names: tuple[str, ...] = ()  # per slice of the file: its mask in the data set's own layout
+    hounsfield: bool = False  # the file's values are Hounsfield units
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -218,6 +219,7 @@ def _geometry(volume: Volume, image_size: int, box: tuple[int, int, int, int]) -
         image_size=image_size,
         indices=(),
         mask_names=volume.mask_names,
+        hounsfield=volume.hounsfield,
     )
 
 

@@ -12,6 +12,7 @@ Mask = npt.NDArray[np.bool_]
 
 SUBJECT_LEVEL = 0.2  # of the bright tissue: above the air's noise, below every soft tissue
 SMOOTH_PIXELS = 1.0  # standard deviation, before the subject is told from air
+MAY_TOUCH = 0.02  # share of the outermost voxels that a skull-stripped brain may reach
 BODY_HOUNSFIELD = -500.0  # half way from air to water: lungs are filled afterwards
 
 
@@ -30,7 +31,7 @@ def subject_of(image: npt.NDArray[Any], rule: str, *, hounsfield: bool = False) 
     """The subject in (channels, x, y, slices) as (x, y, slices), by the rule `data.subject`.
 
     "nonzero" where any channel is not 0; "tissue" the largest part that is not dark; "auto" the
-    first where the scan's outermost voxels are 0 throughout (skull-stripped), else the second.
+    first where the scan's outermost voxels are all but 0 (skull-stripped), else the second.
     """
     if rule == "nonzero" or (rule == "auto" and not hounsfield and _has_empty_border(image)):
         return np.asarray((image != 0).any(axis=0))
@@ -66,4 +67,5 @@ def _largest_filled(inside: Mask) -> Mask:
 
 def _has_empty_border(image: npt.NDArray[Any]) -> bool:
     sides = (image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1])
-    return not any(np.any(side) for side in sides)
+    filled = sum(int(np.count_nonzero(side)) for side in sides)
+    return filled <= MAY_TOUCH * sum(side.size for side in sides)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from cldf_dist import __version__
 from cldf_dist.config import Config, check
-from cldf_dist.data.new_scans import Scan, find_scans
+from cldf_dist.data.new_scans import Scan, ScanKind, find_scans
 from cldf_dist.data.nifti import Affine, Volume, check_affine, write_nifti
 from cldf_dist.data.objects import object_title
 from cldf_dist.data.shards import ShardSet
@@ -34,6 +35,7 @@ from cldf_dist.stages.masks import FloatArray, Mask, write_own_layout
 from cldf_dist.stages.segment import Segmenter, mask_and_probability
 
 ROW = "cldf"
+KEY_UNFIT, LONGEST_KEY = re.compile(r"[^A-Za-z0-9_-]"), 50  # of the names of slices
 # settings that are about the scans at hand, not about the trained run
 OF_NEW_SCANS = ("segment.batch_size", "segment.gate_probability", "segment.min_component_ml")
 
@@ -80,13 +82,18 @@ class ScanSegmenter:
     """The trained nets of a run, ready for scans that it has never seen."""
 
     config: Config
-    channels: tuple[str, ...]  # what a scan must have, in this order
+    kind: ScanKind
     cut: float
     nets: Segmenter
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What a scan must have, in this order."""
+        return self.kind.channels
+
     def find(self, path: str | Path) -> list[Scan]:
         """The scans at `path`; see `data.new_scans.find_scans`."""
-        return find_scans(path, self.config.data, self.channels)
+        return find_scans(path, self.kind)
 
     def segment(self, path: str | Path) -> Segmentation:
         """The one scan at `path`: a NIfTI file, a DICOM folder, or a folder of the training data's
@@ -115,7 +122,7 @@ class ScanSegmenter:
             )
         if image.dtype.kind not in "iuf" or not np.isfinite(image).all():
             raise ValueError(f"{name}: the image must be finite numbers, got {image.dtype}")
-        hounsfield = all(channel.lower() == "ct" for channel in self.channels)
+        hounsfield = self.kind.hounsfield
         inside = subject_of(image, rule_of(self.config.data), hounsfield=hounsfield)
         affine = check_affine(np.asarray(affine, np.float64), name)
         return self.segment_volume(Volume(name, image, inside, None, affine, hounsfield=hounsfield))
@@ -123,7 +130,9 @@ class ScanSegmenter:
     def segment_volume(self, volume: Volume) -> Segmentation:
         """A scan that was read already; its mask, if it has one, is not looked at."""
         config = self.config
-        slices, geometry = prepare_volume(dataclasses.replace(volume, mask=None), config.data)
+        key = KEY_UNFIT.sub("_", volume.patient)[:LONGEST_KEY]  # files may have any name
+        anonymous = dataclasses.replace(volume, patient=key, mask=None, slice_labels=None)
+        slices, geometry = prepare_volume(anonymous, config.data)
         if not slices:
             raise ValueError(
                 f"{volume.patient}: no slice shows enough of the subject "
@@ -131,7 +140,7 @@ class ScanSegmenter:
             )
         images = np.stack([item.image for item in slices])
         keys = [item.key for item in slices]
-        scores = self.nets.score(volume.patient, keys, images, rows=(ROW,))
+        scores = self.nets.score(key, keys, images, rows=(ROW,))
         mask, probability = mask_and_probability(config, scores, ROW, geometry, self.cut)
         certainty = np.full(_num_slices(geometry), np.nan, np.float32)
         certainty[list(geometry.indices)] = scores.probability
@@ -202,8 +211,10 @@ def _loaded(config: Config) -> ScanSegmenter:
     run = Run(config, "segment", ())
     folder = run.needs("segment")
     cut = json.loads((folder / "thresholds.json").read_text())["cuts"][ROW]
-    channels = ShardSet(run.needs("prepare"), on_damaged="skip").manifest["channels"]
-    return ScanSegmenter(config, tuple(channels), cut, Segmenter.load(config, run))
+    prepared = ShardSet(run.needs("prepare"), on_damaged="skip")
+    seen = prepared.geometry(prepared.patients["train"][0])
+    kind = ScanKind(config.data, tuple(prepared.manifest["channels"]), seen.hounsfield)
+    return ScanSegmenter(config, kind, cut, Segmenter.load(config, run))
 
 
 def _settings_of_run(config: Config) -> Config:

@@ -18,7 +18,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from cldf_dist.config import Config, to_yaml
-from cldf_dist.data.datasets import channels
+from cldf_dist.data.objects import object_title
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, seconds_of, write_atomically
@@ -103,14 +103,15 @@ def _page(
     embedded = _evenly(list(pictures), MAX_EMBEDDED)
     page: str = environment.get_template(TEMPLATE).render(
         config=config,
-        channels=channels(config.data),
+        channels=ShardSet(folder / "prepare", on_damaged="skip").manifest["channels"],
+        target=object_title(config.data),
         strict=summary["strict"],
         legacy=summary["legacy"],
         gate=summary["gate"],
         seeds=summary["seeds"],
         titles=TITLES,
         supervised=SUPERVISED,
-        dice_chart=_dice_chart(summary["strict"], cases),
+        dice_chart=_dice_chart(summary["strict"], cases) if cases else "",
         overlays=[
             {"patient": name, "caption": _caption(cases, name), "uri": _png(pictures[name])}
             for name in embedded

@@ -14,6 +14,13 @@ def results_table(summary: Mapping[str, Any]) -> str:
     """summary.json for the terminal: means with their intervals, in plain text."""
     strict = summary["strict"]
     unscored = strict["num_without_truth"]
+    if not strict["num_test_patients"]:
+        return (
+            f"None of the {unscored} test patients has a truth mask: masks are not scored.\n"
+            "How the slice classifier (the gate) tells labelled slices apart:\n"
+            + _gate_block(summary["gate"])
+            + "\n"
+        )
     blocks = [
         f"Strict protocol: {strict['num_test_patients']} test patients, "
         f"{strict['num_without_object']} of them without the object; whole scans in 3-D, mean "
@@ -51,6 +58,14 @@ def legacy_table(summary: Mapping[str, Any]) -> str:
     if SUPERVISED in legacy["methods"]:
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
+
+
+def _gate_block(rows: Mapping[str, Any]) -> str:
+    lines = [
+        [split, _number(r["slice_accuracy"]), _number(r["slice_auroc"]), str(r["num_slices"])]
+        for split, r in rows.items()
+    ]
+    return _aligned([["split", "accuracy", "AUROC", "slices"], *lines])
 
 
 def _slices_block(rows: Mapping[str, Any]) -> str:

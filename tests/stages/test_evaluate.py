@@ -12,7 +12,7 @@ from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make
 from cldf_dist.method.metrics import score_case
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.run import Run
-from cldf_dist.stages import evaluate
+from cldf_dist.stages import evaluate, report
 from cldf_dist.stages.legacy import legacy_summary
 from cldf_dist.stages.masks import SUPERVISED
 from cldf_dist.stages.tables import legacy_table, results_table
@@ -259,14 +259,30 @@ def test_what_is_written_is_what_is_scored(tmp_path):
     assert found == {"headline": "miss", "otsu": "overlap"}
 
 
-def test_without_any_truth_mask_it_says_what_to_do(tmp_path):
+def test_without_any_truth_mask_the_slice_labels_alone_are_scored(tmp_path, capsys):
     config = settings(tmp_path)
     make_run(config, with_truth=False)
     run = Run(config, "evaluate", ())
     run.open()
-    with pytest.raises(ValueError, match=r"no truth mask of any of its 9 test patients.*splits"):
-        evaluate.run(config, run)
-    run.close()
+    numbers = evaluate.run(config, run)
+    run.finish(numbers)
+    assert numbers == {"num_test_patients": 0, "dice": {}}
+    assert "no test patient has a truth mask in" in capsys.readouterr().err
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["strict"]["methods"] == summary["strict"]["comparisons"] == {}
+    assert summary["strict"]["num_without_truth"] == 9
+    assert summary["gate"]["validation"]["num_slices"] > 0
+    table = (run.folder / "table.txt").read_text()
+    assert "None of the 9 test patients has a truth mask" in table
+    assert "AUROC" in table
+    assert "Strict protocol" not in table
+    page = Run(config, "report", ())
+    page.open()
+    report.run(config, page)
+    page.close()
+    html = (page.folder / "report.html").read_text()
+    assert "None of the 9 test patients has a truth mask" in html
+    assert "Strict protocol" not in html
 
 
 def test_without_segment_it_names_the_command(tmp_path):

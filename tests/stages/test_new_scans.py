@@ -10,13 +10,14 @@ import pytest
 import cldf_dist
 from cldf_dist import load_segmenter
 from cldf_dist.config import Data
-from cldf_dist.data.new_scans import find_scans
+from cldf_dist.data.new_scans import ScanKind, find_scans
 from cldf_dist.data.nifti import read_nifti, write_nifti
 from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
 from cldf_dist.stages.new_scans import Segmentation
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
-ONE_CHANNEL = Data(dataset="nnunet", root="gone")
+ONE_CHANNEL = ScanKind(Data(dataset="nnunet", root="gone"), ("t2",), hounsfield=False)
+TWO_CHANNELS = dataclasses.replace(ONE_CHANNEL, channels=("t1", "t2"))
 
 
 def phantom_image(index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -70,6 +71,21 @@ def test_every_form_of_the_same_scan_gives_the_same_mask(debug_run: Any, tmp_pat
     values, written = read_nifti(saved[0])
     np.testing.assert_array_equal(values > 0, expected.mask)
     np.testing.assert_allclose(written, affine, atol=1e-4)
+
+
+def test_a_scan_may_have_any_file_name(debug_run: Any, tmp_path: Path) -> None:
+    name = "Häuptling, scan no. 1 " + "x" * 60
+    write_numbered(tmp_path / "in", name, 33)
+    saved = load_segmenter(debug_run.folder).segment(tmp_path / "in").save(tmp_path / "out")
+    assert saved == [tmp_path / "out" / f"{name}_mask.nii.gz"]
+    assert saved[0].is_file()
+
+
+def test_scans_are_found_at_any_depth(tmp_path: Path) -> None:
+    small_scan(tmp_path / "a" / "b" / "ann.nii.gz")
+    small_scan(tmp_path / "c" / "bob.nii.gz")
+    small_scan(tmp_path / "c" / "below" / "not_looked_for.nii.gz")
+    assert [scan.name for scan in find_scans(tmp_path, ONE_CHANNEL)] == ["ann", "bob"]
 
 
 def test_several_scans_are_segmented_one_by_one(debug_run: Any, tmp_path: Path) -> None:
@@ -144,9 +160,9 @@ def test_one_channel_scans_may_have_any_name(tmp_path: Path) -> None:
     for name in ("ann.nii.gz", "bob_0000.nii.gz", "c.d.nii.gz"):
         small_scan(tmp_path / name)
     small_scan(tmp_path / "hidden" / ".dan.nii.gz")
-    scans = find_scans(tmp_path, ONE_CHANNEL, ["t2"])
+    scans = find_scans(tmp_path, ONE_CHANNEL)
     assert [scan.name for scan in scans] == ["ann", "bob", "c.d"]
-    (only,) = find_scans(tmp_path / "c.d.nii.gz", ONE_CHANNEL, ["t2"])
+    (only,) = find_scans(tmp_path / "c.d.nii.gz", ONE_CHANNEL)
     volume = only.read()
     assert volume.image.shape == (1, 4, 5, 3)
     assert volume.sources == (str(tmp_path / "c.d.nii.gz"),)
@@ -155,28 +171,30 @@ def test_one_channel_scans_may_have_any_name(tmp_path: Path) -> None:
 
 def test_what_is_no_scan_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
-        find_scans(tmp_path / "absent", ONE_CHANNEL, ["t2"])
+        find_scans(tmp_path / "absent", ONE_CHANNEL)
     with pytest.raises(ValueError, match="holds no scan; expected one NIfTI file, "):
-        find_scans(tmp_path, ONE_CHANNEL, ["t2"])
+        find_scans(tmp_path, ONE_CHANNEL)
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"notes\.txt is neither a NIfTI file .* nor a DICOM file"):
-        find_scans(tmp_path / "notes.txt", ONE_CHANNEL, ["t2"])
-    brats = dataclasses.replace(ONE_CHANNEL, dataset="brats")
+        find_scans(tmp_path / "notes.txt", ONE_CHANNEL)
+    brats = ScanKind(Data(dataset="brats"), CHANNELS, hounsfield=False)
     with pytest.raises(ValueError, match=r"_0000\.nii\.gz to <case>_0003\.nii\.gz"):
-        find_scans(tmp_path, brats, CHANNELS)
+        find_scans(tmp_path, brats)
 
 
 def test_a_missing_channel_is_named(tmp_path: Path) -> None:
     small_scan(tmp_path / "ann_0000.nii.gz")
     with pytest.raises(FileNotFoundError, match=r"ann has no ann_0001\.nii\.gz, the channel t2"):
-        find_scans(tmp_path, ONE_CHANNEL, ["t1", "t2"])
+        find_scans(tmp_path, TWO_CHANNELS)
     odd = small_scan(tmp_path / "other" / "ann.nii.gz")
-    with pytest.raises(ValueError, match=r"ann\.nii\.gz: the scan has 2 channels \(t1, t2\)"):
-        find_scans(odd, ONE_CHANNEL, ["t1", "t2"])
+    with pytest.raises(
+        ValueError, match=r"ann\.nii\.gz: the run's scans have 2 channels \(t1, t2\)"
+    ):
+        find_scans(odd, TWO_CHANNELS)
 
 
 def test_two_scans_of_one_name_would_overwrite_each_other(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         small_scan(tmp_path / folder / "ann.nii.gz")
     with pytest.raises(ValueError, match="more than one scan named ann"):
-        find_scans(tmp_path, ONE_CHANNEL, ["t2"])
+        find_scans(tmp_path, ONE_CHANNEL)
