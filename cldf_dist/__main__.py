@@ -32,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options.stage, options.words, options.dry_run)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         if os.environ.get("CLDF_TRACEBACK"):
             raise
-        print(f"cldf: error: {error}", file=sys.stderr)
+        said = " ".join(line.strip() for line in str(error).splitlines())  # those of libraries
+        print(f"cldf: error: {said or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cldf: interrupted; the same command resumes", file=sys.stderr)
@@ -103,12 +104,12 @@ def _segment_new(config: Config, parts: Sequence[Config]) -> int:
 
 
 def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:
-    from cldf_dist.joint import join_runs
+    from cldf_dist.joint import join_runs, with_one_split
     from cldf_dist.processes import processes
     from cldf_dist.stopping import Stopped
 
     try:
-        for part in parts:
+        for part in with_one_split(config, parts):
             _run_stages(part, stages, name)
     except Stopped as stop:
         print(f"cldf: {stop}; the same command resumes", file=sys.stderr)

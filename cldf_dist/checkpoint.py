@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -45,13 +46,11 @@ def save_checkpoint(
     for stale in folder.glob(".*.partial"):
         shutil.rmtree(stale)
     temporary.mkdir()
-    for name, group in tensors.items():
-        _save(group, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({**state, "run_id": run_id}))
-    manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest))
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+    try:
+        _write_into(temporary, {**state, "run_id": run_id}, tensors)
+    except OSError:  # no room: what is half written must not take up more of it
+        shutil.rmtree(temporary)
+        raise
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -79,9 +78,12 @@ def save_net(net: nn.Module, folder: Path, description: Mapping[str, Any]) -> No
     """Write `net.safetensors` and, beside it, `net.json`: all that is needed to build the net."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".net.safetensors.partial"
-    _save(net.state_dict(), temporary)
-    _sync(temporary)
-    temporary.replace(folder / "net.safetensors")
+    try:
+        _save(net.state_dict(), temporary)
+        _sync(temporary)
+        temporary.replace(folder / "net.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
     (folder / "net.json").write_text(json.dumps(dict(description), indent=1))
     _sync(folder / "net.json")
 
@@ -101,12 +103,25 @@ def read_description(folder: Path) -> dict[str, Any]:
     return result
 
 
+def _write_into(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> None:
+    for name, group in tensors.items():
+        _save(group, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
+
+
 def _save(group: Tensors, path: Path) -> None:
     try:
         save_file(_plain(group), path)
     except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))  # its only trace of the system's errno
+        if cause:
+            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
         raise OSError(
-            f"cannot write {path}: {error}; free space, or take another disk with runs=FOLDER"
+            f"cannot write {path}: {error}; take another disk with runs=FOLDER"
         ) from error
 
 

@@ -339,6 +339,7 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     layers: list[Any] = []
     for path in paths:
@@ -352,8 +353,9 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
         words = OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides])
         layers.append(_with_absolute_paths(words, Path()))
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"cannot merge {', '.join(paths)}: {_one_line(error)}") from error
+    except (OmegaConfBaseException, TypeError, YAMLError) as error:
+        what = ", ".join((*paths, *overrides))
+        raise ValueError(f"cannot merge {what}: {_one_line(error)}") from error
     if not isinstance(merged, dict):
         raise ValueError(f"{', '.join(paths)}: the top level must be a mapping of keys")
     if not merged.get("name"):

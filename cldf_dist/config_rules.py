@@ -24,6 +24,7 @@ COUNTS = (
     "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
     "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
 )  # fmt: skip
+LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
 
 
@@ -92,6 +93,8 @@ def _data(config: Config) -> Iterator[str]:
             f"data.image_size must be at least 16 and a multiple of {depth} (the U-Net halves it "
             f"{levels - 1} times), got {data.image_size}"
         )
+    if data.image_size > LARGEST_IMAGE:
+        yield f"data.image_size must be at most {LARGEST_IMAGE}, got {data.image_size}"
     if data.window and (len(data.window) != 2 or data.window[0] >= data.window[1]):
         yield f"data.window must be empty or (low, high) with low < high, got {list(data.window)}"
     if data.clip_low >= data.clip_high:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any
 
@@ -33,13 +35,11 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{path} must be a list of {item.__name__}, got {value!r}")
         return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as text
-            return float(value)
-        except ValueError:
-            pass
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 1e-4 as text
+            value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} must be a finite number, got {value}")
     if kind is str and value is None:
         return ""
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -24,12 +25,12 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._exclusive: Path | None = None
         self._stop = threading.Event()
         import fcntl
 
-        file = (folder / ".lock").open("a+")
+        file = (folder / ".lock").open("a+b", buffering=0)  # nothing is left to write at close
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -41,10 +42,10 @@ class FolderLock:
                 raise
             self._take_exclusive_file()
             return
-        file.truncate(0)
-        file.write(_me())
-        file.flush()
         self._file = file
+        with suppress(OSError):  # a full disk: the lock holds without its owner's name
+            file.truncate(0)
+            file.write(_me().encode())
 
     def release(self) -> None:
         self._stop.set()
@@ -89,6 +90,6 @@ def _me() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _owner(file: IO[str]) -> str:
+def _owner(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read()
+    return file.read().decode(errors="replace")

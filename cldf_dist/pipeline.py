@@ -14,7 +14,7 @@ from typing import Any
 
 from cldf_dist.config import Config, to_yaml
 from cldf_dist.processes import from_main, processes, wait_for_everyone
-from cldf_dist.run import Run, command_for, seconds_of, write_atomically
+from cldf_dist.run import Run, command_for, room_explained, seconds_of, write_atomically
 from cldf_dist.stages import STAGES, Stage, stage_named
 from cldf_dist.stopping import Stopped
 
@@ -86,7 +86,7 @@ def _run_together(config: Config, stage: Stage, run: Run) -> None:
         raise problem
     try:
         if not finished:
-            run.finish(stage.run(config, run))
+            _work(config, stage, run)
     finally:
         run.close()
     wait_for_everyone()
@@ -104,12 +104,17 @@ def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
         with _heartbeat(word, attempt):
             run.open()
             if not run.is_finished:
-                run.finish(stage.run(config, run))
+                _work(config, stage, run)
     except BaseException as error:
         _write_word(word, attempt, failed=" ".join(str(error).split()) or type(error).__name__)
         raise
     finally:
         run.close()
+
+
+def _work(config: Config, stage: Stage, run: Run) -> None:
+    with room_explained(run.folder):
+        run.finish(stage.run(config, run))
 
 
 def _follow(run: Run, word: Path, attempt: str, patience: float) -> None:

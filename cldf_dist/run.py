@@ -6,6 +6,7 @@ outputs and, last, DONE. metrics.jsonl is the truth about the numbers; MLflow mi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,11 +29,16 @@ from cldf_dist.processes import processes
 from cldf_dist.tracking import Tracker
 
 DONE = "DONE"
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the limit of the file system or of ulimit -f",
+}
 # settings that may differ between two starts of a stage: they do not change what it computes
 HARMLESS = (
     "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
     "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
-    "data.splits",  # its content counts, and `prepare` compares that
+    "data.splits", "data.labels",  # their contents count, and `prepare` compares those
 )  # fmt: skip
 
 
@@ -54,7 +61,7 @@ class Run:
     @property
     def id(self) -> str:
         """Identifies this stage folder for good: a checkpoint of another run is not ours."""
-        return str(json.loads((self.folder / "run.json").read_text())["id"])
+        return str(read_json(self.folder / "run.json")["id"])
 
     @property
     def is_finished(self) -> bool:
@@ -69,22 +76,26 @@ class Run:
 
     def open(self) -> None:
         """Take the stage folder (main process only): lock it, check it, write what is known."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder)
-        except OSError as error:
-            raise OSError(
-                f"cannot write the run folder {self.folder}: {error.strerror}; choose another with "
-                "runs=FOLDER"
-            ) from error
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
+        with room_explained(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = FolderLock(self.folder)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise
+                raise OSError(
+                    f"cannot write the run folder {self.folder}: {error.strerror}; choose another "
+                    "with runs=FOLDER"
+                ) from error
+            try:
+                self._start()
+            except BaseException:
+                self.close()
+                raise
 
     def _start(self) -> None:
         self.check_unchanged()
+        seconds_of(self.folder)  # a damaged file is told now, not when the work is done
         identity = self.folder / "run.json"
         if not identity.exists():
             about = {"id": uuid.uuid4().hex, "inputs": self._ids_of_inputs()}
@@ -127,8 +138,10 @@ class Run:
         """Let the folder go; without `finish` the stage counts as interrupted."""
         if self._metrics is not None:
             if not self.is_finished:
-                self._add_seconds()
-            self._metrics.close()
+                with suppress(OSError):  # what stopped the stage is the news
+                    self._add_seconds()
+            with suppress(OSError):  # every line was flushed when it was logged
+                self._metrics.close()
             self._metrics = None
         if self._tracker is not None:
             self._tracker.close(status)
@@ -147,7 +160,7 @@ class Run:
         path, identity = self.folder / "config.yaml", self.folder / "run.json"
         if not path.exists() or not identity.exists():
             return
-        made_from = json.loads(identity.read_text()).get("inputs", {})
+        made_from = read_json(identity).get("inputs", {})
         for name, current in self._ids_of_inputs().items():
             if made_from.get(name, current) != current:
                 raise ValueError(
@@ -163,11 +176,7 @@ class Run:
 
     def _ids_of_inputs(self) -> dict[str, str]:
         files = {name: self.config.run_folder / name / "run.json" for name in self.inputs}
-        return {
-            name: str(json.loads(path.read_text())["id"])
-            for name, path in files.items()
-            if path.exists()
-        }
+        return {name: str(read_json(path)["id"]) for name, path in files.items() if path.exists()}
 
     def _digests_of_inputs(self) -> dict[str, str]:
         files = {name: self.config.run_folder / name / DONE for name in self.inputs}
@@ -179,7 +188,7 @@ class Run:
 
     def _provenance(self) -> dict[str, Any]:
         previous = self.folder / "provenance.json"
-        starts = json.loads(previous.read_text())["starts"] if previous.exists() else []
+        starts = read_json(previous)["starts"] if previous.exists() else []
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
@@ -208,8 +217,14 @@ def read_config(path: Path) -> Config:
     """The resolved configuration that a stage folder holds."""
     from omegaconf import OmegaConf
 
-    plain: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return configuration.from_plain(plain)
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.load(path))
+        return configuration.from_plain(plain)
+    except Exception as error:  # OmegaConf's and YAML's errors have no common kind
+        raise ValueError(
+            f"{path} is damaged or of another version: {' '.join(str(error).split())}; take "
+            f"another name=..., or delete {path.parent} and run that stage again"
+        ) from error
 
 
 def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]:
@@ -227,17 +242,45 @@ def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]
 def seconds_of(folder: Path) -> float:
     """Wall time spent in a stage so far, over all its starts."""
     path = folder / "seconds.json"
-    return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+    return float(read_json(path)["seconds"]) if path.exists() else 0.0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a stage folder holds; ValueError, with the file, where that is not JSON."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; delete {path.parent} and run that stage again"
+        ) from error
+    return content
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old or the new whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_explained(folder: Path) -> Iterator[None]:
+    """An OSError for want of room on the disk becomes one that says where, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(
+            f"cannot write {error.filename or folder}: {NO_ROOM[error.errno]}; make room, then the "
+            "same command resumes, or take another disk with runs=FOLDER"
+        ) from error
 
 
 def _step_of(line: str) -> int:

@@ -5,6 +5,7 @@ Layout: `<root>/<patient>/<patient>_{flair,t1,t1ce,t2,seg}.nii.gz`, or
 The usual object is the whole tumour: every label above 0.
 """
 
+import contextlib
 from pathlib import Path
 
 from cldf_dist.config import Data
@@ -73,10 +74,14 @@ def brats_patients(root: str | Path) -> list[str]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root is not a folder: {root}; expected {LAYOUT}")
+        raise FileNotFoundError(
+            f"data.root is not a folder: {root}; expected {LAYOUT}; set it to the folder <root>"
+        )
     found = [folder.name for folder in sorted(root.iterdir()) if is_patient_folder(folder)]
     if not found:
-        raise ValueError(f"{root} holds no BraTS scans; expected {LAYOUT}")
+        raise ValueError(
+            f"data.root={root} holds no BraTS scans; expected {LAYOUT}; {_where_else(root)}"
+        )
     return found
 
 
@@ -122,6 +127,19 @@ def read_scan(
     )
 
 
+def _where_else(root: Path) -> str:
+    """What the user may have meant by a folder without patients."""
+    if is_patient_folder(root):
+        return f"it is one patient's folder, set data.root={root.parent}"
+    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    for folder in entries:
+        with contextlib.suppress(OSError):  # folders that are not ours to read
+            if folder.is_dir() and any(is_patient_folder(inner) for inner in folder.iterdir()):
+                return f"the patients are one folder deeper, set data.root={folder}"
+    names = ", ".join(entry.name for entry in entries[:3])
+    return f"it holds {len(entries)} other entries: {names}, ..." if entries else "it is empty"
+
+
 def _files(folder: Path, kind: str) -> list[Path]:
     """Files of one modality; hidden ones (as some systems leave behind) do not count."""
     endings = tuple(ending + suffix for ending in ENDINGS[kind] for suffix in (".nii.gz", ".nii"))
@@ -136,8 +154,14 @@ def _only_file(folder: Path, kind: str) -> Path:
     files = _files(folder, kind)
     if not files:
         names = " or ".join(f"*{ending}.nii.gz" for ending in ENDINGS[kind])
-        raise FileNotFoundError(f"{folder} has no {kind} scan; expected {names}")
+        raise FileNotFoundError(
+            f"{folder} has no {kind} scan; expected {names}: add it or leave the patient out"
+        )
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} has more than one {kind} file: {names}; keep one")
+    if not files[0].is_file():
+        raise FileNotFoundError(
+            f"{files[0]} is not a file but a folder or a broken link; put the scan there"
+        )
     return files[0]

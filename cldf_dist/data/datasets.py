@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from cldf_dist.config import Data
@@ -50,10 +51,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
 def source_fingerprint(settings: Data, patient: str) -> str:
     """A digest that changes where the patient's source does: its files' names, sizes or times of
     change, or the settings by which it is read. No file is opened."""
-    files = [
-        (str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns)
-        for file in _reader(settings).patient_files(settings, patient)
-    ]
+    files = [_state(file) for file in _reader(settings).patient_files(settings, patient)]
     if settings.dataset == "phantom":
         read_by = dataclasses.asdict(settings.phantom)
     else:
@@ -76,9 +74,19 @@ def check_listing(settings: Data, names: Sequence[str]) -> None:
         shown = "; ".join(faults[:FAULTS_SHOWN])
         more = len(faults) - FAULTS_SHOWN
         raise ValueError(
-            f"the data has {len(faults)} faults: {shown}"
+            f"the data has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}: {shown}"
             + (f"; and {more} more" if more > 0 else "")
         )
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"cannot look at {file}: {error.strerror}; a broken link? Fetch the file again"
+        ) from error
+    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def _reader(settings: Data) -> Any:

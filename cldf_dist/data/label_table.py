@@ -110,7 +110,7 @@ def read_labels(path: str | Path) -> LabelTable:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data.labels: {path} does not exist")
+        raise FileNotFoundError(f"data.labels: {path} does not exist; expected {_expected()}")
     stat = path.stat()
     return _read(path, stat.st_size, stat.st_mtime_ns)
 

@@ -144,7 +144,7 @@ def read_description(root: str | Path) -> Description:
     try:
         said = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}; correct it there") from error
     if not isinstance(said, dict):
         raise ValueError(f"{path} must be a JSON object, with channel_names, labels, file_ending")
     ending = said.get("file_ending", ENDINGS[0])

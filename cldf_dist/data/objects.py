@@ -21,6 +21,8 @@ def object_title(settings: Data) -> str:
 
 def object_parts(name: str, known: Collection[str], *, usual: str = "") -> tuple[str, ...]:
     """The names in `data.object`; `usual` where it is empty. ValueError unless all are `known`."""
+    if not known:
+        raise ValueError('labels must name at least one object, such as {"tumour": 1}; got none')
     parts = tuple((name or usual).split("+"))
     unknown = [part for part in parts if part not in known]
     if unknown:

@@ -98,7 +98,11 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
     transform = _to_lps(_orientation_of(volume.affine))
     inside = _reorient(volume.foreground, transform)
     if not inside.any():
-        raise ValueError(f"{volume.patient}: the scan is empty, every voxel is background")
+        where = volume.sources[0] if volume.sources else volume.patient
+        raise ValueError(
+            f"{where}: the scan is empty, every voxel is background; fetch it again, leave it out, "
+            "or see data.subject"
+        )
     spacing = voxel_size(volume.affine @ nib.orientations.inv_ornt_aff(transform, inside.shape))
     geometry = _geometry(volume, settings.image_size, _square_around(inside, spacing))
     weight = _resample(inside.astype(np.float64), geometry)
@@ -264,14 +268,14 @@ def _normalise(
         if values[inside].min() == values[inside].max():
             raise ValueError(
                 f"{name}: all of the subject lies on one side of the window {low:g} to {high:g} "
-                "(data.window); a channel must have contrast"
+                "(data.window); a channel must have contrast: set the window or leave the scan out"
             )
         return np.asarray(2 * (values - low) / (high - low) - 1)
     first, median, third = np.percentile(channel[inside], (25, 50, 75))
     if third <= first:
         raise ValueError(
             f"{name}: half of the subject's voxels have the same value, {median}; "
-            f"a channel must have contrast"
+            f"a channel must have contrast: repair the file or leave the scan out"
         )
     z = (channel - median) / ((third - first) / NORMAL_IQR)
     z = np.clip(z, settings.clip_low, settings.clip_high)

@@ -7,6 +7,7 @@ from pathlib import Path
 from cldf_dist.seeding import sample_seed
 
 SPLITS = ("train", "validation", "test")
+FORM = '{"train": [patient, ...], "validation": [...], "test": [...]}'
 
 
 def split_patients(
@@ -49,13 +50,21 @@ def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data.splits: {path} does not exist")
+        raise FileNotFoundError(
+            f"data.splits: {path} does not exist or is a folder; expected {FORM}"
+        )
     try:
-        splits = json.loads(path.read_text())
+        splits = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark before the text
+    except UnicodeDecodeError:
+        raise ValueError(f"data.splits: {path} is not UTF-8 text; save it as such") from None
     except ValueError as error:
-        raise ValueError(f"data.splits: {path} is not JSON: {error}") from error
+        raise ValueError(f"data.splits: {path} is not JSON: {error}; expected {FORM}") from error
     if not isinstance(splits, dict) or sorted(splits) != sorted(SPLITS):
-        raise ValueError(f"data.splits: {path} must have exactly the keys {', '.join(SPLITS)}")
+        got = ", ".join(map(repr, splits)) if isinstance(splits, dict) else type(splits).__name__
+        raise ValueError(
+            f"data.splits: {path} must have exactly the keys {', '.join(SPLITS)}, got "
+            f"{got or 'none'}; expected {FORM}"
+        )
     for split, names in splits.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"data.splits: {split!r} of {path} must be a list of patient names")
@@ -69,7 +78,10 @@ def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str
     }
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
     if found:
-        raise ValueError(f"data.splits: {path} must list every patient once; {'; '.join(found)}")
+        raise ValueError(
+            f"data.splits: {path} must list every patient once; {'; '.join(found)}; change the "
+            "list or the data"
+        )
     return {split: list(splits[split]) for split in SPLITS}
 
 

@@ -74,8 +74,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     patients = [name for name in shards.patients["test"] if truth_path(prepare, name).is_file()]
     if not patients:
         print(
-            f"evaluate: no test patient has a truth mask in {prepare}: masks cannot be scored, only "
-            "how the classifier tells slices apart; see docs/data.md to add masks",
+            f"evaluate: no test patient has a truth mask in {prepare}: masks cannot be scored, "
+            "only how the classifier tells slices apart; see docs/data.md to add masks",
             file=sys.stderr,
         )
         methods = []

@@ -44,11 +44,14 @@ class PatientScores:
         }
         arrays |= {"probability": self.probability, "foreground": self.foreground}
         temporary = folder / f".{self.patient}.partial.npz"
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / f"{self.patient}.npz")
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / f"{self.patient}.npz")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def spread(self, places: Sequence[int], num_slices: int) -> PatientScores:
         """The same scores among `num_slices` slices; those without a score (their shard was

@@ -29,7 +29,7 @@ from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import Geometry, prepare_volume
 from cldf_dist.data.subject import rule_of, subject_of
 from cldf_dist.progress import progress
-from cldf_dist.run import Run, changed_keys, read_config
+from cldf_dist.run import Run, changed_keys, read_config, room_explained
 from cldf_dist.stages import stage_named
 from cldf_dist.stages.masks import FloatArray, Mask, write_own_layout
 from cldf_dist.stages.segment import Segmenter, mask_and_probability
@@ -200,11 +200,26 @@ def segment_new(config: Config) -> tuple[list[Path], list[str]]:
     with progress("segment", len(scans), "scans") as bar:
         for scan in scans:
             try:
-                written += segmenter.segment_volume(scan.read()).save(output)
+                found = segmenter.segment_volume(scan.read())
             except (ValueError, OSError) as error:
                 failed.append(f"{scan.name}: {error}")
+            else:
+                written += _saved(found, output)
             bar.advance(note=scan.name)
     return written, failed
+
+
+def _saved(found: Segmentation, output: Path) -> list[Path]:
+    """Files of one mask; what stops the first from being written stops them all."""
+    try:
+        with room_explained(output):
+            return found.save(output)
+    except OSError as error:
+        if error.errno is None:  # explained already
+            raise
+        raise OSError(
+            f"cannot write output={output}: {error.strerror}; choose another folder"
+        ) from error
 
 
 def _loaded(config: Config) -> ScanSegmenter:

@@ -7,6 +7,7 @@ diagnostics and the reference rows, which say so, read them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ from cldf_dist.data import datasets
 from cldf_dist.data.nifti import write_nifti
 from cldf_dist.data.shards import ShardSet, write_manifest, write_shards
 from cldf_dist.data.slices import (
+    NO_OBJECT,
+    OBJECT,
+    UNKNOWN,
     Geometry,
     Slice,
     dequantise,
@@ -32,7 +36,7 @@ from cldf_dist.data.slices import (
 )
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.progress import progress
-from cldf_dist.run import Run
+from cldf_dist.run import DONE, Run, read_json
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -67,6 +71,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "slices": {
             split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
         },
+        "labels_sha256": _digest_of_labels(config.data),
         "positive_slices": {split: _count(shards, split, 1) for split in SPLITS},
     }
 
@@ -82,10 +87,12 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
 
 
 def check_unchanged(config: Config, folder: Path) -> None:
-    """Raise ValueError unless a finished `folder` is split as the data.splits file says now.
+    """Raise ValueError unless a finished `folder` was made with the labels and the splits that the
+    files of data.labels and data.splits hold now.
 
-    Without such a file the settings of the random split count, which are compared elsewhere.
+    Without such files the settings count, which are compared elsewhere.
     """
+    _check_labels_unchanged(config.data, folder)
     manifest = ShardSet(folder, on_damaged="skip").manifest
     made_with, path = manifest["settings"]["splits"], config.data.splits
     remedy = (
@@ -107,6 +114,28 @@ def check_unchanged(config: Config, folder: Path) -> None:
             f"data.splits: {path} no longer says what {folder} was made with: "
             f"{', '.join(moved[:5])} changed the split {remedy}"
         )
+
+
+def _check_labels_unchanged(settings: Data, folder: Path) -> None:
+    made_with = read_json(folder / DONE).get("labels_sha256", "")
+    if _digest_of_labels(settings) != made_with:
+        now = f"{settings.labels} has changed since" if settings.labels else "it is not set now"
+        raise ValueError(
+            f"data.labels: {folder} was made with other labels, {now}: restore the file, take "
+            f"another name=..., or delete {folder.parent}"
+        )
+
+
+def _digest_of_labels(settings: Data) -> str:
+    """Of the file's content; empty without one."""
+    if not settings.labels:
+        return ""
+    try:
+        return hashlib.sha256(Path(settings.labels).read_bytes()).hexdigest()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"data.labels: cannot read {settings.labels}: {error.strerror}"
+        ) from error
 
 
 def _check_before_reading(settings: Data, names: Sequence[str]) -> None:
@@ -149,11 +178,14 @@ def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> 
         write_nifti(native_mask, volume.mask.astype(np.uint8), volume.affine)
         arrays["masks"] = np.stack([item.mask for item in slices if item.mask is not None])
     temporary = spool / f".{name}.partial.npz"
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(spool / f"{name}.npz")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(spool / f"{name}.npz")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _spooled(spool: Path, name: str) -> Iterator[Slice]:
@@ -215,11 +247,14 @@ def _keep_truth(spool: Path, folder: Path, patients: Sequence[str]) -> None:
 
 def _check_labels(shards: Sequence[dict[str, Any]]) -> None:
     for split in ("train", "validation"):
-        positive, negative = _count(shards, split, 1), _count(shards, split, 0)
+        positive, negative = _count(shards, split, OBJECT), _count(shards, split, NO_OBJECT)
         if not positive or not negative:
+            unknown = _count(shards, split, UNKNOWN)
+            also = f", and {unknown} that neither a mask nor a list tells of" if unknown else ""
             raise ValueError(
-                f"the {split} split has {positive} slices with and {negative} without the object; "
-                "both kinds are needed: check the masks, data.min_object_pixels and data.splits"
+                f"the {split} split has {positive} slices with and {negative} without the object"
+                f"{also}; both kinds are needed: check the masks, data.min_object_pixels and "
+                "data.splits"
             )
 
 

@@ -104,6 +104,21 @@ def test_a_study_of_series_and_a_list_of_labels_ends_with_masks(dicom_study: Pat
         np.testing.assert_allclose(affine, series.affine, atol=1e-3)
 
 
+def test_a_changed_list_of_labels_is_told(
+    dicom_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels.csv"
+    words = [
+        *(DEBUG, "data.dataset=dicom", f"data.root={dicom_study / 'series'}", "name=heads"),
+        *(f"runs={dicom_study / 'runs'}", f"data.labels={labels}", *QUICK),
+    ]
+    labels.write_text((dicom_study / "labels.csv").read_text())
+    assert main(["prepare", *words]) == 0, "the content counts, not the place"
+    labels.write_text(labels.read_text() + "\n")
+    assert main(["prepare", *words]) == 1
+    assert f"{labels} has changed since: restore the file" in capsys.readouterr().err
+
+
 def test_a_new_series_gets_a_mask_in_its_own_frame_of_reference(
     dicom_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
