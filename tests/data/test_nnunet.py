@@ -192,7 +192,7 @@ def test_missing_channels_are_told_before_anything_is_read(folder: Path) -> None
     describe(folder, channel_names={"0": "T1", "1": "T2"})
     settings = settings_of(folder)
     save(folder / "imagesTr" / "case_1_0001.nii.gz", scan())
-    said = r"1 faults: .*imagesTr/case_2_0001\.nii\.gz is missing: .*each of T1, T2"
+    said = r"1 fault: .*imagesTr/case_2_0001\.nii\.gz is missing: .*each of T1, T2"
     with pytest.raises(ValueError, match=said):
         check_listing(settings, patients(settings))
 
