@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cldf_dist import __version__
 from cldf_dist.config import Config, load
@@ -82,25 +83,30 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
 
 
 def _segment_new(config: Config, parts: Sequence[Config]) -> int:
-    """New scans are one process's work: under a launcher the other ranks have nothing to do."""
-    from cldf_dist.joint import join_new_scans
-    from cldf_dist.processes import processes
-    from cldf_dist.stages.new_scans import segment_new
+    """New scans are one process's work: under a launcher the other ranks only wait."""
+    from cldf_dist.processes import processes, wait_for_everyone
 
-    if not processes().is_main:
-        return 0
-    written, failed = [], []
-    for part in parts:
-        of_part = segment_new(part)
-        written += of_part[0]
-        failed += of_part[1]
-    if len(parts) > 1:
-        written += join_new_scans(config, parts)
-    for path in written:
-        print(path)
+    try:
+        failed = _segment_on_main(config, parts) if processes().is_main else []
+    finally:
+        wait_for_everyone()
     for sentence in failed:
         print(f"cldf: error: {sentence}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _segment_on_main(config: Config, parts: Sequence[Config]) -> list[str]:
+    """Print the files written; return a sentence for each scan that failed."""
+    from cldf_dist.joint import join_new_scans
+    from cldf_dist.stages.new_scans import segment_new
+
+    results = [segment_new(part, Path(config.output)) for part in parts]
+    files = [path for written, _ in results for path in written]
+    if len(parts) > 1:
+        files += join_new_scans(config, parts, [written for written, _ in results])
+    for path in files:
+        print(path)
+    return [sentence for _, failed in results for sentence in failed]
 
 
 def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:

@@ -109,7 +109,7 @@ def _object(config: Config) -> Iterator[str]:
     """The rules of data.object that need no look at the data."""
     data = config.data
     names = data.object.split(",") if data.object not in ("", "each") else []
-    parts = [part for name in names for part in name.split("+")]
+    parts = [part for name in names for part in name.strip().split("+")]
     known: tuple[str, ...] | None = None  # only the data know
     if data.dataset == "brats":
         known = BRATS_OBJECTS

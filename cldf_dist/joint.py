@@ -13,24 +13,33 @@ from pathlib import Path
 
 import numpy as np
 
-from cldf_dist.config import Config
+from cldf_dist.config import Config, Data
 from cldf_dist.data.datasets import objects, patients
 from cldf_dist.data.nifti import Affine, read_nifti, write_nifti
+from cldf_dist.data.objects import object_parts
 from cldf_dist.data.splits import split_patients
 from cldf_dist.processes import processes
-from cldf_dist.run import write_atomically
+from cldf_dist.run import read_json, write_atomically
 from cldf_dist.stages.masks import FloatArray, Mask
 
 EACH = "each"
+SPLIT_SETTINGS = ("validation_fraction", "test_fraction", "split_seed")
+MASK = "_mask.nii.gz"  # how the names of masks of new scans end
 
 
 def one_per_object(config: Config) -> list[Config]:
-    """The configurations to run: one per object of `data.object`; itself where it is only one."""
-    names = config.data.object.split(",")
+    """The configurations to run: one per object of `data.object`; itself where it is only one.
+
+    Raises ValueError for a name that the data set does not know, before any of them runs.
+    """
+    names = [name.strip() for name in config.data.object.split(",")]
+    if len(names) == 1 and names != [EACH]:
+        return [config]
     if names == [EACH]:
         names = list(objects(config.data))
-    elif len(names) == 1:
-        return [config]
+    elif not config.input:  # new scans come without the data set
+        for name in names:
+            object_parts(name, objects(config.data))
     return [
         dataclasses.replace(
             config,
@@ -50,19 +59,33 @@ def with_one_split(config: Config, parts: Sequence[Config]) -> list[Config]:
     """
     if config.data.splits or len(parts) == 1:
         return list(parts)
-    path = (config.run_folder / "splits.json").resolve()
-    if processes().is_main and not path.exists():
-        settings = parts[0].data
-        splits = split_patients(
-            dict.fromkeys(patients(settings), 0.0),
-            settings.validation_fraction,
-            settings.test_fraction,
-            settings.split_seed,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(splits, indent=1))
+    path = (config.run_folder / "splits.json").absolute()
+    if processes().is_main:
+        _keep_split(path, parts[0].data)
     data = (dataclasses.replace(part.data, splits=str(path)) for part in parts)
     return [dataclasses.replace(part, data=of_part) for part, of_part in zip(parts, data)]
+
+
+def _keep_split(path: Path, settings: Data) -> None:
+    """Draw the split, or raise ValueError where another one was drawn before."""
+    drawn_by = {key: getattr(settings, key) for key in SPLIT_SETTINGS}
+    about = path.with_name("splits_drawn_by.json")
+    if path.exists() and about.exists():
+        if read_json(about) != drawn_by:
+            raise ValueError(
+                f"{path} was drawn with {read_json(about)}, not {drawn_by}; take another name=..., "
+                f"or delete {path.parent}"
+            )
+        return
+    splits = split_patients(
+        dict.fromkeys(patients(settings), 0.0),
+        settings.validation_fraction,
+        settings.test_fraction,
+        settings.split_seed,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(splits, indent=1))
+    write_atomically(about, json.dumps(drawn_by, indent=1))
 
 
 def join_runs(config: Config, parts: Sequence[Config]) -> Path:
@@ -84,27 +107,28 @@ def join_runs(config: Config, parts: Sequence[Config]) -> Path:
     return target
 
 
-def join_new_scans(config: Config, parts: Sequence[Config]) -> list[Path]:
-    """Write a label map for each new scan that all runs segmented; their files."""
+def join_new_scans(
+    config: Config, parts: Sequence[Config], written: Sequence[Sequence[Path]]
+) -> list[Path]:
+    """Write a label map for each new scan that every run has segmented now; their files.
+
+    `written` are the files of each of the `parts`.
+    """
     folders = {part.data.object: Path(part.output) for part in parts}
-    ending = "_mask.nii.gz"
-    names = sorted(
-        set.intersection(
-            *(
-                {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
-                for folder in folders.values()
-            )
-        )
+    names = set.intersection(
+        *({f.name.removesuffix(MASK) for f in files if f.name.endswith(MASK)} for files in written)
     )
-    written = [Path(config.output) / f"{name}_labels.nii.gz" for name in names]
-    for name, target in zip(names, written):
+    targets = [Path(config.output) / f"{name}_labels.nii.gz" for name in sorted(names)]
+    for target in targets:
+        name = target.name.removesuffix("_labels.nii.gz")
         found = {
-            label: _found(folder / f"{name}{ending}", folder / f"{name}_probability.nii.gz")
+            label: _found(folder / f"{name}{MASK}", folder / f"{name}_probability.nii.gz")
             for label, folder in folders.items()
         }
         _write_label_map(target, found)
-    _write_names(Path(config.output) / "labels.json", list(folders))
-    return written
+    if targets:
+        _write_names(Path(config.output) / "labels.json", list(folders))
+    return targets
 
 
 def _found(mask: Path, probability: Path) -> tuple[Mask, FloatArray, Affine]:

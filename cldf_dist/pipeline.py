@@ -216,10 +216,11 @@ def summary(config: Config) -> str:
     table = folder / "evaluate" / "table.txt"
     if table.exists():
         lines += ["", table.read_text().rstrip()]
+    legacy = "; as in papers: legacy.txt" if (table.parent / "legacy.txt").exists() else ""
     lines += [
         "",
         f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",
-        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv; as in papers: legacy.txt",
+        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv{legacy}",
         f"report   {folder / 'report' / 'report.html'}",
     ]
     if config.tracking.enabled:

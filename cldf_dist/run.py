@@ -29,6 +29,10 @@ from cldf_dist.processes import processes
 from cldf_dist.tracking import Tracker
 
 DONE = "DONE"
+BOOKKEEPING = (  # what a stage's folder holds before there is any result
+    ".attempt.json", ".lock", "config.yaml", "provenance.json", "run.json", "seconds.json",
+    "tracking.json",
+)  # fmt: skip
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -157,8 +161,8 @@ class Run:
 
     def check_unchanged(self) -> None:
         """Raise ValueError where the folder holds work of other settings or of other inputs."""
-        path, identity = self.folder / "config.yaml", self.folder / "run.json"
-        if not path.exists() or not identity.exists():
+        identity = self.folder / "run.json"
+        if not (self.folder / "config.yaml").exists() or not identity.exists():
             return
         made_from = read_json(identity).get("inputs", {})
         for name, current in self._ids_of_inputs().items():
@@ -167,12 +171,23 @@ class Run:
                     f"{self.folder} was made from another {name} than the one there is now; delete "
                     f"{self.folder} and the folders of the stages after it, and run them again"
                 )
-        changed = changed_keys(read_config(path), self.config, self.sections)
-        if changed:
+        changed = self._changed_keys()
+        if changed and not self._is_untouched():
             raise ValueError(
                 f"{self.folder} was made with {'; '.join(changed[:3])}; take another name=..., "
                 "restore the setting, or delete that folder and those of the stages after it"
             )
+
+    def _changed_keys(self) -> list[str]:
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return []
+        return changed_keys(read_config(path), self.config, self.sections)
+
+    def _is_untouched(self) -> bool:
+        """True where nothing was computed yet: the first command may have been wrong."""
+        files = (file for file in self.folder.rglob("*") if not file.is_dir())
+        return all(file.name in BOOKKEEPING or not file.stat().st_size for file in files)
 
     def _ids_of_inputs(self) -> dict[str, str]:
         files = {name: self.config.run_folder / name / "run.json" for name in self.inputs}

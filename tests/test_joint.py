@@ -38,6 +38,10 @@ def write_study(root: Path) -> Path:
     return root
 
 
+def part_file(name: str) -> Path:
+    return Path(f"{name}_mask.nii.gz")
+
+
 def test_objects_become_runs_of_their_own() -> None:
     config = load([DEBUG], ["name=study", "data.dataset=brats", "data.root=x", "output=out"])
     assert one_per_object(config) == [config]
@@ -53,6 +57,8 @@ def test_objects_become_runs_of_their_own() -> None:
         "tumour_core+enhancing_tumour",
         "whole_tumour",
     ]
+    config = load([DEBUG], [*words, "data.object='tumour_core, whole_tumour'"])
+    assert [part.data.object for part in one_per_object(config)] == ["tumour_core", "whole_tumour"]
     for wrong in ("tumour_core,,whole_tumour", "tumour_core,tumour_core", "liver,tumour_core"):
         with pytest.raises(ValueError, match=r"data\.object must"):
             load([DEBUG], [*words, f"data.object='{wrong}'"])
@@ -77,12 +83,42 @@ def test_the_most_probable_object_wins_where_masks_overlap(tmp_path: Path) -> No
         words = [f"output={folder}", "input=in", "data.dataset=nnunet", "data.root=x"]
         parts.append(load([DEBUG], [*words, f"data.object={name}"]))
     write_nifti(tmp_path / "spleen" / "only_here_mask.nii.gz", mask, AFFINE)
-    assert join_new_scans(config, parts) == [tmp_path / "ann_labels.nii.gz"]
+    write_nifti(tmp_path / "liver" / "only_here_mask.nii.gz", mask, AFFINE)  # of an earlier call
+    written = [[part_file(name) for name in names] for names in (("ann",), ("ann", "only_here"))]
+    assert join_new_scans(config, parts, written) == [tmp_path / "ann_labels.nii.gz"]
     labels, affine = read_nifti(tmp_path / "ann_labels.nii.gz")
     assert labels.ravel().tolist() == [1, 2, 2, 0]
     np.testing.assert_allclose(affine, AFFINE)
     names = json.loads((tmp_path / "labels.json").read_text())
     assert names == {"background": 0, "liver": 1, "spleen": 2}
+
+
+def test_an_unknown_object_is_told_before_the_first_one_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_study(tmp_path / "study")
+    words = [DEBUG, "data.dataset=nnunet", f"data.root={root}", f"runs={tmp_path / 'runs'}"]
+    assert main(["run", *words, "data.object=lesion,blok"]) == 1
+    assert "must be one of lesion, block, or several" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_split_than_the_one_that_was_drawn_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_study(tmp_path / "study")
+    words = [
+        *("prepare", DEBUG, "data.dataset=nnunet", f"data.root={root}", "data.object=each"),
+        *(f"runs={tmp_path / 'runs'}", "tracking.enabled=false", "name=heads"),
+    ]
+    assert main(words) == 0
+    held = json.loads((tmp_path / "runs" / "heads" / "splits.json").read_text())
+    for name in ("lesion", "block"):
+        manifest = tmp_path / "runs" / "heads" / name / "prepare" / "manifest.json"
+        assert json.loads(manifest.read_text())["splits"] == held
+    capsys.readouterr()
+    assert main([*words, "data.split_seed=4"]) == 1
+    assert "splits.json was drawn with" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -97,8 +97,26 @@ def test_two_runs_in_one_process_exclude_each_other_until_one_lets_go(config: Co
     opened(config).close()
 
 
-def test_a_changed_setting_is_refused_with_key_old_and_new_value(config: Config) -> None:
+def begun(config: Config) -> None:
+    """A stage that has worked a little."""
+    run = opened(config)
+    run.log(1, {"loss": 1.0})
+    run.close()
+
+
+def test_a_setting_may_change_as_long_as_nothing_was_computed(config: Config) -> None:
     opened(config).close()
+    changed = replace(config, cam=replace(config.cam, dropout=0.25))
+    run = opened(changed)
+    assert read_config(run.folder / "config.yaml") == changed
+    run.log(1, {"loss": 1.0})
+    run.close()
+    with pytest.raises(ValueError, match=r"was made with cam\.dropout=0\.25, not 0\.1"):
+        opened(config)
+
+
+def test_a_changed_setting_is_refused_with_key_old_and_new_value(config: Config) -> None:
+    begun(config)
     changed = replace(config, cam=replace(config.cam, dropout=0.25))
     refused = make(changed)
     with pytest.raises(
@@ -110,7 +128,7 @@ def test_a_changed_setting_is_refused_with_key_old_and_new_value(config: Config)
 
 
 def test_a_refused_start_lets_the_folder_go(config: Config) -> None:
-    opened(config).close()
+    begun(config)
     refused = make(replace(config, seed=4))
     with pytest.raises(ValueError, match="seed=0, not 4"):
         refused.open()

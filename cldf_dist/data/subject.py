@@ -45,7 +45,7 @@ def subject_mask(image: npt.NDArray[Any]) -> Mask:
     a slice filled.
     """
     bright = np.percentile(image, 99, axis=(1, 2, 3), keepdims=True)
-    mean = (image / np.maximum(bright, 1)).mean(axis=0)
+    mean = (image / np.where(bright > 0, bright, 1)).mean(axis=0)
     return _largest_filled(ndimage.gaussian_filter(mean, SMOOTH_PIXELS) > SUBJECT_LEVEL)
 
 

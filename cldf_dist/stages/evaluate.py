@@ -107,9 +107,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
     }
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
-    write_atomically(run.folder / "legacy_slices.csv", legacy_csv(legacy))
     write_atomically(run.folder / "table.txt", results_table(summary))
-    write_atomically(run.folder / "legacy.txt", legacy_table(summary))
+    if patients:
+        write_atomically(run.folder / "legacy_slices.csv", legacy_csv(legacy))
+        write_atomically(run.folder / "legacy.txt", legacy_table(summary))
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})

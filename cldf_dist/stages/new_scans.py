@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
@@ -54,27 +55,33 @@ class Segmentation:
     dicom_files: tuple[Path, ...] = ()
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write mask and probability as NIfTI, the mask as DICOM-SEG too where the scan came as
-        DICOM, and in CHAOS's own layout where it came in that. Returns the files of the mask."""
+        """Write mask and probability as NIfTI; the mask also in CHAOS's own layout where the scan
+        came in that, and as DICOM-SEG where it came as DICOM. Returns the files of the mask.
+
+        Raises ValueError where no DICOM-SEG can be made; the NIfTI files are there all the same.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_nifti(folder / f"{self.name}_probability.nii.gz", self.probability, self.affine)
-        written = [folder / f"{self.name}_mask.nii.gz"]
-        if self.dicom_files:
-            from cldf_dist.data.dicom_seg import write_dicom_seg
-
-            written.append(folder / f"{self.name}_seg.dcm")
-            write_dicom_seg(
-                written[-1],
-                self.mask,
-                self.dicom_files,
-                label=object_title(self.config.data),
-                software_version=__version__,
-            )
         write_own_layout(folder / "chaos", self.mask, self.geometry, self.config.data)
-        # the mask comes last: where it is, the rest is
-        write_nifti(written[0], self.mask.astype(np.uint8), self.affine)
-        return written
+        mask = folder / f"{self.name}_mask.nii.gz"
+        write_nifti(mask, self.mask.astype(np.uint8), self.affine)
+        return [mask, self._save_dicom_seg(folder)] if self.dicom_files else [mask]
+
+    def _save_dicom_seg(self, folder: Path) -> Path:
+        from cldf_dist.data.dicom_seg import LONGEST_LABEL, write_dicom_seg
+
+        path = folder / f"{self.name}_seg.dcm"
+        label = object_title(self.config.data)[:LONGEST_LABEL]
+        try:
+            write_dicom_seg(
+                path, self.mask, self.dicom_files, label=label, software_version=__version__
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"the mask is there as NIfTI, but cannot be made a DICOM-SEG: {error}"
+            ) from error
+        return path
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,9 @@ class ScanSegmenter:
         """What a scan must have, in this order."""
         return self.kind.channels
 
-    def find(self, path: str | Path) -> list[Scan]:
+    def find(self, path: str | Path, *, leave_out: Path | None = None) -> list[Scan]:
         """The scans at `path`; see `data.new_scans.find_scans`."""
-        return find_scans(path, self.kind)
+        return find_scans(path, self.kind, leave_out=leave_out)
 
     def segment(self, path: str | Path) -> Segmentation:
         """The one scan at `path`: a NIfTI file, a DICOM folder, or a folder of the training data's
@@ -102,12 +109,12 @@ class ScanSegmenter:
         if len(scans) != 1:
             names = ", ".join(scan.name for scan in scans[:5])
             raise ValueError(f"{path} holds {len(scans)} scans ({names}); use segment_all")
-        return self.segment_volume(scans[0].read())
+        return self.segment_scan(scans[0])
 
     def segment_all(self, path: str | Path) -> Iterator[Segmentation]:
         """All scans at `path`, one after the other."""
         for scan in self.find(path):
-            yield self.segment_volume(scan.read())
+            yield self.segment_scan(scan)
 
     def segment_array(
         self, image: npt.NDArray[np.number], affine: Affine, *, name: str = "scan"
@@ -126,6 +133,10 @@ class ScanSegmenter:
         inside = subject_of(image, rule_of(self.config.data), hounsfield=hounsfield)
         affine = check_affine(np.asarray(affine, np.float64), name)
         return self.segment_volume(Volume(name, image, inside, None, affine, hounsfield=hounsfield))
+
+    def segment_scan(self, scan: Scan) -> Segmentation:
+        """One of the scans that `find` found."""
+        return self.segment_volume(dataclasses.replace(scan.read(), patient=scan.name))
 
     def segment_volume(self, volume: Volume) -> Segmentation:
         """A scan that was read already; its mask, if it has one, is not looked at."""
@@ -169,9 +180,11 @@ def load_segmenter(
     below `min_component_ml` are removed. Without a value the run's own settings count. Raises
     FileNotFoundError where the run is not finished up to its segment stage.
     """
-    folder = Path(run_folder)
+    folder = Path(run_folder).absolute()
     if not (folder / "segment").is_dir():
-        raise FileNotFoundError(f"{folder} holds no segment stage; run: cldf run CONFIG")
+        below = sorted(str(stage.parent) for stage in folder.glob("*/segment"))
+        hint = f"name one of its runs: {', '.join(below)}" if below else "run: cldf run CONFIG"
+        raise FileNotFoundError(f"{folder} holds no segment stage; {hint}")
     made = read_config(folder / "segment" / "config.yaml")
     own = made.segment
     segment = dataclasses.replace(
@@ -187,38 +200,45 @@ def load_segmenter(
     return _loaded(config)
 
 
-def segment_new(config: Config) -> tuple[list[Path], list[str]]:
+def segment_new(config: Config, leave_out: Path) -> tuple[list[Path], list[str]]:
     """Masks for the new scans at config.input, written to config.output.
 
-    The run's own settings count, those of the command line must not contradict them. Returns the
-    masks written, and one sentence for each scan that could not be segmented.
+    The run's own settings count, those of the command line must not contradict them. Scans in
+    `leave_out`, the folder of all outputs, are not looked at. Returns the masks written, and one
+    sentence for each scan that could not be segmented.
     """
-    segmenter = _loaded(_settings_of_run(config))
     output = Path(config.output)
-    scans = segmenter.find(config.input)
+    segmenter = _loaded(_settings_of_run(config))
+    scans = segmenter.find(config.input, leave_out=leave_out.absolute())
+    _check_output(output, Path(config.input))
     written, failed = [], []
     with progress("segment", len(scans), "scans") as bar:
         for scan in scans:
             try:
-                found = segmenter.segment_volume(scan.read())
+                found = segmenter.segment_scan(scan)
             except (ValueError, OSError) as error:
                 failed.append(f"{scan.name}: {error}")
-            else:
-                written += _saved(found, output)
+                continue
+            try:
+                with room_explained(output):  # a full disk stops everything
+                    written += found.save(output)
+            except ValueError as error:
+                failed.append(f"{scan.name}: {error}")
             bar.advance(note=scan.name)
     return written, failed
 
 
-def _saved(found: Segmentation, output: Path) -> list[Path]:
-    """Files of one mask; what stops the first from being written stops them all."""
+def _check_output(output: Path, scans: Path) -> None:
+    """Raise before the work where it could not be kept."""
+    if output.absolute() == scans.absolute():
+        raise ValueError(f"output={output} must not be the folder of the scans; name another")
     try:
-        with room_explained(output):
-            return found.save(output)
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        if error.errno is None:  # explained already
-            raise
         raise OSError(
-            f"cannot write output={output}: {error.strerror}; choose another folder"
+            f"output={output} must be a folder that can be written: {error.strerror}; name another"
         ) from error
 
 

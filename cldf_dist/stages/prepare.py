@@ -42,6 +42,7 @@ from cldf_dist.run import DONE, Run, read_json
 def run(config: Config, run: Run) -> dict[str, Any]:
     names = datasets.patients(config.data)
     _check_before_reading(config.data, names)
+    labels = _digest_of_labels(config.data)
     spool = run.folder / ".spool"
     spool.mkdir(exist_ok=True)
     with progress("prepare", len(names), "patients") as bar:
@@ -57,6 +58,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         shards += write_shards(run.folder, split, slices, config.data.slices_per_shard)
     _check_labels(shards)
     _keep_truth(spool, run.folder / "truth", splits["test"])
+    if _digest_of_labels(config.data) != labels:
+        raise ValueError(f"data.labels: {config.data.labels} was changed meanwhile; run it again")
     write_manifest(
         run.folder,
         settings=to_plain(config.data),
@@ -71,7 +74,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "slices": {
             split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
         },
-        "labels_sha256": _digest_of_labels(config.data),
+        "labels_sha256": labels,
         "positive_slices": {split: _count(shards, split, 1) for split in SPLITS},
     }
 

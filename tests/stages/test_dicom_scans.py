@@ -130,7 +130,7 @@ def test_a_new_series_gets_a_mask_in_its_own_frame_of_reference(
         *(f"runs={dicom_study / 'runs'}", *QUICK, "segment.gate_probability=0"),
     ]
     assert main(["segment", *words, f"input={tmp_path / 'new'}", f"output={output}"]) == 0
-    names = [f"{name}_{kind}" for name in ("ann", "bob") for kind in ("mask.nii.gz", "seg.dcm")]
+    names = [f"{name}_{kind}" for name in ("ann", "nested") for kind in ("mask.nii.gz", "seg.dcm")]
     assert capsys.readouterr().out.splitlines() == [str(output / name) for name in names]
     mask, affine = read_nifti(output / "ann_mask.nii.gz")
     assert mask.shape == image.shape

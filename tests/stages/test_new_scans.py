@@ -9,10 +9,12 @@ import pytest
 
 import cldf_dist
 from cldf_dist import load_segmenter
+from cldf_dist.__main__ import main
 from cldf_dist.config import Data
 from cldf_dist.data.new_scans import ScanKind, find_scans
 from cldf_dist.data.nifti import read_nifti, write_nifti
 from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
+from cldf_dist.data.subject import subject_of
 from cldf_dist.stages.new_scans import Segmentation
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
@@ -182,19 +184,74 @@ def test_what_is_no_scan_is_told(tmp_path: Path) -> None:
         find_scans(tmp_path, brats)
 
 
-def test_a_missing_channel_is_named(tmp_path: Path) -> None:
-    small_scan(tmp_path / "ann_0000.nii.gz")
-    with pytest.raises(FileNotFoundError, match=r"ann has no ann_0001\.nii\.gz, the channel t2"):
-        find_scans(tmp_path, TWO_CHANNELS)
+def test_a_missing_or_surplus_channel_is_named_when_that_scan_is_read(tmp_path: Path) -> None:
+    for name in ("ann_0000", "bob_0000", "bob_0001", "cid_0000", "cid_0001", "cid_0002"):
+        small_scan(tmp_path / f"{name}.nii.gz")
+    ann, bob, cid = find_scans(tmp_path, TWO_CHANNELS)
+    assert bob.read().image.shape == (2, 4, 5, 3)
+    with pytest.raises(FileNotFoundError, match=r"has no ann_0001\.nii\.gz, the channel t2"):
+        ann.read()
+    with pytest.raises(ValueError, match=r"cid_0002\.nii\.gz is one channel too many.*t1, t2"):
+        cid.read()
     odd = small_scan(tmp_path / "other" / "ann.nii.gz")
-    with pytest.raises(
-        ValueError, match=r"ann\.nii\.gz: the run's scans have 2 channels \(t1, t2\)"
-    ):
+    with pytest.raises(ValueError, match=r"ann\.nii\.gz: the run's scans have 2 channels"):
         find_scans(odd, TWO_CHANNELS)
 
 
-def test_two_scans_of_one_name_would_overwrite_each_other(tmp_path: Path) -> None:
+def test_scans_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         small_scan(tmp_path / folder / "ann.nii.gz")
-    with pytest.raises(ValueError, match="more than one scan named ann"):
-        find_scans(tmp_path, ONE_CHANNEL)
+    names = [scan.name for scan in find_scans(tmp_path, ONE_CHANNEL)]
+    assert names == ["first_ann", "second_ann"]
+
+
+def test_numbered_scans_of_one_channel_are_scans_of_their_own(tmp_path: Path) -> None:
+    for number in (0, 1, 7):
+        small_scan(tmp_path / f"scan_{number:04d}.nii.gz")
+    names = [scan.name for scan in find_scans(tmp_path, ONE_CHANNEL)]
+    assert names == ["scan_0000", "scan_0001", "scan_0007"]
+    (one,) = find_scans(tmp_path / "scan_0007.nii.gz", ONE_CHANNEL)
+    assert one.read().sources == (str(tmp_path / "scan_0007.nii.gz"),)
+
+
+def test_masks_and_outputs_beside_scans_are_not_taken_for_scans(tmp_path: Path) -> None:
+    small_scan(tmp_path / "imagesTs" / "ann_0000.nii.gz")
+    for name in ("ann_mask", "ann_probability", "ann_labels", "mask", "ann-seg", "SEG"):
+        small_scan(tmp_path / "imagesTs" / f"{name}.nii.gz")
+    small_scan(tmp_path / "labelsTr" / "ann.nii.gz")
+    small_scan(tmp_path / "out" / "liver" / "ann.nii.gz")
+    (scan,) = find_scans(tmp_path, ONE_CHANNEL, leave_out=tmp_path / "out")
+    assert scan.name == "ann"
+    (asked_for,) = find_scans(tmp_path / "imagesTs" / "ann_mask.nii.gz", ONE_CHANNEL)
+    assert asked_for.name == "ann_mask"
+
+
+def test_a_link_is_named_by_itself_not_by_its_target(tmp_path: Path) -> None:
+    target = small_scan(tmp_path / "store" / "sha256-abc.nii.gz")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ann.nii.gz").symlink_to(target)
+    assert [scan.name for scan in find_scans(tmp_path / "in", ONE_CHANNEL)] == ["ann"]
+    (one,) = find_scans(tmp_path / "in" / "ann.nii.gz", ONE_CHANNEL)
+    assert one.name == "ann"
+
+
+def test_an_output_that_cannot_be_kept_is_told_before_the_work(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = write_brats(tmp_path / "scans" / "ann", 31).parent
+    (tmp_path / "file").write_text("here")
+    for output, said in (
+        (tmp_path / "file", "must be a folder that can be written: "),
+        (scans, "must not be the folder of the scans"),
+    ):
+        words = [*debug_run.words, f"input={scans}", f"output={output}"]
+        assert main(["segment", *words]) == 1
+        assert f"output={output} {said}" in capsys.readouterr().err
+    assert sorted(path.name for path in scans.iterdir()) == ["ann"]
+
+
+def test_the_subject_does_not_depend_on_the_scale_of_the_values() -> None:
+    image, _ = phantom_image(33)
+    expected = subject_of(image, "tissue")
+    for scale in (1e-5, 1 / 1200, 7.0):
+        np.testing.assert_array_equal(subject_of(image * np.float32(scale), "tissue"), expected)
