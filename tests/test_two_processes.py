@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.nifti import write_nifti
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (
@@ -115,3 +116,27 @@ def test_processes_that_would_train_apart_are_an_error(
     assert "started 2 processes, but accelerate would train each apart; on CPUs set" in errors
     assert not (run.folder / "train-cam" / "DONE").exists()
     assert not (run.folder / "train-cam" / "checkpoints").exists()
+
+
+def test_new_scans_are_segmented_by_one_of_two_processes(
+    debug_run: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """A missing scan too: the other process must not wait for ever for the one that fails."""
+    image = np.random.default_rng(0).normal(500, 100, (4, 24, 24, 3)).astype(np.float32)
+    for number, values in enumerate(image):
+        write_nifti(tmp_path / "in" / f"ann_{number:04d}.nii.gz", values, np.eye(4))
+    for source, code in (("in", 0), ("absent", 1)):
+        done = subprocess.run(
+            [
+                *(sys.executable, *LAUNCH, "segment", *debug_run.words),
+                *(f"input={tmp_path / source}", f"output={tmp_path / 'out'}"),
+            ],
+            env={**environment, "ACCELERATE_USE_CPU": "true"},
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == code, done.stderr[-5000:]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["ann_mask.nii.gz", "ann_probability.nii.gz"]
