@@ -337,29 +337,11 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, fit_section: st
     Raises ValueError with the dotted path for an unknown key, a wrong type or a broken rule, and
     FileNotFoundError for a missing file.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from cldf_dist.config_files import merged_settings
 
-    layers: list[Any] = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no config file {path}; the ready ones are in configs/")
-        try:
-            layers.append(_with_absolute_paths(OmegaConf.load(path), Path(path).parent))
-        except Exception as error:
-            raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    try:
-        words = OmegaConf.from_dotlist([_meant(word, fit_section) for word in overrides])
-        layers.append(_with_absolute_paths(words, Path()))
-        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except (OmegaConfBaseException, TypeError, YAMLError) as error:
-        what = ", ".join((*paths, *overrides))
-        raise ValueError(f"cannot merge {what}: {_one_line(error)}") from error
-    if not isinstance(merged, dict):
-        raise ValueError(f"{', '.join(paths)}: the top level must be a mapping of keys")
-    if not merged.get("name"):
-        merged["name"] = "-".join(Path(path).stem for path in paths) or "default"
+    defaults = Config()
+    sections = [name for name, part in vars(defaults).items() if dataclasses.is_dataclass(part)]
+    merged = merged_settings(paths, overrides, fit_section, sections)
     config: Config = build(Config, merged, "")
     check(config)
     return config
@@ -413,33 +395,3 @@ def from_plain(plain: dict[str, Any]) -> Config:
 def build_section(section: type, plain: dict[str, Any]) -> Any:
     """One section (say `UNet`) from its plain form, with the same strictness as `load`."""
     return build(section, plain, f"{section.__name__}.")
-
-
-def _with_absolute_paths(layer: Any, folder: Path) -> Any:
-    """The layer with `data.splits` and `data.labels`, where it sets them, meant from `folder`."""
-    from omegaconf import DictConfig, OmegaConf
-
-    data = layer.get("data") if isinstance(layer, DictConfig) else None
-    for key in ("splits", "labels"):
-        if isinstance(data, DictConfig) and not OmegaConf.is_interpolation(data, key):
-            path = data.get(key)
-            if path and isinstance(path, str):
-                data[key] = str((folder / path).resolve())
-    return layer
-
-
-def _meant(word: str, fit_section: str) -> str:
-    if "=" not in word:
-        raise ValueError(f"expected key=value, got {word!r}")
-    if word.startswith("fit."):
-        if not fit_section:
-            raise ValueError(
-                f"{word.split('=')[0]}: say which training, e.g. diffusion.{word}; "
-                "a bare fit.* is understood only with a train-* stage"
-            )
-        return fit_section + word.removeprefix("fit")
-    return word
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -26,6 +26,8 @@ from cldf_dist.stages import STAGES
 
 PHANTOM = {"data": {"dataset": "phantom"}}
 
+DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+
 
 def write(folder: Path, name: str, settings: dict[str, Any]) -> str:
     path = folder / f"{name}.yaml"
@@ -348,3 +350,23 @@ def test_without_guidance_the_classifier_need_not_know_the_noise() -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
     check(changed(changed(sound, "cg_diff.noise_level", 818), "cg_diff.scale", 0.0))
     check(changed(changed(sound, "cg_diff.inversion", False), "diffusion.label_dropout", 0.0))
+
+
+def test_a_value_in_place_of_a_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("data: [1, 2]\n")
+    with pytest.raises(
+        ValueError, match=r"odd\.yaml: data must hold keys, got \[1, 2\]"
+    ):
+        load([str(path)])
+    with pytest.raises(ValueError, match=r"cam=5: cam must hold keys, got 5"):
+        load([DEMO], ["cam=5"])
+    with pytest.raises(ValueError, match=r"cannot merge .*data\.image_size=\["):
+        load([DEMO], ["data.image_size=["])
+
+
+def test_home_is_written_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load([DEMO], ["data.root=~/scans", "runs=~/runs", "data.splits=~/splits.json"])
+    found = (config.data.root, config.runs, config.data.splits)
+    assert found == tuple(str(tmp_path / name) for name in ("scans", "runs", "splits.json"))

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "cldf_dist": 0,  # the version
     "cldf_dist.config": 0,
+    "cldf_dist.config_files": 0,
     "cldf_dist.config_rules": 0,
     "cldf_dist.config_types": 0,
     "cldf_dist.seeding": 0,
