@@ -355,9 +355,7 @@ def test_without_guidance_the_classifier_need_not_know_the_noise() -> None:
 def test_a_value_in_place_of_a_section_is_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text("data: [1, 2]\n")
-    with pytest.raises(
-        ValueError, match=r"odd\.yaml: data must hold keys, got \[1, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"odd\.yaml: data must hold keys, got \[1, 2\]"):
         load([str(path)])
     with pytest.raises(ValueError, match=r"cam=5: cam must hold keys, got 5"):
         load([DEMO], ["cam=5"])
