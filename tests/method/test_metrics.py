@@ -12,6 +12,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from cldf_dist.method.metrics import (
+    _by_transform,
+    _by_tree,
     auroc,
     largest_component,
     precision_recall,
@@ -245,3 +247,13 @@ def test_auroc_refuses_what_it_cannot_rank():
         auroc([0.1, 0.2, 0.3], [True, False])
     with pytest.raises(ValueError, match="labels must be a boolean"):
         auroc([0.1, 0.2], [1, 0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tree_and_transform_give_the_same_distances(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random((2, 13, 11, 7)) < (0.02, 0.2, 0.5, 0.9)[seed]
+    first[0, 0, 0] = second[-1, -1, -1] = True
+    spacing = (0.7, 1.3, 5.0)
+    for one, other in zip(_by_tree(first, second, spacing), _by_transform(first, second, spacing)):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
