@@ -27,6 +27,7 @@ from cldf_dist.config import Config
 from cldf_dist.locks import FolderLock
 from cldf_dist.processes import processes
 from cldf_dist.tracking import Tracker
+from cldf_dist.whole_files import whole_file
 
 DONE = "DONE"
 BOOKKEEPING = (  # what a stage's folder holds before there is any result
@@ -273,15 +274,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old or the new whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

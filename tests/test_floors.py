@@ -19,6 +19,7 @@ FLOORS = {
     "cldf_dist.locks": 0,
     "cldf_dist.progress": 0,
     "cldf_dist.stopping": 0,
+    "cldf_dist.whole_files": 0,
     "cldf_kernels": 0,
     "cldf_dist.data": 1,
     "cldf_dist.nets": 1,

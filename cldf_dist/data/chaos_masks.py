@@ -1,8 +1,5 @@
 """The masks of CHAOS: one PNG per slice, whose gray values name the organs."""
 
-import contextlib
-import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ from PIL import Image
 
 from cldf_dist.data.objects import USUAL_OBJECTS, object_parts, object_values
 from cldf_dist.data.slices import Geometry
+from cldf_dist.whole_files import whole_file
 
 Mask = npt.NDArray[np.bool_]
 
@@ -166,16 +164,6 @@ def _read_png(file: Path) -> npt.NDArray[np.uint8]:
 
 def _write_png(path: Path, values: npt.NDArray[np.uint8]) -> None:
     """(rows, columns) as 8 bits of gray; the file appears whole or not at all."""
-    content = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(values)).save(content, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with whole_file(path) as file:
+        Image.fromarray(np.ascontiguousarray(values)).save(file, format="PNG")

@@ -1,8 +1,6 @@
 """DICOM Segmentation objects: a mask that viewers lay over the series it was drawn from."""
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
 from cldf_dist.data.dicom_slice import quiet, read_dataset
+from cldf_dist.whole_files import whole_file
 
 SOURCE_TAGS = (  # what a segmentation refers to its source by
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"),
@@ -197,13 +196,5 @@ def _name_dimensions(segmentation: Dataset, uid: str) -> None:
 
 def _save(segmentation: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            segmentation.save_as(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with whole_file(path) as file:
+        segmentation.save_as(file)

@@ -1,8 +1,6 @@
 """NIfTI files: a volume in, a mask or map out."""
 
-import contextlib
 import gzip
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
+
+from cldf_dist.whole_files import whole_file
 
 Affine = npt.NDArray[np.float64]
 
@@ -95,19 +95,11 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> No
     image.set_qform(affine, code=SCANNER_COORDINATES)
     image.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with (
-            open(partial, "wb") as file,
-            gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
-        ):
-            packed.write(image.to_bytes())
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with (
+        whole_file(path) as file,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+    ):
+        packed.write(image.to_bytes())
 
 
 def check_affine(affine: Affine, path: str | Path) -> Affine:

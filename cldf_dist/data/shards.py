@@ -25,6 +25,7 @@ import numpy.typing as npt
 import webdataset
 
 from cldf_dist.data.slices import Floats, Geometry, Mask, Slice, dequantise, quantise
+from cldf_dist.whole_files import whole_file
 
 FORMAT = "cldf-shards"
 VERSION = 1
@@ -82,7 +83,8 @@ def write_manifest(
         "geometry": {patient: geometry[patient].to_json() for patient in sorted(geometry)},
         "shards": list(shards),
     }
-    _write_whole(path, json.dumps(content, indent=1).encode())
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
     return path
 
 
@@ -375,15 +377,3 @@ def _check_size(folder: Path, shard: Record) -> Path:
         what = "truncated" if size < shard["size"] else "damaged"
         raise DamagedShardError(f"{path} is {what}: {size} of {shard['size']} bytes; {_REMEDY}")
     return path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ threshold rules: same gate, same grid, same post-processing for CLDF and all bas
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from cldf_dist.config import Data
 from cldf_dist.data.slices import Geometry, to_native
+from cldf_dist.whole_files import whole_file
 
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -43,15 +43,8 @@ class PatientScores:
             f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()
         }
         arrays |= {"probability": self.probability, "foreground": self.foreground}
-        temporary = folder / f".{self.patient}.partial.npz"
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / f"{self.patient}.npz")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(folder / f"{self.patient}.npz") as file:
+            np.savez_compressed(file, **arrays)
 
     def spread(self, places: Sequence[int], num_slices: int) -> PatientScores:
         """The same scores among `num_slices` slices; those without a score (their shard was

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import zipfile
@@ -37,6 +36,7 @@ from cldf_dist.data.slices import (
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, read_json
+from cldf_dist.whole_files import whole_file
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -180,15 +180,8 @@ def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> 
     if volume.mask is not None:
         write_nifti(native_mask, volume.mask.astype(np.uint8), volume.affine)
         arrays["masks"] = np.stack([item.mask for item in slices if item.mask is not None])
-    temporary = spool / f".{name}.partial.npz"
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(spool / f"{name}.npz")
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(spool / f"{name}.npz") as file:
+        np.savez(file, **arrays)
 
 
 def _spooled(spool: Path, name: str) -> Iterator[Slice]:
