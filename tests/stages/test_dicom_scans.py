@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from chaos_files import chaos, organs, write_t1
-from dicom_files import write_series
+from dicom_files import change, write_series
 
 from cldf_dist import load_segmenter
 from cldf_dist.__main__ import main
@@ -152,6 +152,38 @@ def test_one_file_of_a_series_stands_for_it(dicom_study: Path, tmp_path: Path) -
     by_file = segmenter.segment(tmp_path / "ann" / "slice_2.dcm")
     np.testing.assert_array_equal(by_file.mask, by_folder.mask)
     assert by_file.dicom_files == by_folder.dicom_files
+
+
+def test_a_mask_beside_a_series_is_left_alone_and_the_patient_gives_the_name(
+    dicom_study: Path, tmp_path: Path
+) -> None:
+    """The layout of the training data: the series in a folder of its own, mask.nii.gz beside."""
+    for name in ("ann", "bob"):
+        image, mask = write_head(tmp_path / name / "SERIES", 15)
+        write_nifti(tmp_path / name / "mask.nii.gz", mask.astype(np.uint8), np.eye(4))
+    segmenter = load_segmenter(dicom_study / "runs" / "heads")
+    scans = segmenter.find(tmp_path)
+    assert [scan.name for scan in scans] == ["ann", "bob"]
+    np.testing.assert_array_equal(scans[0].read().image[0], image)
+    (alone,) = segmenter.find(tmp_path / "ann")
+    assert alone.name == "ann_SERIES", "nobody knows which of the two folders is the patient's"
+
+
+def test_the_nifti_mask_is_kept_where_no_dicom_seg_can_be_made(
+    dicom_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_head(tmp_path / "in" / "ann", 15)
+    for file in dicom_files(tmp_path / "in" / "ann"):
+        change(file, FrameOfReferenceUID=None)  # some tools that anonymise take it out
+    words = [
+        *(DEBUG, "data.dataset=dicom", "data.root=gone", "data.labels=gone.csv", "name=heads"),
+        *(f"runs={dicom_study / 'runs'}", *QUICK),
+    ]
+    out = tmp_path / "out"
+    assert main(["segment", *words, f"input={tmp_path / 'in' / 'ann'}", f"output={out}"]) == 1
+    assert "the mask is there as NIfTI, but cannot be made a DICOM-SEG" in capsys.readouterr().err
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["ann_mask.nii.gz", "ann_probability.nii.gz"]
 
 
 def test_chaos_masks_come_back_as_nifti_and_as_png(tmp_path: Path) -> None:

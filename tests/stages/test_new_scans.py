@@ -133,6 +133,20 @@ def test_the_package_alone_imports_no_torch(start: Any) -> None:
         cldf_dist.no_such_name  # noqa: B018
 
 
+def test_a_run_may_be_named_from_inside_its_folder(
+    debug_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(debug_run.folder)
+    assert load_segmenter(".").channels == CHANNELS
+
+
+def test_the_folder_of_several_runs_names_them(tmp_path: Path) -> None:
+    for name in ("liver", "spleen"):
+        (tmp_path / "study" / name / "segment").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"name one of its runs: .*/liver, .*/spleen"):
+        load_segmenter(tmp_path / "study")
+
+
 def test_a_run_that_is_not_finished_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no segment stage; run: cldf run CONFIG"):
         load_segmenter(tmp_path)
