@@ -25,3 +25,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers left in `folder` when they were killed; nobody may write there now."""
+    for partial in folder.rglob(".*.partial"):
+        partial.unlink()

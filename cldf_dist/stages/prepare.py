@@ -36,7 +36,7 @@ from cldf_dist.data.slices import (
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, read_json
-from cldf_dist.whole_files import whole_file
+from cldf_dist.whole_files import remove_leftovers, whole_file
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     labels = _digest_of_labels(config.data)
     spool = run.folder / ".spool"
     spool.mkdir(exist_ok=True)
+    remove_leftovers(run.folder)
     with progress("prepare", len(names), "patients") as bar:
         for name in names:
             fingerprint = datasets.source_fingerprint(config.data, name)

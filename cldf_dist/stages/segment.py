@@ -42,6 +42,7 @@ from cldf_dist.stages.masks import (
     object_mask,
     write_own_layout,
 )
+from cldf_dist.whole_files import remove_leftovers
 
 CAMS = ("gradcam", "gradcam_pp", "layercam")
 PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
@@ -181,6 +182,9 @@ def _counterfactuals(
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     shards = shard_set(config, run)
+    if run.is_main:
+        remove_leftovers(run.folder)
+    wait_for_everyone()
     segmenter = Segmenter.load(config, run)
     folder = run.folder / "scores"
     folder.mkdir(exist_ok=True)
