@@ -1,213 +1,230 @@
-"""Speed and memory of the supervised contrastive loss, forward and backward, one thread on CPU.
+"""Speed and memory of the supervised contrastive loss against its definition and its floor.
 
-Ours (tiled) against its definition (naive, N x N) and pytorch-metric-learning, in one process and
-in alternating rounds; the median CPU time counts. First the floor: the operations that the
-symmetric form needs, at the rates that this machine reaches for a matrix product and for exp.
-One CSV row per implementation and size is appended to --output.
+Ours against the definition (naive, N x N), the compiled definition and pytorch-metric-learning, in
+one process and in alternating rounds; medians count. First the ceilings of the device, then for
+every size the floor: the operations that the loss needs, at those rates. On CPU one thread and its
+CPU time; on CUDA the time on the device, the L2 cache flushed before every step. One CSV row per
+implementation, size and pass is appended to --output. An implementation that would take too much
+time or memory at a size is left out there, and the reason printed.
 
     python benchmarks/bench_contrast.py --pixels 1024 4096 8192
+    python benchmarks/bench_contrast.py --device cuda --pixels 4096 16384 65536 262144 \
+        --features 32 64 128 256 --plot benchmarks/results/contrast_cuda.png
+    python benchmarks/bench_contrast.py --plot-only --device cpu --plot contrast.png
 """
 
 import argparse
-import csv
-import platform
+import importlib.metadata
+import re
 import shlex
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from cldf_kernels import supcon_loss, supcon_reference
-from torch import Tensor
-from torch.nn.functional import normalize
+from contrast_device import (
+    PASSES,
+    PRECISIONS,
+    Ceilings,
+    device_name,
+    driver_version,
+    measure_ceilings,
+)
+from contrast_implementations import (
+    NAMES,
+    TEMPERATURE,
+    Measured,
+    Plan,
+    find_implementations,
+    measure,
+    select,
+)
+from contrast_results import (
+    Circumstances,
+    Row,
+    append_rows,
+    check_columns,
+    draw_panels,
+    read_panels,
+)
 
-TEMPERATURE = 0.07
-NUM_CLASSES = 2
 RESULTS = Path(__file__).parent / "results" / "contrast.csv"
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV."""
-
-    date: str
-    commit: str
-    command: str
-    device: str
-    torch: str
-    implementation: str
-    N: int
-    D: int
-    seconds: float
-    ratio_to_naive: float
-    peak_extra_mb: float
 
 
 def main() -> None:
+    """Measure, append the rows, plot; what the options leave out is left out."""
     arguments = _parse_arguments()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    losses = _implementations()
-    rows: list[Row] = []
-    rates = _machine_rates(512 if arguments.tiny else 1024)
-    print(f"{_device()}; torch {torch.__version__}; temperature {TEMPERATURE}")
-    print(f"matrix product {rates[0] / 1e9:.1f} GFLOP/s, exp {rates[1] / 1e9:.2f} G/s")
-    for num_pixels in [64] if arguments.tiny else arguments.pixels:
-        _print_floor(num_pixels, arguments.features, rates)
-        rows += _measure(losses, num_pixels, arguments.features, arguments.rounds)
-        _print_table([row for row in rows if num_pixels == row.N])
-    _append(arguments.output, rows)
+    try:
+        check_columns(arguments.output)
+    except ValueError as error:
+        sys.exit(f"bench_contrast.py: {error}")
+    if not arguments.plot_only:
+        _run(arguments)
+    if arguments.plot:
+        _plot(arguments)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 4096, 8192], metavar="N")
-    parser.add_argument("--features", type=int, default=64, metavar="D")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="64 pixels only: does it run?")
+    parser.add_argument("--pixels", type=int, nargs="+", metavar="N", help="default 1024 4096 8192")
+    parser.add_argument(
+        "--features", type=int, nargs="+", metavar="D", help="default 64; with --plot-only, all"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, nargs="+", help="of ours on CUDA, default fp16 bf16 tf32"
+    )
+    parser.add_argument("--implementations", choices=NAMES, nargs="+", help="default all")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=300,
+        help="of one implementation at one size, foreseen from a smaller size; default %(default)s",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="64 and 128 pixels, nothing compiled: does it run?"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
-    return parser.parse_args()
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the latest rows of --output")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    if arguments.plot_only and not arguments.plot:
+        parser.error("--plot-only needs --plot")
+    if arguments.tiny and arguments.pixels:
+        parser.error("--tiny chooses the pixels; leave --pixels out")
+    if arguments.precision and arguments.device == "cpu":
+        parser.error("--precision belongs to --device cuda; on CPU all is computed in fp32")
+    if arguments.device == "cuda" and not (arguments.plot_only or torch.cuda.is_available()):
+        parser.error("--device cuda: torch sees no CUDA device")
+    _fill_in(arguments)
+    return arguments
 
 
-def _implementations() -> dict[str, Loss]:
-    losses: dict[str, Loss] = {
-        "naive": lambda z, labels: supcon_reference(z, labels, temperature=TEMPERATURE),
-        "tiled": lambda z, labels: supcon_loss(z, labels, temperature=TEMPERATURE),
-    }
+def _fill_in(arguments: argparse.Namespace) -> None:
+    if not arguments.plot_only:
+        arguments.features = arguments.features or [64]
+    arguments.pixels = arguments.pixels or ([64, 128] if arguments.tiny else [1024, 4096, 8192])
+    arguments.precision = arguments.precision or ["fp16", "bf16", "tf32"]
+    not_tiny = tuple(name for name in NAMES if name != "compiled naive")
+    arguments.implementations = arguments.implementations or (not_tiny if arguments.tiny else NAMES)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    ceilings = measure_ceilings(device, tiny=arguments.tiny)
+    print(f"{device_name(device)}; torch {torch.__version__}; temperature {TEMPERATURE}")
+    print(ceilings.sources)
+    circumstances = _circumstances(device)
+    plan = Plan(device, arguments.rounds, arguments.max_seconds)
+    implementations = find_implementations(arguments.implementations, device, arguments.precision)
+    for num_features in arguments.features:
+        remaining = list(implementations)
+        latest: dict[str, Measured] = {}
+        for num_pixels in sorted(arguments.pixels):
+            _print_floor(ceilings, num_pixels, num_features, arguments.precision)
+            selected = select(remaining, num_pixels, latest, plan)
+            measured = measure(selected, num_pixels, num_features, plan)
+            latest |= {one.implementation.name: one for one in measured}
+            succeeded = [one.implementation for one in measured]
+            # what failed is not tried again at larger sizes
+            remaining = [one for one in remaining if one in succeeded or one not in selected]
+            rows = _rows(measured, ceilings, circumstances)
+            _print_table(rows)
+            append_rows(arguments.output, rows)
+    print(f"\nrows appended to {arguments.output}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
     try:
-        from pytorch_metric_learning.losses import SupConLoss
-    except ImportError:
-        print("pytorch-metric-learning is not installed: left out")
-    else:
-        losses["pytorch-metric-learning"] = SupConLoss(temperature=TEMPERATURE)
-    return losses
-
-
-def _measure(
-    losses: dict[str, Loss], num_pixels: int, num_features: int, num_rounds: int
-) -> list[Row]:
-    z = normalize(torch.randn(num_pixels, num_features), dim=1).requires_grad_()
-    labels = torch.randint(0, NUM_CLASSES, (num_pixels,))
-    peaks = {name: _peak_extra_mb(loss, z, labels) for name, loss in losses.items()}  # warms up too
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in range(num_rounds):
-        for name, loss in losses.items():
-            start = time.process_time()
-            _step(loss, z, labels)
-            seconds[name].append(time.process_time() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return [
-        Row(
-            date=datetime.now(UTC).date().isoformat(),
-            commit=_commit(),
-            command=shlex.join(["python", "benchmarks/bench_contrast.py", *sys.argv[1:]]),
-            device=_device(),
-            torch=torch.__version__,
-            implementation=name,
-            N=num_pixels,
-            D=num_features,
-            seconds=round(median, 6),
-            ratio_to_naive=round(medians["naive"] / median, 2),
-            peak_extra_mb=round(peaks[name], 1),
+        panels = read_panels(
+            arguments.output, device_type=arguments.device, features=arguments.features
         )
-        for name, median in medians.items()
-    ]
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"bench_contrast.py: {error}")
+    draw_panels(panels, arguments.plot)
+    print(f"plotted to {arguments.plot}")
 
 
-def _step(loss: Loss, z: Tensor, labels: Tensor) -> None:
-    z.grad = None
-    loss(z, labels).backward()  # type: ignore[no-untyped-call]
-
-
-def _machine_rates(size: int) -> tuple[float, float]:
-    """Floating point operations a second of a square matrix product; exponentials a second."""
-    matrix, result = torch.rand(size, size), torch.empty(size, size)
-    product = _fastest(lambda: torch.mm(matrix, matrix, out=result))
-    block = torch.rand(256, 1024)
-    exponential = _fastest(lambda: torch.exp(block, out=result.resize_(block.shape)))
-    return 2 * size**3 / product, block.numel() / exponential
-
-
-def _fastest(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(10):
-        start = time.process_time()
-        for _ in range(5):
-            call()
-        times.append((time.process_time() - start) / 5)
-    return min(times)
-
-
-def _print_floor(num_pixels: int, num_features: int, rates: tuple[float, float]) -> None:
-    operations = 4 * num_pixels**2 * num_features
-    exponentials = num_pixels**2  # one per pair of pixels, forward and backward
-    moved = 4 * (3 * num_pixels * num_features + 4 * num_pixels)  # z twice, its gradient, 4 vectors
-    print(
-        f"\nN={num_pixels} D={num_features}: floor 4 N^2 D = {operations / 1e9:.2f} GFLOP "
-        f"({operations / rates[0]:.4f} s) + {exponentials / 1e6:.1f} M exp "
-        f"({exponentials / rates[1]:.4f} s); {moved / 1e6:.2f} MB"
+def _circumstances(device: torch.device) -> Circumstances:
+    folder = str(Path(__file__).parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    # folders of this machine mean nothing elsewhere
+    words = [re.sub(r"^(--\w+=)?/.*/", r"\1", word) for word in sys.argv[1:]]
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return Circumstances(
+        date=datetime.now(UTC).date().isoformat(),
+        commit=commit or "none",
+        command=shlex.join(["python", "benchmarks/bench_contrast.py", *words]),
+        device=device_name(device),
+        driver=driver_version(device),
+        torch=torch.__version__,
+        triton=triton,
     )
 
 
+def _rows(measured: list[Measured], ceilings: Ceilings, circumstances: Circumstances) -> list[Row]:
+    naive = next((one for one in measured if one.implementation.name == "naive"), None)
+    rows = []
+    for one in measured:
+        precision = one.implementation.precision
+        floors = ceilings.floor_seconds(one.num_pixels, one.num_features, precision)
+        rows += [
+            Row(
+                **asdict(circumstances),
+                implementation=one.implementation.name,
+                pass_=name,
+                N=one.num_pixels,
+                D=one.num_features,
+                precision=precision,
+                seconds=_round(one.seconds[name]),
+                ratio_to_naive=_round(naive.seconds[name] / one.seconds[name]) if naive else None,
+                times_floor=_round(one.seconds[name] / floors[name]),
+                peak_extra_mb=round(one.peaks_mb[name], 1),
+            )
+            for name in PASSES
+        ]
+    return rows
+
+
+def _round(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def _print_floor(
+    ceilings: Ceilings, num_pixels: int, num_features: int, precisions: list[str]
+) -> None:
+    print(f"\nN={num_pixels} D={num_features}, floor: {ceilings.form}")
+    for precision in precisions if ceilings.is_cuda else ["fp32"]:
+        floors = ceilings.floor_seconds(num_pixels, num_features, precision)
+        work = ceilings.work_seconds(num_pixels, num_features, precision)
+        parts = [
+            f"{name} {floors[name]:.3g} (products {work[name][0]:.3g}, exp {work[name][1]:.3g})"
+            for name in work
+        ]
+        print(f"{precision} {floors['both']:.3g} s: {', '.join(parts)}")
+
+
 def _print_table(rows: list[Row]) -> None:
-    print(f"{'implementation':<26}{'CPU seconds':>12}{'x naive':>9}{'peak extra MB':>15}")
-    for row in rows:
-        print(
-            f"{row.implementation:<26}{row.seconds:>12.4f}{row.ratio_to_naive:>9.2f}"
-            f"{row.peak_extra_mb:>15.1f}"
-        )
-
-
-def _append(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(Row.__annotations__), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    print(f"\n{len(rows)} rows appended to {path}")
-
-
-def _peak_extra_mb(loss: Loss, z: Tensor, labels: Tensor) -> float:
-    """Rise of the resident memory during one step, in MB; nan where Linux's /proc is missing.
-
-    Memory that the process already holds and reuses does not count.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status_kilobytes("VmRSS")
-        _step(loss, z, labels)
-        return max(0, _status_kilobytes("VmHWM") - before) / 1024
-    except OSError:
-        _step(loss, z, labels)
-        return float("nan")
-
-
-def _status_kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "none"
-
-
-def _device() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"CPU, 1 thread ({model})"
+    columns = ("seconds:", *PASSES, "x naive", "x floor", "peak MB")
+    print(f"{columns[0]:<26}" + "".join(f"{column:>11}" for column in columns[1:]))
+    for name in dict.fromkeys(row.implementation for row in rows):
+        passes = {row.pass_: row for row in rows if row.implementation == name}
+        both = passes["both"]
+        ratio = "-" if both.ratio_to_naive is None else f"{both.ratio_to_naive:.2f}"
+        seconds = "".join(f"{passes[each].seconds:>11.3g}" for each in PASSES)
+        print(f"{name:<26}{seconds}{ratio:>11}{both.times_floor:>11.2f}{both.peak_extra_mb:>11.1f}")
 
 
 if __name__ == "__main__":

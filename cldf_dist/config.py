@@ -198,6 +198,9 @@ class Contrast:
     temperature: float = 0.1
     foreground_pixels: int = 256  # per step, over all processes
     background_pixels: int = 384  # per step, over all processes; half from negative slices
+    backend: str = "auto"  # auto | triton | torch: what computes the loss; auto: triton on a GPU
+    precision: str = "auto"  # auto | fp16 | bf16 | tf32 | fp32: of the scores in Triton's kernels
+    deterministic: bool = False  # bit-identical from run to run on a GPU too; costs some speed
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ CHAOS_OBJECTS = {
     "mr_t2": ("liver", "right_kidney", "left_kidney", "spleen"),
 }
 SUBJECTS = ("auto", "nonzero", "tissue")
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
 CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
 PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
@@ -51,6 +52,7 @@ def broken_rules(config: Config) -> list[str]:
 
 
 def _choices(config: Config) -> Iterator[str]:
+    contrast = config.decoder.contrast
     for path, value, choices in (
         ("mixed_precision", config.mixed_precision, ("auto", "no", "bf16")),
         ("data.dataset", config.data.dataset, DATASETS),
@@ -61,6 +63,8 @@ def _choices(config: Config) -> Iterator[str]:
         ("diffusion.net.attention", config.diffusion.net.attention, ("sdpa", "xformers")),
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
         ("seeds.rule", config.seeds.rule, ("both", "cam", "gradient")),
+        ("decoder.contrast.backend", contrast.backend, ("auto", "triton", "torch")),
+        ("decoder.contrast.precision", contrast.precision, PRECISIONS),
         ("cam.layer", config.cam.layer, CAM_LAYERS),
         ("cam.seed_method", config.cam.seed_method, ("gradcam", "gradcam_pp", "layercam")),
     ):
@@ -288,6 +292,11 @@ def _decoder(config: Config) -> Iterator[str]:
     contrast = config.decoder.contrast
     if contrast.temperature <= 0:
         yield f"decoder.contrast.temperature must be > 0, got {contrast.temperature}"
+    if contrast.backend == "torch" and contrast.precision not in ("auto", "fp32"):
+        yield (
+            f"decoder.contrast.precision={contrast.precision} needs Triton's kernels; with "
+            "decoder.contrast.backend=torch take auto or fp32"
+        )
     batch = config.decoder.fit.batch_size
     for name, parts in (("foreground_pixels", 1), ("background_pixels", 2)):
         pixels = getattr(contrast, name)

@@ -17,6 +17,15 @@ from pathlib import Path
 
 import pytest
 
+INTERPRET = "TRITON_INTERPRET"  # Triton reads it when it is imported first
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's kernels are interpreted, but compiled for a device by `make test-gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ[INTERPRET] = "1"
+
+
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG = str(ROOT / "configs" / "debug.yaml")
 
@@ -63,7 +72,8 @@ def environment() -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "SLURM_")) and name not in ("RANK", "WORLD_SIZE")
+        if not name.startswith(("ACCELERATE_", "SLURM_"))
+        and name not in ("RANK", "WORLD_SIZE", INTERPRET)
     }
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -93,7 +93,15 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         num_background=settings.contrast.background_pixels // batch,
         seed=config.seed,
     )
-    task = Contrast(net, temperature=settings.contrast.temperature, seed=config.seed)
+    contrast = settings.contrast
+    task = Contrast(
+        net,
+        temperature=contrast.temperature,
+        seed=config.seed,
+        backend=contrast.backend,
+        precision=contrast.precision,
+        deterministic=contrast.deterministic,
+    )
     trained: Any = fit(task, Stream(items, items.shard_of, config.seed), settings.fit, run)
     if run.is_main:
         prototypes = _prototypes(config, trained, pixels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cldf_kernels import supcon_loss
+from typing import Any
+
+from cldf_kernels import SupConLoss
 from torch import Tensor, distributed, nn
 
 from cldf_dist.method.noise import sample_dropout, sample_noise
@@ -15,17 +17,33 @@ class Contrast(nn.Module):
     A batch holds "features" (batch, pixels, num_features), "labels" (batch, pixels): 1 object,
     0 background, -1 unused, and "sample_number" (batch,). The decoder's dropout and noise are
     drawn here, as functions of (seed, sample number), so that a resumed run repeats them.
+    `backend`, `precision` and `deterministic` are those of `cldf_kernels.supcon_loss`.
     """
 
     accumulates = False  # splitting a batch would change every pixel's negatives
     autocast = False
 
-    def __init__(self, net: PixelDecoder, *, temperature: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        net: PixelDecoder,
+        *,
+        temperature: float,
+        seed: int = 0,
+        backend: str = "auto",
+        precision: str = "auto",
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"decoder.contrast.temperature must be > 0, got {temperature}")
         self.net = net
-        self.temperature = temperature
+        options: Any = {
+            "temperature": temperature,
+            "backend": backend,
+            "precision": precision,
+            "deterministic": deterministic,
+        }
+        self.loss = SupConLoss(**options)
         self.seed = seed
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,10 +58,9 @@ class Contrast(nn.Module):
                 shift = self.net.noise * draws
         embeddings = self.net(features, scale=scale, shift=shift)
         together = distributed.is_available() and distributed.is_initialized()
-        loss: Tensor = supcon_loss(
+        loss: Tensor = self.loss(
             embeddings.flatten(0, 1),
             batch["labels"].to(features.device).flatten(),
-            temperature=self.temperature,
             process_group=distributed.group.WORLD if together else None,
         )
         return {"loss": loss}

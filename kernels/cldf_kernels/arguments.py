@@ -18,20 +18,14 @@ INTEGER_TYPES = (torch.int32, torch.int64)
 
 def check_settings(
     *,
-    temperature: float,
+    temperature: float | Tensor,
     negatives: Negatives,
     reduction: Reduction,
     precision: Precision,
     backend: Backend,
 ) -> None:
     """Raise TypeError or ValueError unless the settings are what their names allow."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (float, int)):
-        raise TypeError(
-            f"supcon_loss: temperature must be a Python float, got {type(temperature).__name__}; "
-            "a learnable temperature is not supported, pass float(temperature)"
-        )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"supcon_loss: temperature must be finite and > 0, got {temperature}")
+    _check_temperature(temperature)
     _check_choice("negatives", negatives, get_args(Negatives))
     _check_choice("reduction", reduction, get_args(Reduction))
     _check_choice("precision", precision, get_args(Precision))
@@ -75,6 +69,26 @@ def check_bank(z: Tensor, bank: Tensor | None, bank_labels: Tensor | None) -> No
         raise ValueError("supcon_loss: bank gets no gradient; pass bank.detach()")
     _check_ids("bank_labels", bank_labels, bank)
     _check_device("bank", bank, z)
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or temperature.dtype not in FLOAT_TYPES:
+            raise TypeError(
+                "supcon_loss: a temperature tensor must hold one floating point number, got "
+                f"{temperature.dtype} of shape {tuple(temperature.shape)}"
+            )
+    elif isinstance(temperature, bool) or not isinstance(temperature, (float, int)):
+        raise TypeError(
+            "supcon_loss: temperature must be a float, or a tensor of one number to be learnt, "
+            f"got {type(temperature).__name__}"
+        )
+    value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(
+            f"supcon_loss: temperature must be finite and > 0, got {value}; learn its logarithm "
+            "where an optimizer moves it: temperature=log_temperature.exp()"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

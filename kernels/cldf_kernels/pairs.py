@@ -1,4 +1,4 @@
-"""Who meets whom: labels, groups, ranks and bank turned into blocks of keys and shares of the loss.
+"""Who meets whom: labels, groups, ranks and bank turned into cells and shares of the loss.
 
 Keys stand in the order: own anchors, other ranks' anchors, bank. A cell is one class in one group:
 the anchors that are each other's positives. The bank belongs to every group.
@@ -12,6 +12,9 @@ from torch import Tensor
 from cldf_kernels.arguments import Negatives, Reduction
 from cldf_kernels.gather import Ranks
 
+MAX_MATRIX_CLASSES = 64  # up to here, class sums on a GPU are a product with a 0/1 matrix
+MAX_MATRIX_ROWS = 65536  # of that product at a time
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -19,7 +22,7 @@ class Pixels:
 
     z: Tensor
     labels: Tensor
-    groups: Tensor
+    groups: Tensor | None
     weights: Tensor
 
 
@@ -32,29 +35,28 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Keys that meet each other; the first `num_own` are own anchors."""
-
-    members: Tensor
-    num_own: int
-
-
-@dataclass(frozen=True)
 class Pairs:
     """Everything about the keys but the own anchors' embeddings."""
 
+    num_own: int
     foreign_keys: Tensor  # (other anchors + bank, features)
-    key_labels: Tensor  # of every key
-    cells: Tensor  # of every anchor
+    key_labels: Tensor  # of every key, 0, 1, ...
+    groups: Tensor | None  # of every anchor, 0, 1, ...; None: all meet
+    cells: Tensor  # of every anchor; numbered by group, then by label
+    group_of_cell: Tensor
+    label_of_cell: Tensor
     cell_sums: Tensor  # (cells, features), bank included
     num_positives: Tensor  # of every anchor
     shares: Tensor  # of every anchor: d loss / d L_i, float64, 0 for one that does not count
-    group_blocks: list[Block]
-    cell_blocks: list[Block]  # empty where positives never meet pair by pair
+    negatives: Negatives
 
     @property
-    def num_own(self) -> int:
-        return len(self.key_labels) - len(self.foreign_keys)
+    def num_anchors(self) -> int:
+        return len(self.cells)
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.key_labels)
 
     def keys(self, z: Tensor) -> Tensor:
         """All keys, given the own anchors."""
@@ -62,7 +64,7 @@ class Pairs:
 
     def per_key(self, of_anchors: Tensor, *, of_bank: float) -> Tensor:
         """One value per key: those of the anchors, then `of_bank` for every bank entry."""
-        num_bank = len(self.key_labels) - len(self.cells)
+        num_bank = self.num_keys - self.num_anchors
         return torch.cat([of_anchors, of_anchors.new_full((num_bank,), of_bank)])
 
 
@@ -84,42 +86,49 @@ def pair_up(
     )
     num_labels = len(label_ids)
     labels, bank_labels = key_labels.split([num_anchors, len(bank.labels)])
-    _, groups = torch.unique(anchors.groups, return_inverse=True)
-    cell_ids, cells, cell_sizes = torch.unique(
-        groups * num_labels + labels, return_inverse=True, return_counts=True
-    )
+    if anchors.groups is None:
+        groups, cells = None, labels
+        cell_ids = torch.arange(num_labels, device=labels.device)
+        cell_sizes = torch.bincount(labels, minlength=num_labels)
+    else:
+        _, groups = torch.unique(anchors.groups, return_inverse=True)
+        cell_ids, cells, cell_sizes = torch.unique(
+            groups * num_labels + labels, return_inverse=True, return_counts=True
+        )
     label_of_cell = cell_ids % max(num_labels, 1)
 
     bank_sizes = torch.bincount(bank_labels, minlength=num_labels)
     num_positives = (cell_sizes - 1 + bank_sizes[label_of_cell])[cells]
     counted = num_positives > 0
     if negatives == "other":
-        num_met = (torch.bincount(groups) - 1 + len(bank.labels))[groups]
-        counted = counted & (num_met > num_positives)
+        num_anchors_met = num_anchors if groups is None else torch.bincount(groups)[groups]
+        counted = counted & (num_anchors_met - 1 + len(bank.labels) > num_positives)
     bank_sums = sum_rows(bank.z, bank_labels, num_labels, deterministic=deterministic)
     cell_sums = sum_rows(anchors.z, cells, len(cell_ids), deterministic=deterministic)
-    in_bank = torch.arange(num_anchors, len(key_labels), device=cells.device)
-    cell_blocks = []
-    if negatives == "other":
-        bank_of_label = _indices_by(bank_labels, num_labels)
-        extra = [num_anchors + bank_of_label[label] for label in label_of_cell.tolist()]
-        cell_blocks = _blocks(cells, num_own, extra)
     return Pairs(
+        num_own=num_own,
         foreign_keys=torch.cat([anchors.z[num_own:], bank.z]),
         key_labels=key_labels,
+        groups=groups,
         cells=cells,
+        group_of_cell=cell_ids // max(num_labels, 1),
+        label_of_cell=label_of_cell,
         cell_sums=cell_sums + bank_sums[label_of_cell],
         num_positives=num_positives,
         shares=_shares(anchors.weights, counted, reduction),
-        group_blocks=_blocks(groups, num_own, [in_bank]),
-        cell_blocks=cell_blocks,
+        negatives=negatives,
     )
 
 
 def sum_rows(rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool) -> Tensor:
     """Sum of the rows of each id, (num_ids, features), accumulated in float64."""
     sums = torch.zeros(num_ids, rows.shape[1], dtype=torch.float64, device=rows.device)
-    if deterministic and rows.is_cuda:  # index_add_ adds atomically there, index_put_ sorts first
+    if rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at a few addresses
+        names = torch.arange(num_ids, device=rows.device)
+        for first in range(0, len(rows), MAX_MATRIX_ROWS):
+            part = slice(first, first + MAX_MATRIX_ROWS)
+            sums.addmm_((names[:, None] == ids[part]).double(), rows[part].double())
+    elif rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
         sums.index_put_((ids,), rows.double(), accumulate=True)
     else:
         sums.index_add_(0, ids, rows.double())
@@ -128,12 +137,17 @@ def sum_rows(rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool) ->
 
 def _with_other_ranks(pixels: Pixels, ranks: Ranks) -> Pixels:
     """The anchors of all ranks, the own ones first."""
-    ids = torch.stack([pixels.labels, pixels.groups], dim=1)
+    ids = pixels.labels[:, None]
+    if pixels.groups is not None:
+        ids = torch.stack([pixels.labels, pixels.groups], dim=1)
     other_ids = ranks.rows_of_others(ids)
+    groups = None
+    if pixels.groups is not None:
+        groups = torch.cat([pixels.groups, other_ids[:, 1]])
     return Pixels(
         z=torch.cat([pixels.z, ranks.rows_of_others(pixels.z)]),
         labels=torch.cat([pixels.labels, other_ids[:, 0]]),
-        groups=torch.cat([pixels.groups, other_ids[:, 1]]),
+        groups=groups,
         weights=torch.cat([pixels.weights, ranks.rows_of_others(pixels.weights)]),
     )
 
@@ -144,19 +158,3 @@ def _shares(weights: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
         return shares
     total = shares.sum()
     return shares / torch.where(total > 0, total, 1)
-
-
-def _blocks(ids: Tensor, num_own: int, extra: list[Tensor]) -> list[Block]:
-    """The anchors of each id and the `extra` keys of that id, or the same ones for all ids."""
-    members = _indices_by(ids, int(ids.max()) + 1 if len(ids) else 0)
-    owned = torch.bincount(ids[:num_own], minlength=len(members)).tolist()
-    if len(extra) == 1:
-        extra = extra * len(members)
-    triples = zip(members, extra, owned, strict=True)
-    return [Block(torch.cat([own, more]), num) for own, more, num in triples if num]
-
-
-def _indices_by(ids: Tensor, num_ids: int) -> list[Tensor]:
-    """Positions of each id, ascending."""
-    sizes = torch.bincount(ids, minlength=num_ids).tolist()
-    return list(torch.split(torch.argsort(ids, stable=True), sizes))

@@ -11,7 +11,7 @@ def naive_supcon(
     z: Tensor,
     labels: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     negatives: Negatives,
     weight: Tensor | None,
     group: Tensor | None,
@@ -34,6 +34,8 @@ def naive_supcon(
         meets = torch.cat([meets, meets.new_ones(num_pixels, len(bank))], dim=1)
     meets = meets & kept[:, None] & (key_labels >= 0)[None, :]
 
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(())
     scores = z @ keys.T / temperature
     same = labels[:, None] == key_labels[None, :]
     losses, valid = _anchor_losses(

@@ -1,7 +1,10 @@
 """The public door: one function, its oracle, and a module that holds the settings."""
 
+import functools
+import importlib.util
 import inspect
-from typing import TypedDict, Unpack
+import os
+from typing import Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -16,14 +19,15 @@ from cldf_kernels.arguments import (
     check_pixels,
     check_settings,
 )
+from cldf_kernels.exact import MakePasses, exact_supcon
 from cldf_kernels.reference import naive_supcon
-from cldf_kernels.tiled import tiled_supcon
+from cldf_kernels.tiled import TiledPasses
 
 
 class ReferenceOptions(TypedDict, total=False):
     """What the definition of the loss depends on; see supcon_loss."""
 
-    temperature: float
+    temperature: float | Tensor
     negatives: Negatives
     weight: Tensor | None
     group: Tensor | None
@@ -45,7 +49,7 @@ def supcon_loss(
     z: Tensor,
     labels: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     negatives: Negatives = "all",
     weight: Tensor | None = None,
     group: Tensor | None = None,
@@ -62,7 +66,8 @@ def supcon_loss(
     z: (pixels, features), at most 256 features, L2-normalised rows for the usual loss.
     labels: (pixels,) integer classes; a negative label means unknown: the pixel is left out and
         its gradient is exactly zero.
-    temperature: divides the dot products.
+    temperature: divides the dot products. A tensor of one number is learnt: it gets its gradient,
+        and is read by the host once a call.
     negatives: "all" contrasts each positive with every other pixel; "other" with the pixels of
         other classes only (InfoNCE per pair).
     weight: (pixels,) >= 0, multiplies an anchor's loss; "mean" divides by the sum over the anchors
@@ -75,17 +80,21 @@ def supcon_loss(
         with 0 pixels; "mean" and "sum" report the same value on all ranks. The gradient is
         multiplied by the number of ranks, so that the average taken by DDP is the gradient of the
         one global loss. With "none" every rank must call backward too. None: this process alone.
-    precision: of the matrix products; "torch" and "reference" take "auto" (the dtype of z; "torch"
-        computes float16 and bfloat16 in float32) or "fp32".
-    deterministic: forbid sums in an order that changes between runs.
-    backend: "torch" and "auto" work tile by tile in O(N D) memory; "reference" is the definition
-        with N x N matrices.
+    precision: of the matrix products. "triton" takes all; there "auto" is "fp16" with sums in
+        float32, or "fp32" where |z|^2 / temperature exceeds 60 or is tiny. "torch" and "reference"
+        take "auto" (the dtype of z; "torch" computes float16 and bfloat16 in float32) or "fp32".
+    deterministic: forbid sums in an order that changes between runs, on GPUs at half the forward
+        speed; implied by torch.use_deterministic_algorithms(True).
+    backend: "triton" needs a GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1 on a CPU;
+        "torch" works tile by tile on any device; both take O(N D) memory. "reference" is the
+        definition with N x N matrices. "auto" is "triton" for what it can do on a GPU, else
+        "torch".
 
     An anchor counts if it has a positive, and with negatives="other" a negative too; where none
     counts, the loss is 0 and the gradient zero. The result is float32, or float64 for float64;
     "reference" keeps the dtype of z. Second derivatives exist only with backend="reference".
-    Raises TypeError or ValueError for arguments that break these rules, and RuntimeError for
-    backend="triton", which this version does not have.
+    Raises TypeError or ValueError for arguments that break these rules, and RuntimeError where
+    backend="triton" cannot run.
     """
     check_settings(
         temperature=temperature,
@@ -96,9 +105,14 @@ def supcon_loss(
     )
     check_pixels(z, labels, weight, group)
     check_bank(z, bank, bank_labels)
-    _check_backend(backend, precision, z, process_group)
+    chosen = choose_backend(z, backend=backend, precision=precision)
+    if chosen == "reference" and process_group is not None:
+        raise ValueError(
+            'supcon_loss: backend="reference" knows one process only, got a process_group; '
+            'use backend="auto"'
+        )
     with torch.autocast(z.device.type, enabled=False):
-        if backend == "reference":
+        if chosen == "reference":
             return naive_supcon(
                 z,
                 labels,
@@ -110,9 +124,11 @@ def supcon_loss(
                 bank_labels=bank_labels,
                 reduction=reduction,
             )
-        return tiled_supcon(
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return exact_supcon(
             z,
             labels,
+            _make_passes(chosen, precision, deterministic),
             temperature=temperature,
             negatives=negatives,
             weight=weight,
@@ -153,24 +169,51 @@ class SupConLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_backend(
-    backend: Backend,
-    precision: Precision,
-    z: Tensor,
-    process_group: dist.ProcessGroup | None,
-) -> None:
-    if backend == "triton":
-        raise RuntimeError(
-            'supcon_loss: backend="triton" is not in this version of cldf_kernels; '
-            'use backend="auto"'
-        )
-    if precision not in ("auto", "fp32") or (precision == "fp32" and z.dtype == torch.float64):
+def choose_backend(
+    z: Tensor, *, backend: Backend = "auto", precision: Precision = "auto"
+) -> Literal["triton", "torch", "reference"]:
+    """What supcon_loss takes for embeddings like `z`; raises as it does where that cannot run."""
+    chosen = backend
+    if chosen == "auto":
+        fits = z.is_cuda and z.dtype != torch.float64 and _why_no_triton(z.device) is None
+        chosen = "triton" if fits else "torch"
+    if chosen == "triton":
+        if z.dtype == torch.float64:
+            raise ValueError(
+                'supcon_loss: backend="triton" does not take float64; use float32, float16 or '
+                'bfloat16, or backend="torch"'
+            )
+        reason = _why_no_triton(z.device)
+        if reason:
+            raise RuntimeError(f'supcon_loss: backend="triton" {reason}; use backend="auto"')
+    elif precision not in ("auto", "fp32") or (precision == "fp32" and z.dtype == torch.float64):
         raise ValueError(
             f'supcon_loss: precision="{precision}" does not go with backend="{backend}" and '
-            f'{z.dtype}; use precision="auto"'
+            f'{z.dtype} on {z.device.type}; use precision="auto"'
         )
-    if backend == "reference" and process_group is not None:
-        raise ValueError(
-            'supcon_loss: backend="reference" knows one process only, got a process_group; '
-            'use backend="auto"'
-        )
+    return chosen
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    """None where the kernels run on this device."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return None
+    if device.type != "cuda":
+        return f"needs a GPU, or TRITON_INTERPRET=1 to interpret it, got z on {device.type}"
+    if torch.version.hip is not None:
+        return "is written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or more, got {major}.{minor}"
+    return None
+
+
+def _make_passes(chosen: str, precision: Precision, deterministic: bool) -> MakePasses:
+    if chosen == "torch":
+        return TiledPasses
+    # Triton is a heavy import, and absent outside Linux
+    from cldf_kernels.triton_passes import TritonPasses
+
+    return functools.partial(TritonPasses, precision=precision, deterministic=deterministic)

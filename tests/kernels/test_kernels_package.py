@@ -1,6 +1,7 @@
 """kernels/ installs cldf_kernels alone."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,15 +12,39 @@ import pytest
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
+PROGRAM = """
+import cldf_kernels, torch
+from cldf_kernels import supcon_loss
+
+assert cldf_kernels.__file__.startswith({folder!r}), cldf_kernels.__file__
+z = torch.nn.functional.normalize(torch.randn(40, 5), dim=1).requires_grad_()
+labels = torch.arange(40) % 3
+losses = [supcon_loss(z, labels, backend=backend) for backend in {backends}]
+sum(losses).backward()
+assert max(losses) - min(losses) < 1e-3, losses
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is missing")
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is missing")
-def test_wheel_holds_cldf_kernels_alone(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(KERNELS)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def test_the_package_installs_and_works_alone(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    quiet = {"check": True, "capture_output": True, "text": True}
+    options = ["--quiet", "--no-deps", "--no-index"]
+    command = [*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*command, str(KERNELS)], **quiet)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[0] for name in names}
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"cldf_kernels"}
-    modules = {path.name for path in (KERNELS / "cldf_kernels").iterdir() if path.is_file()}
-    assert {f"cldf_kernels/{name}" for name in modules} <= set(names)
+    modules = {
+        path.relative_to(KERNELS).as_posix() for path in KERNELS.glob("cldf_kernels/**/*.py")
+    }
+    assert modules < set(names)
+    folder = tmp_path / "installed"
+    subprocess.run([*pip, "install", *options, "--target", str(folder), str(wheel)], **quiet)
+    backends = ["torch", "reference"]
+    backends += ["triton"] if importlib.util.find_spec("triton") else []
+    program = PROGRAM.format(folder=str(folder), backends=backends)
+    environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, **quiet)

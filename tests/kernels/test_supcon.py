@@ -1,5 +1,6 @@
 """The tiled loss equals the float64 definition in value and gradient, and keeps its promises."""
 
+import importlib.util
 import itertools
 import math
 
@@ -337,6 +338,75 @@ def test_agrees_with_pytorch_metric_learning():
     assert relative_error(tangent, their_grad) < 1e-6
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_agrees_with_the_published_formula_of_contrastive_segmentation(grouped):
+    """Wang et al., ICCV 2021, eq. 3 as their code has it: each positive against all negatives.
+
+    log_prob = logit - log(exp(logit) + sum of exp over negatives), mean over positives and anchors.
+    """
+    z, labels = make_pixels(150, 12)
+    temperature = 0.07
+    leaf = z.clone().requires_grad_()
+    logits = leaf @ leaf.T / temperature
+    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
+    same = (labels[:, None] == labels).double()
+    negatives = (logits.exp() * (1 - same)).sum(1, keepdim=True)
+    positive = same - torch.eye(len(z), dtype=same.dtype)
+    log_probability = logits - torch.log(logits.exp() + negatives)
+    expected = -((positive * log_probability).sum(1) / positive.sum(1)).mean()
+    expected.backward()
+    options = {"group": torch.ones_like(labels)} if grouped else {}
+    ours, our_grad = value_and_grad(
+        supcon_loss, z, labels, temperature=temperature, negatives="other", **options
+    )
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-12, atol=0)
+    assert relative_error(our_grad, leaf.grad) < 1e-11
+
+
+@pytest.mark.parametrize("negatives", ["all", "other"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_temperature_is_learnt(negatives, reduction, banked, shape):
+    z, labels = make_pixels(60, 5)
+    labels[::6] = -1
+    options = {"negatives": negatives, "reduction": reduction, "group": torch.arange(60) % 2}
+    if banked:
+        bank, bank_labels = make_pixels(20, 5, seed=1)
+        options |= {"bank": bank, "bank_labels": bank_labels}
+    grads = []
+    for function in (supcon_reference, supcon_loss):
+        temperature = torch.full(shape, 0.2, dtype=torch.float64, requires_grad=True)
+        leaf = z.clone().requires_grad_()
+        loss = function(leaf, labels, temperature=temperature, **options)
+        loss.backward(torch.linspace(0.5, 1, 60).double() if loss.ndim else None)
+        assert temperature.grad.shape == shape
+        grads.append((temperature.grad, leaf.grad))
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_temperature_alone_can_be_learnt():
+    z, labels = make_pixels(30, 4)
+    temperature = torch.tensor(0.3, requires_grad=True)
+    supcon_loss(z, labels, temperature=temperature).backward()
+    assert temperature.grad.dtype == torch.float32
+    assert temperature.grad.abs() > 0
+
+
+def test_triton_says_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r'needs a GPU, or TRITON_INTERPRET=1.*backend="auto"'):
+        supcon_loss(Z, LABELS, backend="triton")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else real(name)
+    )
+    with pytest.raises(RuntimeError, match="triton, which is not installed"):
+        supcon_loss(Z, LABELS, backend="triton")
+    assert not supcon_loss(Z, LABELS).isnan()
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_auto_and_torch_run_the_tiled_path(backend):
     z, labels = make_pixels(10, 4)
@@ -384,14 +454,16 @@ Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
         ({"temperature": -0.1}, ValueError, "-0.1"),
         ({"temperature": math.nan}, ValueError, "nan"),
         ({"temperature": math.inf}, ValueError, "inf"),
-        ({"temperature": torch.tensor(0.1)}, TypeError, "Python float"),
+        ({"temperature": torch.tensor([0.1, 0.2])}, TypeError, r"one floating point.*\(2,\)"),
+        ({"temperature": torch.tensor(1)}, TypeError, "int64"),
+        ({"temperature": torch.tensor(-0.1)}, ValueError, "learn its logarithm"),
+        ({"temperature": "0.1"}, TypeError, "str"),
         ({"negatives": "some"}, ValueError, "'all', 'other'"),
         ({"reduction": "median"}, ValueError, "median"),
         ({"precision": "int8"}, ValueError, "int8"),
         ({"precision": "bf16"}, ValueError, 'precision="auto"'),
         ({"precision": "fp32", "z": Z.double()}, ValueError, 'precision="auto"'),
         ({"backend": "cuda"}, ValueError, "cuda"),
-        ({"backend": "triton"}, RuntimeError, 'use backend="auto"'),
         ({"weight": torch.ones(3)}, ValueError, "weight"),
         ({"weight": torch.ones(4).long()}, TypeError, "weight"),
         ({"weight": torch.tensor([1.0, -1.0, 1.0, 1.0])}, ValueError, "-1 to 1"),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cldf_dist.__main__ import main
 from cldf_dist.data.cache import FeatureCache
@@ -113,3 +114,36 @@ def test_a_patient_without_a_mask_leaves_the_reference_row_to_the_others(
     assert done["slices_with_object_seeds"] == sum(
         mask is not None and mask.any() for mask in masks
     )
+
+
+def test_triton_kernels_train_the_same_decoder(
+    debug_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two optimizer steps, interpreted; the weights are those of the torch path."""
+    pytest.importorskip("triton", reason="triton exists on Linux only")
+    from cldf_kernels import triton_passes
+
+    launched = []
+    launch = triton_passes.TritonPasses._launch
+
+    def remembered(self: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(self, kernel, *arguments, **constants)
+
+    monkeypatch.setattr(triton_passes.TritonPasses, "_launch", remembered)
+    weights = {}
+    for backend in ("torch", "triton"):
+        run = debug_run.copy_to(tmp_path / backend, *EARLIER)
+        words = [f"decoder.contrast.backend={backend}", "decoder.contrast.precision=fp32"]
+        words += ["decoder.fit.steps=2", "evaluate.upper_bound=false"]
+        assert main(["train-decoder", *run.words, *words]) == 0
+        weights[backend] = load_file(run.folder / "train-decoder" / "net.safetensors")
+        assert launched == (
+            [] if backend == "torch" else ["symmetric_sums_kernel", "softmax_keys_kernel"] * 2
+        )
+    moved = 0.0
+    start = load_file(debug_run.folder / "train-decoder" / "net.safetensors")
+    for name, expected in weights["torch"].items():
+        torch.testing.assert_close(weights["triton"][name], expected, rtol=1e-4, atol=1e-5)
+        moved = max(moved, (expected - start[name]).abs().max().item())
+    assert moved > 1e-3
