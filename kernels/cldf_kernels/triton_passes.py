@@ -16,7 +16,13 @@ from cldf_kernels.layout import Layout, Met, lay_out
 from cldf_kernels.pairs import Pairs
 from cldf_kernels.triton_kernels.positive_terms import positive_terms_kernel
 from cldf_kernels.triton_kernels.row_sums import row_sums_kernel
-from cldf_kernels.triton_kernels.shapes import Shape, keys_shape, padded_features, sums_shape
+from cldf_kernels.triton_kernels.shapes import (
+    Shape,
+    has_symmetric_forward,
+    keys_shape,
+    padded_features,
+    sums_shape,
+)
 from cldf_kernels.triton_kernels.sigmoid_keys import sigmoid_keys_kernel
 from cldf_kernels.triton_kernels.softmax_keys import softmax_keys_kernel
 from cldf_kernels.triton_kernels.symmetric_sums import symmetric_sums_kernel
@@ -57,7 +63,6 @@ class TritonPasses:
     ) -> None:
         self.pairs = pairs
         self.layout: Layout = lay_out(pairs)
-        self.deterministic = deterministic
         self.num_features = z.shape[1]
         self.width = padded_features(self.num_features)
         self.scale = math.sqrt(math.log2(math.e) / temperature)
@@ -76,6 +81,12 @@ class TritonPasses:
         order = self.layout.query_order
         self.queries = self.keys[: len(z)] if order is None else self._store(z, order)
         self.others = pairs.negatives == "other"
+        self.symmetric = (
+            self.plain
+            and self.layout.key_order is None
+            and not deterministic
+            and has_symmetric_forward(_architecture(z.device))
+        )
         self.has_bank = pairs.num_keys > pairs.num_anchors
 
     def log_sum_exp(self, z: Tensor) -> Tensor:
@@ -85,7 +96,7 @@ class TritonPasses:
             parts = torch.cat([self._row_sums(keys) for keys in met + bank])
             return _as_lse(self._unsorted(torch.logsumexp(parts * math.log(2), dim=0)))
         sums = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-        if self.layout.key_order is None and not self.deterministic:
+        if self.symmetric:
             sums += self._symmetric_sums(len(z))
             met = [Met.OTHER_RANKS] if self.pairs.num_anchors > len(z) else []
         for keys in met + bank:

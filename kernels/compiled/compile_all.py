@@ -63,7 +63,11 @@ class Row:
 
 
 def jobs() -> Iterator[Job]:
-    from cldf_kernels.triton_kernels.shapes import ARCHITECTURES, FEATURES
+    from cldf_kernels.triton_kernels.shapes import (
+        ARCHITECTURES,
+        FEATURES,
+        has_symmetric_forward,
+    )
 
     variants = [
         ("symmetric_sums", False),
@@ -76,6 +80,8 @@ def jobs() -> Iterator[Job]:
     ]
     for architecture in ARCHITECTURES:
         for kernel, online in variants:
+            if kernel == "symmetric_sums" and not has_symmetric_forward(architecture):
+                continue
             for precision in ELEMENT:
                 for features in FEATURES:
                     yield Job(kernel, online, precision, features, architecture)

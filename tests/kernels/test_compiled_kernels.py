@@ -36,7 +36,8 @@ def test_every_configuration_keeps_the_rules_and_the_table(architecture):
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("112 configurations compiled")
+    number = 96 if architecture == 100 else 112
+    assert done.stdout.startswith(f"{number} configurations compiled")
     if compared_version() == triton.__version__:
         assert "compared with" in done.stdout
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 FEATURES = (32, 64, 128, 256)  # narrower embeddings are padded with zeros
 ARCHITECTURES = (80, 90, 100)  # others from 80 on take the shapes of 80: they fit everywhere
+# Where a tile's column sums cost less than its exponentials. On 100 a thread holds one row of the
+# scores: there sums over columns cross all threads, and visiting each pair twice costs no more.
+SYMMETRIC_FORWARD = (80, 90)
 
 
 class Shape(NamedTuple):
@@ -22,77 +25,55 @@ class Shape(NamedTuple):
 
 HALF = ("fp16", "bf16")
 
-# rows, columns, warps, stages
-SUMS: dict[int, dict[str, dict[int, tuple[int, int, int, int]]]] = {
-    80: {
-        "half": {
-            32: (128, 64, 4, 3),
-            64: (128, 64, 4, 3),
-            128: (128, 64, 8, 2),
-            256: (64, 64, 4, 2),
-        },
-        "tf32": {32: (64, 64, 4, 3), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-        "fp32": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
-    },
-    90: {
-        "half": {
-            32: (128, 64, 4, 3),
-            64: (128, 64, 4, 3),
-            128: (128, 64, 4, 3),
-            256: (128, 128, 8, 2),
-        },
-        "tf32": {
-            32: (128, 64, 4, 3),
-            64: (128, 64, 4, 3),
-            128: (128, 64, 8, 2),
-            256: (64, 32, 4, 2),
-        },
-        "fp32": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
-    },
-    100: {
-        "half": {
-            32: (128, 64, 4, 3),
-            64: (128, 64, 4, 3),
-            128: (128, 64, 4, 3),
-            256: (128, 64, 4, 2),
-        },
-        "tf32": {
-            32: (128, 64, 4, 3),
-            64: (128, 64, 4, 3),
-            128: (128, 64, 4, 2),
-            256: (128, 32, 4, 2),
-        },
-        "fp32": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
-    },
-}
+Sums = tuple[int, int, int, int]
+Keys = tuple[int, int, int, int, int]
 
-# rows, columns, features of the result, warps, stages
-KEYS: dict[int, dict[str, dict[int, tuple[int, int, int, int, int]]]] = {
+# rows, columns, warps, stages, for each of FEATURES
+SUMS: dict[int, dict[str, tuple[Sums, ...]]] = {
     80: {
-        "half": {32: (128, 64, 32, 8, 3), 64: (64, 64, 64, 4, 3),
-                 128: (64, 64, 128, 4, 2), 256: (64, 32, 128, 4, 2)},
-        "tf32": {32: (64, 32, 32, 4, 2), 64: (64, 32, 64, 4, 2),
-                 128: (64, 32, 128, 8, 2), 256: (32, 32, 128, 4, 1)},
-        "fp32": {32: (32, 32, 32, 4, 2), 64: (32, 32, 64, 4, 2),
-                 128: (32, 32, 64, 8, 1), 256: (32, 32, 64, 8, 2)},
+        "half": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+        "tf32": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        "fp32": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     },
     90: {
-        "half": {32: (128, 64, 32, 4, 3), 64: (128, 64, 64, 4, 3),
-                 128: (128, 64, 128, 8, 2), 256: (128, 64, 256, 8, 2)},
-        "tf32": {32: (64, 64, 32, 4, 2), 64: (64, 64, 64, 4, 2),
-                 128: (128, 64, 128, 8, 2), 256: (128, 32, 128, 8, 2)},
-        "fp32": {32: (32, 32, 32, 4, 2), 64: (32, 32, 64, 4, 2),
-                 128: (32, 32, 64, 8, 1), 256: (32, 32, 64, 8, 2)},
+        "half": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2)),
+        "tf32": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+        "fp32": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     },
     100: {
-        "half": {32: (128, 64, 32, 4, 3), 64: (128, 64, 64, 4, 3),
-                 128: (128, 64, 128, 4, 2), 256: (128, 64, 256, 4, 2)},
-        "tf32": {32: (128, 64, 32, 4, 2), 64: (128, 64, 64, 4, 2),
-                 128: (128, 32, 128, 4, 2), 256: (128, 32, 128, 4, 2)},
-        "fp32": {32: (32, 32, 32, 4, 2), 64: (32, 32, 64, 4, 2),
-                 128: (32, 32, 64, 8, 1), 256: (32, 32, 64, 8, 2)},
+        "half": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)),
+        "tf32": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 2)),
+        "fp32": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 4, 1)),
     },
 }  # fmt: skip
+
+# rows, columns, features of the result, warps, stages, for each of FEATURES
+KEYS: dict[int, dict[str, tuple[Keys, ...]]] = {
+    80: {
+        "half": ((128, 64, 32, 8, 3), (128, 64, 64, 8, 2),
+                 (64, 64, 128, 4, 2), (64, 64, 256, 4, 2)),
+        "tf32": ((64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 8, 2), (32, 32, 128, 4, 1)),
+        "fp32": ((32, 32, 32, 4, 2), (32, 32, 64, 4, 1), (32, 32, 64, 8, 1), (32, 32, 64, 8, 2)),
+    },
+    90: {
+        "half": ((128, 64, 32, 4, 3), (128, 64, 64, 4, 3),
+                 (128, 64, 128, 8, 2), (128, 64, 256, 8, 2)),
+        "tf32": ((64, 64, 32, 4, 2), (64, 64, 64, 4, 2),
+                 (128, 64, 128, 8, 2), (128, 32, 128, 8, 2)),
+        "fp32": ((32, 32, 32, 4, 2), (32, 32, 64, 4, 2), (32, 32, 64, 8, 1), (32, 32, 64, 8, 2)),
+    },
+    100: {
+        "half": ((128, 64, 32, 8, 3), (128, 64, 64, 8, 3),
+                 (128, 64, 128, 8, 3), (128, 64, 256, 8, 3)),
+        "tf32": ((128, 64, 32, 8, 3), (128, 64, 64, 8, 3),
+                 (128, 64, 128, 8, 3), (128, 32, 128, 8, 2)),
+        "fp32": ((32, 32, 32, 4, 2), (32, 32, 64, 4, 2), (32, 32, 64, 8, 1), (32, 32, 64, 8, 2)),
+    },
+}  # fmt: skip
+
+
+def has_symmetric_forward(architecture: int) -> bool:
+    return _table_of(architecture) in SYMMETRIC_FORWARD
 
 
 def padded_features(num_features: int) -> int:
@@ -102,13 +83,15 @@ def padded_features(num_features: int) -> int:
 
 def sums_shape(architecture: int, precision: str, features: int) -> Shape:
     """For the kernels whose result is one number a query."""
-    rows, columns, warps, stages = SUMS[_table_of(architecture)][_row_of(precision)][features]
+    row = SUMS[_table_of(architecture)][_row_of(precision)]
+    rows, columns, warps, stages = row[FEATURES.index(features)]
     return Shape(rows, columns, features, warps, stages)
 
 
 def keys_shape(architecture: int, precision: str, features: int) -> Shape:
     """For the kernels whose result is a weighted sum of keys."""
-    return Shape(*KEYS[_table_of(architecture)][_row_of(precision)][features])
+    row = KEYS[_table_of(architecture)][_row_of(precision)]
+    return Shape(*row[FEATURES.index(features)])
 
 
 def _table_of(architecture: int) -> int:

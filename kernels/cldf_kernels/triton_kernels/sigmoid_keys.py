@@ -8,6 +8,7 @@ from cldf_kernels.triton_kernels.tiles import (
     load_block,
     load_part,
     load_rows,
+    load_values,
     num_full_tiles,
     num_partial_tiles,
     partial_tile,
@@ -38,8 +39,8 @@ def add_tile(
     """`result` after one more tile of keys."""
     columns = start + tl.arange(0, COLUMNS)
     tile = load_rows(keys, columns, stop, FEATURES, MASKED)
-    shares = tl.load(key_shares + columns, mask=columns < stop, other=0.0)
-    bounds = tl.load(key_bounds + columns, mask=columns < stop, other=0.0)
+    shares = load_values(key_shares, columns, stop, 0.0, MASKED)
+    bounds = load_values(key_bounds, columns, stop, 0.0, MASKED)
     scores = product(queries, tl.trans(tile), None, PRECISION)
     weights = row_shares[:, None] * reciprocal(1.0 + tl.math.exp2(scores - row_bounds[:, None]))
     weights += shares[None, :] * reciprocal(1.0 + tl.math.exp2(scores - bounds[None, :]))

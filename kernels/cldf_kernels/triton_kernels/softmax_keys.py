@@ -8,6 +8,7 @@ from cldf_kernels.triton_kernels.tiles import (
     load_block,
     load_part,
     load_rows,
+    load_values,
     num_full_tiles,
     num_partial_tiles,
     partial_tile,
@@ -38,13 +39,10 @@ def add_tile(
     """`result` after one more tile of keys."""
     columns = start + tl.arange(0, COLUMNS)
     tile = load_rows(keys, columns, stop, FEATURES, MASKED)
-    if MASKED:
-        shares = tl.load(key_shares + columns, mask=columns < stop, other=0.0)
-    else:
-        shares = tl.load(key_shares + columns)
+    shares = load_values(key_shares, columns, stop, 0.0, MASKED)
     scores = product(queries, tl.trans(tile), None, PRECISION)
     if ONLINE:
-        lse = tl.load(key_lse + columns, mask=columns < stop, other=float("inf"))
+        lse = load_values(key_lse, columns, stop, float("inf"), MASKED)
         if MASKED:
             met = (columns[None, :] < stop) & (columns[None, :] != self_columns[:, None])
             scores = tl.where(met, scores, float("-inf"))

@@ -67,6 +67,15 @@ def load_part(matrix, rows, stop, FEATURES: tl.constexpr, PART: tl.constexpr, MA
 
 
 @triton.jit
+def load_values(values, numbers, stop, OTHER: tl.constexpr, MASKED: tl.constexpr):
+    """One value for each number; OTHER from `stop` on."""
+    if MASKED:
+        return tl.load(values + numbers, mask=numbers < stop, other=OTHER)
+    else:
+        return tl.load(values + numbers)
+
+
+@triton.jit
 def load_block(blocks):
     """The numbers of this program's block."""
     block = blocks + tl.program_id(0) * 9  # BLOCK_FIELDS
