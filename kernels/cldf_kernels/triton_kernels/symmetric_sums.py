@@ -10,7 +10,8 @@ import triton.language as tl
 from cldf_kernels.triton_kernels.tiles import load_rows, product
 
 
-@triton.jit
+# the number of pixels changes from step to step: no compilation for numbers like 1 or 16
+@triton.jit(do_not_specialize=["num_keys", "tiles_per_program"])
 def symmetric_sums_kernel(
     keys,
     sums,
@@ -21,7 +22,11 @@ def symmetric_sums_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums[i] += sum_{j != i} 2^(k_i . k_j), for `tiles_per_program` tiles of one block of rows."""
+    """sums[i] += sum_{j != i} 2^(k_i . k_j), for `tiles_per_program` tiles of one block of rows.
+
+    ROWS is a multiple of COLUMNS.
+    """
+    tl.static_assert(ROWS % COLUMNS == 0)
     row_start = tl.program_id(0) * ROWS
     right = row_start + ROWS  # the diagonal block is a square of its own
     first = tl.program_id(1) * tiles_per_program
