@@ -25,10 +25,7 @@ from torch import Tensor
 from cldf_kernels.arguments import Negatives, Reduction
 from cldf_kernels.gather import Ranks, meet_ranks
 from cldf_kernels.pairs import Bank, Pairs, Pixels, pair_up, sum_rows
-
-NEVER = float(
-    "inf"
-)  # the log-sum-exp of an anchor that meets no key: all its softmax weights are 0
+from cldf_kernels.tile_passes import NEVER
 
 
 class Passes(Protocol):
@@ -78,7 +75,8 @@ def exact_supcon(
     labels: Tensor,
     make_passes: MakePasses,
     *,
-    temperature: float | Tensor,
+    temperature: float,
+    learnable: Tensor | None,
     negatives: Negatives,
     weight: Tensor | None,
     group: Tensor | None,
@@ -88,7 +86,10 @@ def exact_supcon(
     process_group: dist.ProcessGroup | None,
     deterministic: bool,
 ) -> Tensor:
-    """The loss in float32, or float64 for a float64 `z`, with O(N D) extra memory."""
+    """The loss in float32, or float64 for a float64 `z`, with O(N D) extra memory.
+
+    `learnable`: the tensor that holds the temperature and gets its gradient.
+    """
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     kept = (labels >= 0).nonzero().squeeze(1)
@@ -106,9 +107,7 @@ def exact_supcon(
         listed = bank_labels >= 0
         constants = Bank(bank[listed].to(z.dtype), bank_labels[listed].long())
     ranks = None if process_group is None else meet_ranks(process_group, len(kept), z.device)
-    learnable = temperature if isinstance(temperature, Tensor) else None
-    plain_temperature = float(temperature if learnable is None else learnable.detach())
-    settings = Settings(plain_temperature, negatives, reduction, deterministic)
+    settings = Settings(temperature, negatives, reduction, deterministic)
     pairs = pair_up(
         pixels,
         constants,

@@ -50,8 +50,8 @@ class Layout:
         """`BLOCK_FIELDS` int32 numbers for each block of at most `num_rows` queries and each of
         the parts, in whole tiles of `num_columns`, into which its keys are divided."""
         counts = (self.num_own + num_rows - 1) // num_rows
-        segment = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        number = torch.arange(len(segment)) - (counts.cumsum(0) - counts)[segment]
+        segment = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+        number = torch.arange(len(segment), device="cpu") - (counts.cumsum(0) - counts)[segment]
         ends = self.num_own.cumsum(0)
         first = (ends - self.num_own)[segment] + number * num_rows
         last = torch.minimum(first + num_rows, ends[segment])
@@ -93,7 +93,7 @@ def lay_out(pairs: Pairs) -> Layout:
     if pairs.groups is not None:
         num_groups = int(pairs.groups.max()) + 1 if pairs.num_anchors else 0
         return _sorted_layout(pairs, pairs.groups, num_groups, by_class=False)
-    everything = torch.tensor([0, pairs.num_anchors, pairs.num_own])
+    everything = torch.tensor([0, pairs.num_anchors, pairs.num_own], device="cpu")
     first, last, own = everything[:, None]
     return Layout(
         key_order=None,

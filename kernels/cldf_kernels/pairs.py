@@ -123,13 +123,13 @@ def pair_up(
 def sum_rows(rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool) -> Tensor:
     """Sum of the rows of each id, (num_ids, features), accumulated in float64."""
     sums = torch.zeros(num_ids, rows.shape[1], dtype=torch.float64, device=rows.device)
-    if rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at a few addresses
+    if rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
+        sums.index_put_((ids,), rows.double(), accumulate=True)
+    elif rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at a few addresses
         names = torch.arange(num_ids, device=rows.device)
         for first in range(0, len(rows), MAX_MATRIX_ROWS):
             part = slice(first, first + MAX_MATRIX_ROWS)
             sums.addmm_((names[:, None] == ids[part]).double(), rows[part].double())
-    elif rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
-        sums.index_put_((ids,), rows.double(), accumulate=True)
     else:
         sums.index_add_(0, ids, rows.double())
     return sums.to(rows.dtype)

@@ -63,6 +63,6 @@ def _anchor_losses(
     # rows that do not count get a harmless denominator, so that no NaN enters the gradient
     masked = scores.masked_fill(~denominator & valid[:, None], float("-inf"))
     lse = masked.logsumexp(1, keepdim=True)
-    terms = lse - scores if all_keys else softplus(lse - scores)
+    terms = lse - scores if all_keys else softplus(lse - scores, threshold=50)
     means = torch.where(positive, terms, 0).sum(1) / num_positives.clamp_min(1)
     return torch.where(valid, means, 0), valid

@@ -3,8 +3,7 @@
 import functools
 import importlib.util
 import inspect
-import os
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from cldf_kernels.arguments import (
     check_bank,
     check_pixels,
     check_settings,
+    check_temperature,
 )
 from cldf_kernels.exact import MakePasses, exact_supcon
 from cldf_kernels.reference import naive_supcon
@@ -97,12 +97,14 @@ def supcon_loss(
     backend="triton" cannot run.
     """
     check_settings(
-        temperature=temperature,
         negatives=negatives,
         reduction=reduction,
         precision=precision,
         backend=backend,
+        deterministic=deterministic,
+        process_group=process_group,
     )
+    temperature_value = check_temperature(temperature)
     check_pixels(z, labels, weight, group)
     check_bank(z, bank, bank_labels)
     chosen = choose_backend(z, backend=backend, precision=precision)
@@ -114,7 +116,7 @@ def supcon_loss(
     with torch.autocast(z.device.type, enabled=False):
         if chosen == "reference":
             return naive_supcon(
-                z,
+                z.float() if precision == "fp32" else z,
                 labels,
                 temperature=temperature,
                 negatives=negatives,
@@ -129,7 +131,8 @@ def supcon_loss(
             z,
             labels,
             _make_passes(chosen, precision, deterministic),
-            temperature=temperature,
+            temperature=temperature_value,
+            learnable=temperature if isinstance(temperature, Tensor) else None,
             negatives=negatives,
             weight=weight,
             group=group,
@@ -161,9 +164,17 @@ class SupConLoss(nn.Module):
         super().__init__()
         inspect.signature(supcon_loss).bind(None, None, **options)  # a typo fails here
         self.options = options
+        for name, value in list(
+            options.items()
+        ):  # they move, are saved and trained with the module
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value)
 
     def forward(self, z: Tensor, labels: Tensor, **options: Unpack[SupConOptions]) -> Tensor:
-        return supcon_loss(z, labels, **(self.options | options))
+        held: Any = {name: getattr(self, name, value) for name, value in self.options.items()}
+        return supcon_loss(z, labels, **(held | options))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -175,7 +186,7 @@ def choose_backend(
     """What supcon_loss takes for embeddings like `z`; raises as it does where that cannot run."""
     chosen = backend
     if chosen == "auto":
-        fits = z.is_cuda and z.dtype != torch.float64 and _why_no_triton(z.device) is None
+        fits = z.is_cuda and z.dtype != torch.float64 and _why_not_compiled(z.device) is None
         chosen = "triton" if fits else "torch"
     if chosen == "triton":
         if z.dtype == torch.float64:
@@ -186,6 +197,11 @@ def choose_backend(
         reason = _why_no_triton(z.device)
         if reason:
             raise RuntimeError(f'supcon_loss: backend="triton" {reason}; use backend="auto"')
+    elif chosen == "torch" and precision == "fp32" and z.is_cuda and _tf32_is_allowed():
+        raise ValueError(
+            'supcon_loss: precision="fp32" with backend="torch" needs '
+            "torch.backends.cuda.matmul.allow_tf32 = False, got True"
+        )
     elif precision not in ("auto", "fp32") or (precision == "fp32" and z.dtype == torch.float64):
         raise ValueError(
             f'supcon_loss: precision="{precision}" does not go with backend="{backend}" and '
@@ -195,11 +211,24 @@ def choose_backend(
 
 
 def _why_no_triton(device: torch.device) -> str | None:
-    """None where the kernels run on this device."""
+    """None where the kernels run for tensors on this device, compiled or interpreted."""
+    reason = _why_not_compiled(device)
+    if reason is None or importlib.util.find_spec("triton") is None:
+        return reason
+    from triton import knobs, language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if not knobs.runtime.interpret:
+        return reason
+    if not isinstance(language.cdiv, InterpretedFunction):
+        return "is interpreted only if TRITON_INTERPRET=1 is set before Python starts"
+    return None
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    """None where the kernels are compiled for this device."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return None
     if device.type != "cuda":
         return f"needs a GPU, or TRITON_INTERPRET=1 to interpret it, got z on {device.type}"
     if torch.version.hip is not None:
@@ -207,7 +236,13 @@ def _why_no_triton(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"needs compute capability 8.0 or more, got {major}.{minor}"
-    return None
+    from triton import knobs
+
+    return "is interpreted: TRITON_INTERPRET is set" if knobs.runtime.interpret else None
+
+
+def _tf32_is_allowed() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _make_passes(chosen: str, precision: Precision, deterministic: bool) -> MakePasses:

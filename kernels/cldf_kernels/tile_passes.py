@@ -19,6 +19,8 @@ CUDA_TILE = (2048, 8192)
 # Largest |score| for which exp(score), its sums and their inverses need no shift.
 PLAIN_EXP_LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
 
+SOFTPLUS_THRESHOLD = 50.0  # linear beyond; torch's own, 20, is off by 2e-9
+
 NEVER = float("inf")  # the log-sum-exp of a row whose softmax weights shall all be 0
 
 
@@ -73,8 +75,9 @@ def softmax_weighted_keys(
         if plain:
             weights = scores.exp_().mul_(share[rows, None] + share[columns])
         else:
-            weights = (scores - lse[rows, None]).exp_().mul_(upstream[rows, None])
-            weights += scores.sub_(lse[columns]).exp_().mul_(upstream[columns])
+            # no softmax weight exceeds 1, however large the scores and so their rounding errors are
+            weights = (scores - lse[rows, None]).clamp_(max=0).exp_().mul_(upstream[rows, None])
+            weights += scores.sub_(lse[columns]).clamp_(max=0).exp_().mul_(upstream[columns])
         _add_weighted(result, weights, keys, tile)
     return result
 
@@ -92,7 +95,7 @@ def positive_terms(
     for tile, scores in _score_tiles(keys, num_anchors, temperature, self_score=torch.inf):
         for part, values in ((tile.rows, scores), (tile.mirror, _mirrored(scores, tile).T)):
             gaps = bound[part, None] - values
-            losses[part] += softplus(gaps).sum(1)
+            losses[part] += softplus(gaps, threshold=SOFTPLUS_THRESHOLD).sum(1)
             pulls[part] += gaps.sigmoid_().sum(1)
     return losses, pulls
 

@@ -69,8 +69,10 @@ class TritonPasses:
         keys = pairs.keys(z)
         if len(keys) * self.width > MAX_ELEMENTS:
             raise ValueError(
-                f"supcon_loss: {len(keys)} pixels of {self.width} features (padded) exceed "
-                f'{MAX_ELEMENTS} numbers; sample fewer pixels, or use backend="torch"'
+                f"supcon_loss: {len(keys)} keys (pixels of all ranks, and the bank) of "
+                f"{self.width} features (padded) exceed {MAX_ELEMENTS} numbers, the limit of "
+                "Triton's kernels; "
+                'sample fewer pixels, or use backend="torch"'
             )
         largest = float(keys.square().sum(1).max()) * self.scale**2 if len(keys) else 0.0
         self.plain = largest <= PLAIN_LIMIT  # False for NaN
@@ -158,7 +160,9 @@ class TritonPasses:
     def _row_sums(self, met: Met) -> Tensor:
         """(parts, queries) sums, or their log2 outside the plain range; float64."""
         blocks, num_parts = self._blocks(met, self.sums_shape)
-        sums = torch.empty(num_parts, len(self.queries), device=self.keys.device)
+        sums = torch.empty(
+            num_parts, len(self.queries), dtype=torch.float32, device=self.keys.device
+        )
         self._launch(
             row_sums_kernel,
             (len(blocks),),
@@ -177,10 +181,11 @@ class TritonPasses:
         constants: dict[str, Any],
     ) -> Tensor:
         shape = self.keys_shape
-        total = torch.zeros(len(self.queries), self.width, device=self.keys.device)
+        size = (len(self.queries), self.width)
+        total = torch.zeros(size, dtype=torch.float32, device=self.keys.device)
         for met in mets:
             blocks, num_parts = self._blocks(met, shape)
-            result = torch.empty(num_parts, *total.shape, device=total.device)
+            result = torch.empty(num_parts, *size, dtype=torch.float32, device=total.device)
             self._launch(
                 kernel,
                 (len(blocks), self.width // shape.result_features),
@@ -224,6 +229,8 @@ class TritonPasses:
             rows = rows[order]
         stored = rows.new_zeros(len(rows), self.width, dtype=STORED[self.precision])
         stored[:, : self.num_features] = rows * self.scale
+        if self.precision == "tf32":  # tensor cores drop the low 13 bits: round to nearest before
+            stored = ((stored.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         return stored
 
     def _arguments(self, shares: Tensor, lse: Tensor) -> list[Tensor]:
@@ -257,10 +264,11 @@ def _choose(precision: Precision, largest: float) -> Precision:
     low, high = FP16_RANGE
     if precision == "auto":
         return "fp16" if low <= largest <= PLAIN_LIMIT else "fp32"
-    if precision == "fp16" and largest > high:
+    if precision == "fp16" and (largest > high or 0 < largest < low):
         raise ValueError(
-            f'supcon_loss: precision="fp16" takes |z|^2 / temperature up to {high:g}, got '
-            f'{largest * math.log(2):g}; normalise z, or use precision="fp32"'
+            f'supcon_loss: precision="fp16" takes |z|^2 / temperature from {low * math.log(2):g} '
+            f"to {high * math.log(2):g}, got {largest * math.log(2):g}; normalise z, or use "
+            'precision="fp32"'
         )
     return precision
 

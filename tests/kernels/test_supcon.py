@@ -395,7 +395,8 @@ def test_a_temperature_alone_can_be_learnt():
 
 
 def test_triton_says_where_it_cannot_run(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    knobs = pytest.importorskip("triton.knobs", reason="triton exists on Linux only")
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match=r'needs a GPU, or TRITON_INTERPRET=1.*backend="auto"'):
         supcon_loss(Z, LABELS, backend="triton")
     real = importlib.util.find_spec
@@ -422,6 +423,31 @@ def test_deterministic_and_explicit_float32_are_accepted_and_repeat_to_the_last_
     second, second_grad = value_and_grad(supcon_loss, z, labels, **options)
     assert torch.equal(first, second)
     assert torch.equal(first_grad, second_grad)
+
+
+def test_module_trains_its_temperature_and_saves_its_bank():
+    z, labels = make_pixels(30, 4)
+    bank, bank_labels = make_pixels(8, 4, seed=1)
+    temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    module = SupConLoss(temperature=temperature, bank=bank, bank_labels=bank_labels)
+    assert list(module.parameters()) == [temperature]
+    assert set(module.state_dict()) == {"temperature", "bank", "bank_labels"}
+    expected = supcon_loss(z, labels, temperature=0.3, bank=bank, bank_labels=bank_labels)
+    loss = module(z, labels)
+    assert loss == expected
+    loss.backward()
+    assert temperature.grad.abs() > 0
+    other = SupConLoss(temperature=temperature * 0, bank=bank * 0, bank_labels=bank_labels)
+    other.load_state_dict(module.state_dict())
+    assert other(z, labels) == expected
+
+
+def test_float32_on_request_is_not_computed_in_half():
+    z, labels = make_pixels(40, 4, dtype=torch.float16)
+    exact = supcon_reference(z.double(), labels)
+    loss = supcon_loss(z, labels, backend="reference", precision="fp32")
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) < 1e-5
 
 
 def test_module_holds_the_keyword_arguments():
@@ -458,6 +484,12 @@ Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
         ({"temperature": torch.tensor(1)}, TypeError, "int64"),
         ({"temperature": torch.tensor(-0.1)}, ValueError, "learn its logarithm"),
         ({"temperature": "0.1"}, TypeError, "str"),
+        ({"deterministic": "no"}, TypeError, "True or False, got 'no'"),
+        ({"process_group": "gloo"}, TypeError, "ProcessGroup that holds this rank"),
+        ({"process_group": -100}, TypeError, "-100"),  # what new_group gives to other ranks
+        ({"labels": [0, 0, 1, 1]}, TypeError, r"torch\.as_tensor\(labels\)"),
+        ({"weight": [1.0] * 4}, TypeError, "weight must be a tensor, got list"),
+        ({"z": Z.numpy()}, TypeError, "z must be a tensor, got ndarray"),
         ({"negatives": "some"}, ValueError, "'all', 'other'"),
         ({"reduction": "median"}, ValueError, "median"),
         ({"precision": "int8"}, ValueError, "int8"),

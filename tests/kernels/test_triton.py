@@ -48,13 +48,14 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """What the kernels do not write, a test sees."""
-    empty = torch.empty
 
-    def poisoned(*size, **options):
-        made = empty(*size, **options)
+    def poisoned(make, *size, **options):
+        made = make(*size, **options)
         return made.fill_(math.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(triton_passes.torch, "empty", poisoned)
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(triton_passes.torch, name, functools.partial(poisoned, make))
 
 
 class Launches:
@@ -126,17 +127,20 @@ def assert_equals_definition(z, labels, *, loss_tolerance, grad_tolerance, **opt
     assert relative_error(our_grad, exact_grad) <= grad_tolerance or our_grad.norm() < 1e-6
 
 
-def as_stored(z, temperature, dtype):
-    """Embeddings that the kernels store in `dtype` without rounding."""
+def as_stored(z, temperature, precision):
+    """Embeddings that the kernels store without rounding."""
     scale = math.sqrt(math.log2(math.e) / temperature)
-    return ((z.double() * scale).to(dtype).double() / scale).float()
+    stored = (z.double() * scale).to(triton_passes.STORED[precision])
+    if precision == "tf32":
+        stored = ((stored.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return (stored.double() / scale).float()
 
 
 @pytest.mark.parametrize("num_pixels", [1, 2, 127, 129, 1000])
 @pytest.mark.parametrize("num_features", [1, 17, 64, 256])
 def test_ragged_shapes_equal_the_definition(num_pixels, num_features):
     z, labels = make_pixels(num_pixels, num_features)
-    z = as_stored(z, 0.07, torch.float16)
+    z = as_stored(z, 0.07, "fp16")
     assert_equals_definition(z, labels, temperature=0.07, loss_tolerance=5e-6, grad_tolerance=3e-4)
     if num_pixels < 1000:
         assert_equals_definition(z, labels, temperature=0.07, precision="fp32", **FP32)
@@ -144,7 +148,7 @@ def test_ragged_shapes_equal_the_definition(num_pixels, num_features):
 
 @pytest.mark.parametrize(
     ("precision", "loss_tolerance", "grad_tolerance"),
-    [("fp16", 2e-6, 3e-4), ("bf16", 2e-6, 1.5e-2), ("tf32", 2e-6, 1e-3), ("fp32", 2e-6, 3e-6)],
+    [("fp16", 2e-6, 3e-4), ("bf16", 2e-6, 1.5e-2), ("tf32", 2e-6, 3e-4), ("fp32", 2e-6, 3e-6)],
 )
 @pytest.mark.parametrize("negatives", ["all", "other"])
 @pytest.mark.parametrize("temperature", [0.07, 0.005], ids=["plain", "online"])
@@ -153,8 +157,7 @@ def test_every_precision_of_every_kernel(
 ):
     """Against the definition on the numbers as they are stored."""
     z, labels = make_pixels(270, 40)
-    stored = triton_passes.STORED[precision]
-    z = as_stored(z, temperature, torch.bfloat16 if precision == "tf32" else stored)
+    z = as_stored(z, temperature, precision)
     online = temperature < 0.01
     options = {"temperature": temperature, "negatives": negatives, "precision": precision}
     widen = 10 if online else 1  # scores of 200 are rounded relative to their size
@@ -376,16 +379,64 @@ def test_a_temperature_is_learnt(negatives, banked):
     torch.testing.assert_close(ours.grad.double(), exact.grad.reshape(1), rtol=1e-4, atol=1e-6)
 
 
+def test_tf32_rounds_to_nearest_before_tensor_cores_truncate():
+    """What truncation would add to every score is a bias, not noise."""
+    z, labels = make_pixels(200, 40)
+    exact, exact_grad = value_and_grad(supcon_reference, z.double(), labels, temperature=0.07)
+    loss, grad = value_and_grad(triton_loss, z, labels, temperature=0.07, precision="tf32")
+    assert abs(loss - exact) < 2e-4
+    assert 1e-5 < relative_error(grad, exact_grad) < 1.5e-3  # rounded, not more
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("negatives", ["all", "other"])
+def test_the_default_type_of_torch_changes_nothing(dtype, negatives):
+    z, labels = make_pixels(60, 4)
+    options = {"negatives": negatives, "deterministic": True}
+    expected, expected_grad = value_and_grad(triton_loss, z, labels, **options)
+    torch.set_default_dtype(dtype)
+    try:
+        loss, grad = value_and_grad(triton_loss, z, labels, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"negatives": "other"}, {"group": True}])
+def test_the_default_device_of_torch_changes_nothing(options, device):
+    z, labels = make_pixels(60, 4)
+    if options.get("group"):
+        options = {"group": labels}
+    expected = triton_loss(z, labels, deterministic=True, **options)
+    torch.set_default_device("meta")
+    try:
+        loss = triton_loss(z, labels, deterministic=True, **options)
+    finally:
+        torch.set_default_device(device)
+    assert torch.equal(loss, expected)
+
+
+def test_softmax_weights_stay_bounded_where_scores_exceed_float32():
+    z, labels = make_pixels(60, 8)
+    bank, bank_labels = make_pixels(20, 8, seed=1)
+    options = {"bank": 2e4 * bank, "bank_labels": bank_labels}
+    _, grad = value_and_grad(triton_loss, 2e4 * z, labels, **options)
+    assert grad.isfinite().all()
+    assert grad.norm() < 1e7  # each row is a few keys of 2e4, over the temperature of 0.1
+
+
 def test_float64_is_refused():
     z, labels = make_pixels(4, 2)
     with pytest.raises(ValueError, match="does not take float64; use float32"):
         triton_loss(z.double(), labels)
 
 
-def test_fp16_is_refused_where_it_would_overflow():
+@pytest.mark.parametrize("scale", [1e5, 1e-5])
+def test_fp16_is_refused_where_it_would_overflow_or_vanish(scale):
     z, labels = make_pixels(4, 2)
     with pytest.raises(ValueError, match='precision="fp16" takes'):
-        triton_loss(z * 1e5, labels, precision="fp16")
+        triton_loss(z * scale, labels, precision="fp16")
 
 
 labelled_pixels = st.tuples(

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cldf_kernels.triton_kernels.tiles import (
+    as_operand,
     full_tile,
     load_block,
     load_part,
@@ -51,7 +52,7 @@ def add_tile(
         values = tile
     else:
         values = load_part(keys + first_feature, columns, stop, FEATURES, RESULT_FEATURES, MASKED)
-    return product(weights.to(tile.dtype), values, result, PRECISION)
+    return product(as_operand(weights, tile, PRECISION), values, result, PRECISION)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cldf_kernels.triton_kernels.tiles import (
+    as_operand,
     full_tile,
     load_block,
     load_part,
@@ -46,8 +47,9 @@ def add_tile(
         if MASKED:
             met = (columns[None, :] < stop) & (columns[None, :] != self_columns[:, None])
             scores = tl.where(met, scores, float("-inf"))
-        weights = row_shares[:, None] * tl.math.exp2(scores - row_lse[:, None])
-        weights += shares[None, :] * tl.math.exp2(scores - lse[None, :])
+        # no softmax weight exceeds 1, however large the scores and so their rounding errors are
+        weights = row_shares[:, None] * tl.math.exp2(tl.minimum(scores - row_lse[:, None], 0.0))
+        weights += shares[None, :] * tl.math.exp2(tl.minimum(scores - lse[None, :], 0.0))
     else:
         weights = tl.math.exp2(scores) * (row_shares[:, None] + shares[None, :])
         if MASKED:
@@ -57,7 +59,7 @@ def add_tile(
         values = tile
     else:
         values = load_part(keys + first_feature, columns, stop, FEATURES, RESULT_FEATURES, MASKED)
-    return product(weights.to(tile.dtype), values, result, PRECISION)
+    return product(as_operand(weights, tile, PRECISION), values, result, PRECISION)
 
 
 @triton.jit

@@ -6,13 +6,12 @@ queries themselves: query r of the block is key `self_start + r`. No query meets
 blocks may share their queries and divide the keys; each then has results of its own.
 """
 
-import os
-
 import triton
 import triton.language as tl
+from triton import knobs
 
-BLOCK_FIELDS = 9
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+BLOCK_FIELDS = tl.constexpr(9)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def log2_above_one(x):
-    """log2 x for 1 <= x, within 2e-7: one instruction (the interpreter knows no assembler)."""
+    """log2 x for 1 <= x, within 2^-22: one instruction (the interpreter knows no assembler)."""
     if INTERPRETED:
         return tl.math.log2(x)
     else:
@@ -48,6 +47,16 @@ def reciprocal(x):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def as_operand(weights, tile, PRECISION: tl.constexpr):
+    """Weights as a product with `tile` takes them; tf32 does not round to nearest by itself."""
+    if PRECISION == "tf32":
+        bits = weights.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return weights.to(tile.dtype)
 
 
 @triton.jit
@@ -78,7 +87,7 @@ def load_values(values, numbers, stop, OTHER: tl.constexpr, MASKED: tl.constexpr
 @triton.jit
 def load_block(blocks):
     """The numbers of this program's block."""
-    block = blocks + tl.program_id(0) * 9  # BLOCK_FIELDS
+    block = blocks + tl.program_id(0) * BLOCK_FIELDS
     return (
         tl.load(block),  # first query
         tl.load(block + 1),  # end of the queries
