@@ -15,6 +15,7 @@ so that labels enter only O(N D) work. With negatives="other" the positives meet
 The N x N work is left to `Passes`: tile by tile in torch, or Triton kernels.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ def exact_supcon(
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     kept = (labels >= 0).nonzero().squeeze(1)
-    kept_z = z.index_select(0, kept)
+    kept_z = z if len(kept) == len(z) else z.index_select(0, kept)
     pixels = Pixels(
         z=kept_z.detach(),
         labels=labels[kept].long(),
@@ -165,7 +166,7 @@ class _ExactSupCon(torch.autograd.Function):
                 slope = 2 * slope - (z.double() * among_anchors).sum()
             slope = slope * (-factor / (2 * work.settings.temperature))
             dtemperature = slope.to(ctx.temperature).reshape(ctx.temperature.shape)
-        return dz * factor, dtemperature, None
+        return dz.mul_(factor), dtemperature, None
 
 
 class TiledSupCon(_ExactSupCon):
@@ -192,7 +193,7 @@ def _forward_passes(z: Tensor, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     else:
         pulls = torch.zeros_like(lse)
         positive_sums = pairs.cell_sums[pairs.cells[: len(z)]]
-        attraction = ((positive_sums - z) * z).sum(1).double()
+        attraction = positive_sums.sub_(z).mul_(z).sum(1).double()
         losses = lse[: len(z)] - attraction / work.settings.temperature / num_positives
     return lse, pulls, losses.masked_fill(pairs.shares[: len(z)] == 0, 0)
 
@@ -203,18 +204,18 @@ def _grad_against_all(
     """temperature * dz for negatives="all"."""
     pairs, num_own = work.pairs, len(z)
     dz = _repulsion(z, work, lse, upstream, bank=bank)
-    upstream = upstream.to(z.dtype)[:, None]
     anchors = pairs.keys(z)[: pairs.num_anchors]
-    deterministic = work.settings.deterministic
-    num_cells = len(pairs.cell_sums)
-    weighted_sums = sum_rows(
-        anchors * upstream, pairs.cells, num_cells, deterministic=deterministic
-    )  # G
-    sums = pairs.cell_sums  # S
-    if not bank:
-        sums = sum_rows(anchors, pairs.cells, num_cells, deterministic=deterministic)
-    cells, own = pairs.cells[:num_own], upstream[:num_own]
-    pull = own * (sums[cells] - 2 * z) + weighted_sums[cells]
+    sum_cells = functools.partial(
+        sum_rows,
+        anchors,
+        pairs.cells,
+        len(pairs.cell_sums),
+        deterministic=work.settings.deterministic,
+    )
+    weighted_sums = sum_cells(weights=upstream)  # G
+    sums = pairs.cell_sums if bank else sum_cells()  # S
+    cells, own = pairs.cells[:num_own], upstream[:num_own, None].to(z.dtype)
+    pull = sums[cells].sub_(z, alpha=2).mul_(own).add_(weighted_sums[cells])
     return dz.sub_(pull.div_(pairs.num_positives[:num_own, None].clamp_min(1)))
 
 

@@ -13,7 +13,7 @@ from cldf_kernels.arguments import Negatives, Reduction
 from cldf_kernels.gather import Ranks
 
 MAX_MATRIX_CLASSES = 64  # up to here, class sums on a GPU are a product with a 0/1 matrix
-MAX_MATRIX_ROWS = 65536  # of that product at a time
+GPU_CHUNK, CPU_CHUNK = 65536, 1024  # rows that are taken to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,24 @@ def pair_up(
     )
 
 
-def sum_rows(rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool) -> Tensor:
-    """Sum of the rows of each id, (num_ids, features), accumulated in float64."""
+def sum_rows(
+    rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of the rows of each id, each times its weight: (num_ids, features), taken in float64."""
     sums = torch.zeros(num_ids, rows.shape[1], dtype=torch.float64, device=rows.device)
-    if rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
-        sums.index_put_((ids,), rows.double(), accumulate=True)
-    elif rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at a few addresses
-        names = torch.arange(num_ids, device=rows.device)
-        for first in range(0, len(rows), MAX_MATRIX_ROWS):
-            part = slice(first, first + MAX_MATRIX_ROWS)
-            sums.addmm_((names[:, None] == ids[part]).double(), rows[part].double())
-    else:
-        sums.index_add_(0, ids, rows.double())
+    names = torch.arange(num_ids, device=rows.device)
+    chunk = GPU_CHUNK if rows.is_cuda else CPU_CHUNK
+    for first in range(0, len(rows), chunk):
+        part = slice(first, first + chunk)
+        values, part_ids = rows[part].double(), ids[part]
+        if weights is not None:
+            values = values * weights[part, None]  # not in place: of float64 it would be the rows
+        if rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
+            sums.index_put_((part_ids,), values, accumulate=True)
+        elif rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at few addresses
+            sums.addmm_((names[:, None] == part_ids).double(), values)
+        else:
+            sums.index_add_(0, part_ids, values)
     return sums.to(rows.dtype)
 
 

@@ -13,14 +13,15 @@ BankOf = Callable[[int], Tensor]
 
 
 class Block(NamedTuple):
-    """Keys that meet each other, anchors first; the first `num_own` are own anchors."""
+    """Keys that meet each other: own anchors, other ranks' anchors, bank."""
 
-    members: Tensor
+    own: Tensor | slice
+    members: Tensor | slice  # all of them, with or without the bank
+    anchors: Tensor | slice
     num_own: int
-    num_anchors: int
 
     def without_bank(self) -> "Block":
-        return Block(self.members[: self.num_anchors], self.num_own, self.num_anchors)
+        return self._replace(members=self.anchors)
 
 
 class TiledPasses:
@@ -31,8 +32,16 @@ class TiledPasses:
     def __init__(self, z: Tensor, pairs: Pairs, temperature: float) -> None:
         self.pairs, self.temperature = pairs, temperature
         in_bank = torch.arange(pairs.num_anchors, pairs.num_keys, device=z.device)
-        groups = torch.zeros_like(pairs.cells) if pairs.groups is None else pairs.groups
-        self.groups = _blocks(groups, pairs.num_own, lambda _: in_bank)
+        if pairs.groups is not None:
+            self.groups = _blocks(pairs.groups, pairs.num_own, lambda _: in_bank)
+        else:  # slices: nothing is copied
+            everything = Block(
+                own=slice(pairs.num_own),
+                members=slice(pairs.num_keys),
+                anchors=slice(pairs.num_anchors),
+                num_own=pairs.num_own,
+            )
+            self.groups = [everything] if pairs.num_own else []
         self.cells: list[Block] = []
         if pairs.negatives == "other":
             bank_labels = pairs.key_labels[pairs.num_anchors :]
@@ -45,7 +54,7 @@ class TiledPasses:
         keys = self.pairs.keys(z)
         lse = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         for block in self.groups:
-            lse[block.members[: block.num_own]] = tile_passes.log_sum_exp(
+            lse[block.own] = tile_passes.log_sum_exp(
                 keys[block.members], block.num_own, self.temperature, self._labels(block)
             )
         return lse
@@ -54,7 +63,7 @@ class TiledPasses:
         keys, result = self.pairs.keys(z), torch.zeros_like(z)
         for whole in self.groups:
             block = whole if bank else whole.without_bank()
-            result[block.members[: block.num_own]] = tile_passes.softmax_weighted_keys(
+            result[block.own] = tile_passes.softmax_weighted_keys(
                 keys[block.members],
                 block.num_own,
                 self.temperature,
@@ -69,8 +78,7 @@ class TiledPasses:
         losses = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         pulls = torch.zeros_like(losses)
         for block in self.cells:
-            own = block.members[: block.num_own]
-            losses[own], pulls[own] = tile_passes.positive_terms(
+            losses[block.own], pulls[block.own] = tile_passes.positive_terms(
                 keys[block.members], block.num_own, self.temperature, bound[block.members]
             )
         return losses, pulls
@@ -79,7 +87,7 @@ class TiledPasses:
         keys, result = self.pairs.keys(z), torch.zeros_like(z)
         for whole in self.cells:
             block = whole if bank else whole.without_bank()
-            result[block.members[: block.num_own]] = tile_passes.sigmoid_weighted_keys(
+            result[block.own] = tile_passes.sigmoid_weighted_keys(
                 keys[block.members],
                 block.num_own,
                 self.temperature,
@@ -99,7 +107,7 @@ def _blocks(ids: Tensor, num_own: int, bank_of: BankOf) -> list[Block]:
     members = _indices_by(ids, num_ids)
     owned = torch.bincount(ids[:num_own], minlength=num_ids).tolist()
     return [
-        Block(torch.cat([anchors, bank_of(index)]), num, len(anchors))
+        Block(anchors[:num], torch.cat([anchors, bank_of(index)]), anchors, num)
         for index, (anchors, num) in enumerate(zip(members, owned, strict=True))
         if num
     ]
