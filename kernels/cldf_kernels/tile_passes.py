@@ -128,7 +128,6 @@ def _score_tiles(
     """Scores of each tile in a buffer that the next tile reuses; an anchor with itself scores
     `self_score`, and with `key_labels` every pair of one label scores -inf."""
     tile_rows, tile_columns = CUDA_TILE if keys.is_cuda else CPU_TILE
-    scaled = keys[:num_anchors] / temperature
     transposed = keys.T.contiguous()
     buffer = keys.new_empty(min(tile_rows, num_anchors) * min(tile_columns, len(keys)))
     for first in range(0, num_anchors, tile_rows):
@@ -139,7 +138,8 @@ def _score_tiles(
             mirror = slice(below, max(below, min(stop, num_anchors)))
             tile = Tile(slice(first, last), slice(start, stop), mirror)
             scores = buffer[: (last - first) * (stop - start)].view(last - first, stop - start)
-            torch.mm(scaled[tile.rows], transposed[:, tile.columns], out=scores)
+            rows, columns = keys[tile.rows], transposed[:, tile.columns]
+            torch.addmm(scores, rows, columns, beta=0, alpha=1 / temperature, out=scores)
             if key_labels is not None:
                 same = key_labels[tile.rows, None] == key_labels[tile.columns]
                 scores.masked_fill_(same, -torch.inf)

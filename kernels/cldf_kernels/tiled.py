@@ -63,7 +63,7 @@ class TiledPasses:
         keys, result = self.pairs.keys(z), torch.zeros_like(z)
         for whole in self.groups:
             block = whole if bank else whole.without_bank()
-            result[block.own] = tile_passes.softmax_weighted_keys(
+            of_block = tile_passes.softmax_weighted_keys(
                 keys[block.members],
                 block.num_own,
                 self.temperature,
@@ -71,6 +71,9 @@ class TiledPasses:
                 upstream=upstream[block.members],
                 key_labels=self._labels(block),
             )
+            if isinstance(block.own, slice):  # everything
+                return of_block
+            result[block.own] = of_block
         return result
 
     def positive_terms(self, z: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
