@@ -31,7 +31,8 @@ def compile_all():
 def test_every_configuration_keeps_the_rules_and_the_table(architecture):
     """In a process of its own: here the kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = [str(PROGRAM), "--architectures", str(architecture)]
+    workers = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(os.cpu_count())
+    words = [str(PROGRAM), "--architectures", str(architecture), "--workers", workers]
     done = subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
     )
