@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or absent, and weights that anybody can load.
+"""Checkpoints that are whole or absent.
 
 A checkpoint is a folder `step-00001000` with safetensors, state.json and a manifest of sizes and
-checksums. It is written under a temporary name, synced, then renamed.
+checksums. It is written under a temporary name, synced, then renamed. It does not depend on how
+many processes wrote it, or on how they shared the optimizer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,30 @@ import google_crc32c
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from cldf_dist.processes import processes, together
 
 Tensors = Mapping[str, Tensor]
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    state: dict[str, Any]  # step and other plain facts
-    tensors: dict[str, dict[str, Tensor]]  # file stem -> tensors
+    """A checkpoint on disk; its tensors are read when they are asked for."""
+
+    path: Path
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Step and other plain facts."""
+        content: dict[str, Any] = json.loads((self.path / STATE).read_text())
+        return content
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each file, by its stem."""
+        return {file.stem: load_file(file) for file in sorted(self.path.glob("*.safetensors"))}
 
 
 def save_checkpoint(
@@ -39,26 +56,22 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write one checkpoint atomically, then drop all but the newest `keep`."""
+    """Write one checkpoint atomically, then drop all but the newest `keep`.
+
+    Every process calls it and the main one writes. Where that fails it fails on all, and nothing is
+    left behind.
+    """
     final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f".{final.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*.partial"):
-        shutil.rmtree(stale)
-    temporary.mkdir()
-    try:
-        _write_into(temporary, {**state, "run_id": run_id}, tensors)
-    except OSError:  # no room: what is half written must not take up more of it
-        shutil.rmtree(temporary)
-        raise
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(folder)
-    # a later one was passed over as damaged: it must not count among those that are kept
-    older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
-    for old in older[: max(len(older) + 1 - keep, 0)]:
-        shutil.rmtree(old)
+    with together():
+        if processes().is_main:
+            temporary = folder / f".{final.name}.partial"
+            try:
+                _make_room(folder, temporary)
+                _write_into(temporary, {**state, "run_id": run_id}, tensors)
+                _put_in_place(temporary, final, keep)
+            except OSError:  # what is half written must not take up room
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     return final
 
 
@@ -69,51 +82,34 @@ def newest_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
         if fault:
             print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
             continue
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(json.loads((path / "state.json").read_text()), tensors)
+        return Checkpoint(path)
     return None
 
 
-def save_net(net: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
-    """Write `net.safetensors` and, beside it, `net.json`: all that is needed to build the net."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".net.safetensors.partial"
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a net: of a trained stage, of a checkpoint (its moving average), of a file.
+
+    Only safetensors are read: nothing in them is executed. Raises FileNotFoundError where `path`
+    is none of the three and ValueError where a file is damaged.
+    """
+    places = (path, path / "net.safetensors", path / "average.safetensors")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"no weights at {path}: it must be a .safetensors file, the folder of a finished "
+            "training, or one of its checkpoints (checkpoints/step-...)"
+        )
     try:
-        _save(net.state_dict(), temporary)
-        _sync(temporary)
-        temporary.replace(folder / "net.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
-    (folder / "net.json").write_text(json.dumps(dict(description), indent=1))
-    _sync(folder / "net.json")
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+    if file.name == "average.safetensors":  # it holds the whole task
+        return {name.removeprefix("net."): value for name, value in tensors.items()}
+    return tensors
 
 
-def load_net(net: nn.Module, folder: Path) -> nn.Module:
-    """`net` with the weights of `folder`, frozen and in evaluation mode."""
-    path = folder / "net.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; train the net first")
-    net.load_state_dict(load_file(path))
-    return net.eval().requires_grad_(False)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What `save_net` wrote beside the weights."""
-    result: dict[str, Any] = json.loads((folder / "net.json").read_text())
-    return result
-
-
-def _write_into(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> None:
-    for name, group in tensors.items():
-        _save(group, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-    manifest = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    for path in [*folder.iterdir(), folder]:
-        _sync(path)
-
-
-def _save(group: Tensors, path: Path) -> None:
+def write_tensors(group: Tensors, path: Path) -> None:
+    """Write and sync one safetensors file; an OSError that names the file where that fails."""
     try:
         save_file(_plain(group), path)
     except SafetensorError as error:
@@ -123,35 +119,11 @@ def _save(group: Tensors, path: Path) -> None:
         raise OSError(
             f"cannot write {path}: {error}; take another disk with runs=FOLDER"
         ) from error
+    sync(path)
 
 
-def _plain(group: Tensors) -> dict[str, Tensor]:
-    # safetensors refuses shared memory and permuted strides (channels_last)
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()}
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return {"size": path.stat().st_size, "crc32c": int.from_bytes(checksum.digest(), "big")}
-
-
-def _fault(path: Path, run_id: str) -> str:
-    """Why the checkpoint must not be used; empty where it is whole."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
-                return f"{name} is damaged (size or checksum differs from the manifest)"
-        owner = json.loads((path / "state.json").read_text())["run_id"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"it cannot be read ({error})"
-    return "" if owner == run_id else f"it belongs to another run ({owner})"
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -170,9 +142,71 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Put back what `optimizer_tensors` gave."""
+    parameters = [item for group in optimizer.param_groups for item in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split("/", 1)
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            # fused kernels walk through memory and do not look at strides (torch 2.13)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _make_room(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".*.partial"):
+        shutil.rmtree(stale)
+    temporary.mkdir()
+
+
+def _write_into(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> None:
+    for name, group in tensors.items():
+        write_tensors(group, folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(state))
+    manifest = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for path in (folder / STATE, folder / MANIFEST, folder):
+        sync(path)
+
+
+def _put_in_place(temporary: Path, final: Path, keep: int) -> None:
+    folder = final.parent
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(folder)
+    # a later one was passed over as damaged: it must not count among those that are kept
+    older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+    for old in older[: max(len(older) + 1 - keep, 0)]:
+        shutil.rmtree(old)
+
+
+def _plain(group: Tensors) -> dict[str, Tensor]:
+    # safetensors refuses shared memory and permuted strides (channels_last)
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()}
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return {"size": path.stat().st_size, "crc32c": int.from_bytes(checksum.digest(), "big")}
+
+
+def _fault(path: Path, run_id: str) -> str:
+    """Why the checkpoint must not be used; empty where it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _fingerprint(path / name) != expected:
+                return f"{name} is damaged (size or checksum differs from the manifest)"
+        owner = json.loads((path / STATE).read_text())["run_id"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"it cannot be read ({error})"
+    if STATE not in manifest:
+        return f"{STATE} is not in its manifest"
+    return "" if owner == run_id else f"it belongs to another run ({owner})"

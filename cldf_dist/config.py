@@ -57,6 +57,13 @@ class Data:
     clip_high: float = 5.5  # robust standard deviations from the median that map to +1
     slices_per_shard: int = 256
     on_damaged: str = "error"  # error | skip: what to do with a slice whose checksum is wrong
+    # URL (s3://, gs://, https://, file:// ...) of a `prepare` folder made elsewhere, to be used as
+    # it is; then data.root is not needed
+    shards: str = ""
+    # where the shards of that URL are staged, one folder per node, best a disk of its own; empty:
+    # cldf-shards-<user number> in $TMPDIR or /tmp
+    shard_cache: str = ""
+    shard_cache_gb: float = 50.0  # 1e9 bytes; it holds no more, the least recently used go first
     phantom: Phantom = field(default_factory=Phantom)
 
 
@@ -92,7 +99,11 @@ class Fit:
     preview_every: int = 0  # steps; 0 only at the end
     log_every: int = 10  # steps
     num_workers: int = 0  # loader processes per rank
-    compile: bool = False
+    compile: bool = False  # torch.compile of the net
+    channels_last: bool = True  # the layout in which convolutions are fastest
+    # weights to begin with: a .safetensors file, the folder of a finished training, or one of its
+    # checkpoints; a relative path is meant from the working folder. Empty: random weights
+    start_from: str = ""
     max_skipped_steps: int = 20  # non-finite steps in a row before the training stops
 
 
@@ -103,7 +114,9 @@ class UNet:
     attention_levels: tuple[bool, ...] = (False, False, True, True)
     num_head_channels: int = 32
     norm_num_groups: int = 16
-    attention: str = "sdpa"  # sdpa | xformers
+    # sdpa | xformers | auto (xformers where it runs): of the training; later stages take sdpa
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False  # less memory in training, for one more forward pass
 
 
 @dataclass(frozen=True)
@@ -307,7 +320,7 @@ class Config:
     name: str = ""  # of the run; default: the config files' stems joined by "-"
     runs: str = "runs"  # folder of all runs
     seed: int = 0
-    mixed_precision: str = "auto"  # auto (bf16 on GPU) | no | bf16
+    mixed_precision: str = "auto"  # auto (bf16 on GPU) | no | bf16 | fp16 (GPUs older than sm_80)
     input: str = ""  # segment only: a new scan or a folder of scans
     output: str = ""  # segment only: where its masks go
     data: Data = field(default_factory=Data)

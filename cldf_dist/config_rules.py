@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cldf_dist.config import Classifier, Config, Fit, UNet, flatten
+from cldf_dist.config import Classifier, Config, Data, Fit, UNet, flatten
 
 DATASETS = ("brats", "chaos", "dicom", "nnunet", "phantom")
 BRATS_OBJECTS = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -16,6 +16,7 @@ CHAOS_OBJECTS = {
 }
 SUBJECTS = ("auto", "nonzero", "tissue")
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
+ATTENTION = ("sdpa", "xformers", "auto")
 CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
 PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
@@ -54,13 +55,13 @@ def broken_rules(config: Config) -> list[str]:
 def _choices(config: Config) -> Iterator[str]:
     contrast = config.decoder.contrast
     for path, value, choices in (
-        ("mixed_precision", config.mixed_precision, ("auto", "no", "bf16")),
+        ("mixed_precision", config.mixed_precision, ("auto", "no", "bf16", "fp16")),
         ("data.dataset", config.data.dataset, DATASETS),
         ("data.subject", config.data.subject, SUBJECTS),
         ("data.on_damaged", config.data.on_damaged, ("error", "skip")),
         ("diffusion.schedule", config.diffusion.schedule, ("cosine", "linear")),
         ("diffusion.prediction", config.diffusion.prediction, ("v_prediction", "epsilon")),
-        ("diffusion.net.attention", config.diffusion.net.attention, ("sdpa", "xformers")),
+        ("diffusion.net.attention", config.diffusion.net.attention, ATTENTION),
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
         ("seeds.rule", config.seeds.rule, ("both", "cam", "gradient")),
         ("decoder.contrast.backend", contrast.backend, ("auto", "triton", "torch")),
@@ -88,8 +89,9 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if any(part in ("", ".", "..") for part in config.name.split("/")) or "\\" in config.name:
         yield f"name must be a plain folder name, got {config.name!r}"
-    if data.dataset != "phantom" and not data.root and not config.input:
+    if data.dataset != "phantom" and not data.root and not data.shards and not config.input:
         yield f"data.root must name the folder of the {data.dataset} data; add data.root=FOLDER"
+    yield from _shards(data)
     levels = len(config.diffusion.net.channels)
     depth = 2 ** max(levels - 1, 0)
     if data.image_size < 16 or data.image_size % depth:
@@ -107,6 +109,23 @@ def _data(config: Config) -> Iterator[str]:
         yield "data.validation_fraction and data.test_fraction must be > 0"
     elif data.validation_fraction + data.test_fraction >= 1:
         yield "data.validation_fraction + data.test_fraction must stay below 1"
+
+
+def _shards(data: Data) -> Iterator[str]:
+    """The rules of shards that were prepared elsewhere."""
+    if not data.shard_cache_gb > 0:
+        yield f"data.shard_cache_gb must be > 0, got {data.shard_cache_gb}"
+    if not data.shards:
+        return
+    if "://" not in data.shards:
+        yield f"data.shards must be a URL, such as s3://bucket/x or file:///x, got {data.shards!r}"
+    if data.object == "each" or "," in data.object:
+        yield (
+            "data.shards holds the slices of one object; make a run for each, "
+            f"got data.object={data.object!r}"
+        )
+    if data.labels:
+        yield f"data.labels: data.shards come with their labels; leave it out, got {data.labels!r}"
 
 
 def _object(config: Config) -> Iterator[str]:
@@ -139,7 +158,7 @@ def _object(config: Config) -> Iterator[str]:
             f"data.labels is for data.dataset=nnunet and dicom; {data.dataset} has its labels from "
             f"its masks: leave it out, got {data.labels!r}"
         )
-    if data.dataset == "dicom" and not data.labels and not config.input:
+    if data.dataset == "dicom" and not (data.labels or data.shards or config.input):
         yield "data.labels must name the CSV file of labels for data.dataset=dicom"
 
 

@@ -6,7 +6,10 @@ The launcher (accelerate, torchrun) tells through the environment; without one t
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -36,37 +39,91 @@ def processes() -> Processes:
     )
 
 
+TIMEOUT = timedelta(hours=24)  # others may wait long for work of the main process alone
+ZERO_STAGES = (1, 2)
+
+
 @functools.cache
 def accelerator() -> Accelerator:
     """The one Accelerator of this process; it starts the process group.
 
     Raises RuntimeError where the launcher promised more processes than accelerate sees: they would
     train apart, each as rank 0 of 1 (accelerate's launcher does that on CPUs by default).
+    ValueError for ways of sharding that `fit` does not train with.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     on_gpu = torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU")
-    group = InitProcessGroupKwargs(
-        backend="nccl" if on_gpu else "gloo",
-        timeout=timedelta(hours=24),  # others may wait long for work of the main process alone
-    )
+    if _uses_deepspeed():
+        _prepare_deepspeed(on_gpu)
+    # without the backend DeepSpeed's ranks would each be rank 0 of 1 on CPUs
+    group = InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     # mixed precision is fit()'s own autocast: a task may refuse it
-    several = processes().world_size > 1
+    several = processes().world_size > 1 or _uses_deepspeed()
     result = Accelerator(mixed_precision="no", kwargs_handlers=[group] if several else [])
     expected, kind = processes().world_size, result.distributed_type.value
-    if result.num_processes != expected or (several and kind == "NO"):
+    if result.num_processes != expected or (expected > 1 and kind == "NO"):
         raise RuntimeError(
             f"the launcher started {expected} processes, but accelerate would train each apart; "
-            "on CPUs set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu.yaml"
+            "on CPUs set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu.yaml (with "
+            "zero1.yaml and zero2.yaml that variable must not be set)"
         )
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
-        raise RuntimeError(
-            f"this version does not train with {kind}: its checkpoints hold whole, unsharded "
-            "states; use configs/accelerate/ddp.yaml or multi_node.yaml"
-        )
+    _check_sharding(kind, result)
     return result
+
+
+def zero_stage() -> int:
+    """1 or 2 where DeepSpeed shards the optimizer over the processes, else 0."""
+    plugin = accelerator().state.deepspeed_plugin if _uses_deepspeed() else None
+    return int(plugin.zero_stage) if plugin is not None else 0
+
+
+def _uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def _prepare_deepspeed(on_gpu: bool) -> None:
+    """What DeepSpeed must be told before it is first used."""
+    if os.environ.get("ACCELERATE_USE_CPU"):
+        raise RuntimeError(
+            "ACCELERATE_USE_CPU switches DeepSpeed off without a word; unset it for zero1.yaml and "
+            "zero2.yaml"
+        )
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets it to INFO
+    if not on_gpu:
+        # a collective in shared memory that would be compiled now, for minutes; gloo does as well
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_sharding(kind: str, made: Accelerator) -> None:
+    remedy = "use configs/accelerate/ddp.yaml, zero1.yaml or zero2.yaml"
+    if kind in ("FSDP", "MEGATRON_LM", "TP"):
+        raise ValueError(f"training does not know {kind}; {remedy}")
+    if kind != "DEEPSPEED":
+        return
+    stage = made.state.deepspeed_plugin.zero_stage
+    if stage not in ZERO_STAGES:
+        reason = (
+            "the moving average is taken over whole weights, and stage 3 shards them"
+            if stage == 3
+            else "that is plain data parallelism"
+        )
+        raise ValueError(f"zero_stage must be 1 or 2, got {stage}: {reason}; {remedy}")
+    offloaded = made.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        device = offloaded.get(name, {}).get("device", "none")
+        if device != "none":
+            raise ValueError(
+                f"{name}_device must be none, got {device}: no offloading is tested; for less "
+                "memory take zero2.yaml, fit.accumulate or gradient checkpointing"
+            )
 
 
 def from_main(value: Any) -> Any:
@@ -78,6 +135,42 @@ def from_main(value: Any) -> Any:
     accelerator()
     (received,) = broadcast_object_list([value], from_process=0)
     return received
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, on every process."""
+    if processes().world_size == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * processes().world_size
+    torch.distributed.all_gather_object(found, value, group=control_group())
+    return found
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one process fails on all: none waits for another that has left."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    said = from_all("" if problem is None else f"{problem or type(problem).__name__}")
+    if problem is not None:
+        raise problem
+    for rank, sentence in enumerate(said):
+        if sentence:
+            raise RuntimeError(f"process {rank} failed: {sentence}")
+
+
+@functools.cache
+def control_group() -> Any:
+    """A group for words between processes, on the CPU: they cost the device no synchronisation."""
+    import torch
+
+    accelerator()
+    return torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def wait_for_everyone() -> None:

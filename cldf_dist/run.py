@@ -43,6 +43,7 @@ NO_ROOM = {
 HARMLESS = (
     "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
     "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
+    "fit.channels_last", "fit.compile", "net.attention", "net.gradient_checkpointing",
     "data.splits", "data.labels",  # their contents count, and `prepare` compares those
 )  # fmt: skip
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from cldf_dist.processes import accelerator, processes
+from cldf_dist.processes import control_group, processes
+
+# a launcher passes a Ctrl-C on to processes that the terminal has told already
+SECONDS_OF_ONE_CTRL_C = 1.0
 
 
 class Stopped(Exception):
@@ -22,11 +27,16 @@ class Stopped(Exception):
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying; a second Ctrl-C kills."""
     asked: list[int] = []
+    first_ctrl_c: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and asked:
-            raise KeyboardInterrupt
         asked.append(number)
+        if number != signal.SIGINT:
+            return
+        first_ctrl_c.append(time.monotonic())
+        patience = SECONDS_OF_ONE_CTRL_C if processes().world_size > 1 else 0.0
+        if len(first_ctrl_c) > 1 and first_ctrl_c[-1] - first_ctrl_c[0] >= patience:
+            raise KeyboardInterrupt
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     previous = {number: signal.signal(number, note) for number in numbers}
@@ -37,13 +47,31 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def agreed(asked: list[int]) -> int:
-    """The signal that any rank received, on all ranks; 0 where none did."""
-    mine = max(asked, default=0)
-    if processes().world_size == 1:
-        return mine
-    import torch
+class StopVote:
+    """The signal that any process received, known to all: the vote runs while a step does."""
 
-    flag = torch.tensor(mine, device=accelerator().device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return int(flag)
+    def __init__(self, asked: list[int]) -> None:
+        self.asked = asked
+        self._flag: Any = None
+        self._work: Any = None
+
+    def open(self) -> None:
+        """Say what this process was asked so far; every process must."""
+        if processes().world_size == 1:
+            return
+        import torch
+
+        self._flag = torch.tensor(max(self.asked, default=0))
+        self._work = torch.distributed.all_reduce(
+            self._flag,
+            op=torch.distributed.ReduceOp.MAX,
+            group=control_group(),
+            async_op=True,
+        )
+
+    def result(self) -> int:
+        """The largest number of a signal that had reached any process; 0 where none did."""
+        if processes().world_size == 1:
+            return max(self.asked, default=0)
+        self._work.wait()
+        return int(self._flag)

@@ -120,7 +120,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "rule"),
     [
-        ("mixed_precision", "fp16", r"mixed_precision must be one of auto, no, bf16, got 'fp16'"),
+        ("mixed_precision", "fp8", r"must be one of auto, no, bf16, fp16, got 'fp8'"),
         ("data.dataset", "acdc", r"data\.dataset must be one of .*phantom.*, got 'acdc'"),
         ("name", "../elsewhere", r"name must be a plain folder name"),
         ("data.image_size", 100, r"image_size must be at least 16 and a multiple of 8 .*got 100"),

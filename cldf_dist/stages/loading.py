@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from cldf_dist import config as settings
-from cldf_dist.checkpoint import load_net, read_description
 from cldf_dist.config import Augment, Config, build_section
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.staging import ShardCache
 from cldf_dist.data.stream import LabelledSlices, Stream
 from cldf_dist.fit import CHANNELS_LAST
 from cldf_dist.method.noise import Schedule
@@ -20,10 +20,13 @@ from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator
 from cldf_dist.run import Run
+from cldf_dist.weights import load_net, read_description
 
 
 def shard_set(config: Config, run: Run) -> ShardSet:
-    return ShardSet(run.needs("prepare"), on_damaged=config.data.on_damaged)
+    """The prepared slices, wherever they lie."""
+    cache = ShardCache.of(config.data)
+    return ShardSet(run.needs("prepare"), on_damaged=config.data.on_damaged, cache=cache)
 
 
 def training_stream(config: Config, shards: ShardSet, augment: Augment) -> Stream:

@@ -7,15 +7,29 @@ from typing import Any
 
 import torch
 
-from cldf_dist.checkpoint import save_net
 from cldf_dist.config import Config, to_plain
 from cldf_dist.data import datasets
 from cldf_dist.fit import fit
+from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.classifiers import CamClassifier
 from cldf_dist.run import Run
 from cldf_dist.stages.loading import shard_set, training_stream, validation_stream
 from cldf_dist.stages.timing import training_time
 from cldf_dist.tasks.classify import Classify
+from cldf_dist.weights import save_net
+
+NET_CARD = NetCard(
+    title="Classifier of clean slices",
+    does=(
+        "`net(x)` takes slices (batch, channels, height, width) and gives logits of no object and "
+        "object. Its activations make CLDF's class activation maps. Inside is MONAI's `ResNet` "
+        "with a fine stem and group norm."
+    ),
+    learnt_from="labels of whole slices: object or not; no mask was read in the training",
+    loading=load_with_package("load_cam"),
+    section="cam",
+    tags=("image-classification",),
+)
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -32,6 +46,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_channels": num_channels,
         }
         save_net(net, run.folder, about)
+        write_card(run, shards, NET_CARD)
     return {"parameters": sum(p.numel() for p in net.parameters())}
 
 

@@ -7,15 +7,29 @@ from typing import Any
 
 import torch
 
-from cldf_dist.checkpoint import save_net
 from cldf_dist.config import Config, to_plain
 from cldf_dist.data import datasets
 from cldf_dist.fit import fit
+from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.classifiers import NoisyClassifier
 from cldf_dist.run import Run
 from cldf_dist.stages.loading import noise_schedule, shard_set, training_stream, validation_stream
 from cldf_dist.stages.timing import training_time
 from cldf_dist.tasks.classify import Classify, NoiseRange
+from cldf_dist.weights import save_net
+
+NET_CARD = NetCard(
+    title="Classifier of noised slices",
+    does=(
+        "`net(x, timesteps)` takes noised slices (batch, channels, height, width) and gives logits "
+        "of no object and object. Its gradient to the slice makes CLDF's gradient maps. Inside is "
+        "MONAI's `DiffusionModelEncoder` with another head."
+    ),
+    learnt_from="labels of whole slices: object or not; no mask was read in the training",
+    loading=load_with_package("load_classifier"),
+    section="classifier",
+    tags=("image-classification",),
+)
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -32,6 +46,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_channels": num_channels,
         }
         save_net(net, run.folder, about)
+        write_card(run, shards, NET_CARD)
     return {"parameters": sum(p.numel() for p in net.parameters())}
 
 

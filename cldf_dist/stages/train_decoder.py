@@ -6,6 +6,7 @@ bound `supervised_decoder` of the table. It is the only training that reads a ma
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cldf_dist.checkpoint import save_net
 from cldf_dist.config import Config
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.pixels import SeedPixels, gather_pixels
+from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import foreground
 from cldf_dist.data.stream import Stream
 from cldf_dist.fit import fit
 from cldf_dist.method.prototypes import class_prototypes
+from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
 from cldf_dist.run import Run
@@ -30,8 +32,27 @@ from cldf_dist.stages.cache import STORE, Slices, cached_slices, check_same_slic
 from cldf_dist.stages.loading import shard_set
 from cldf_dist.stages.masks import SUPERVISED
 from cldf_dist.tasks.contrast import Contrast
+from cldf_dist.weights import save_net
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
+
+NET_CARD = NetCard(
+    title="Pixel decoder",
+    does=(
+        "`net(features)` takes diffusion features (pixels, features) and gives embeddings of unit "
+        "length; the nearer of the two prototypes (no object, object) is a pixel's class. "
+        "The features come from the diffusion model of the same run, and from no other."
+    ),
+    learnt_from="seed pixels of activation and gradient maps; no mask was read in the training",
+    loading=load_with_package("load_decoder", "net, prototypes"),
+    section="decoder",
+    tags=("image-segmentation",),
+)
+SUPERVISED_CARD = dataclasses.replace(
+    NET_CARD,
+    title="Pixel decoder trained on masks (reference)",
+    learnt_from="true masks of the training slices that have one: an upper bound, not the method",
+)
 
 Labels = npt.NDArray[np.int8]
 
@@ -48,19 +69,23 @@ class TrainingPixels:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     cache = FeatureCache(run.needs("cache") / STORE)
-    slices = cached_slices(shard_set(config, run))
+    shards = shard_set(config, run)
+    slices = cached_slices(shards)
     check_same_slices(cache, slices)
     rows = np.arange(len(slices.tables[0]))
     seeds = np.stack([cache.read("seeds", int(row)) for row in rows])
     pixels = TrainingPixels(cache, config.features.taps, rows, seeds)
     result = _train(config, run, pixels)
+    if run.is_main:
+        write_card(run, shards, NET_CARD)
     truth = _true_labels(slices) if config.evaluate.upper_bound else None
     if truth is not None:
-        _train_supervised(config, run, TrainingPixels(cache, config.features.taps, rows, truth))
+        masked = TrainingPixels(cache, config.features.taps, rows, truth)
+        _train_supervised(config, run, masked, shards)
     return result
 
 
-def _train_supervised(config: Config, run: Run, pixels: TrainingPixels) -> None:
+def _train_supervised(config: Config, run: Run, pixels: TrainingPixels, shards: ShardSet) -> None:
     """The reference row: its own folder below this stage's, resumed and finished like a stage."""
     reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections, run.inputs)
     if from_main(reference.is_finished):
@@ -69,7 +94,10 @@ def _train_supervised(config: Config, run: Run, pixels: TrainingPixels) -> None:
         reference.open()
     wait_for_everyone()
     try:
-        reference.finish(_train(config, reference, pixels))
+        result = _train(config, reference, pixels)
+        if run.is_main:
+            write_card(reference, shards, SUPERVISED_CARD)
+        reference.finish(result)
     finally:
         reference.close()
     run.stop_requested = run.stop_requested or reference.stop_requested

@@ -1,0 +1,39 @@
+"""The moving average of the weights, which is what every later stage uses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """A frozen copy of a task whose weights follow it: `average = decay * average + ...`."""
+
+    def __init__(self, task: nn.Module, decay: float) -> None:
+        self.task: Any = copy.deepcopy(task).requires_grad_(False).eval()
+        self._decay = decay
+        self._of = task
+        self._parameters: list[Any] = list(self.task.parameters())
+
+    def follow(self, step: int, moved: Tensor) -> None:
+        """After optimizer step number `step` (from 0); nothing happens unless `moved` is true."""
+        decay = min(self._decay, (1 + step) / (10 + step))  # warm-up
+        # asked for each time: DeepSpeed gives parameters other memory
+        current = [parameter.detach() for parameter in self._of.parameters()]
+        with torch.no_grad():
+            if moved.device.type == "cpu":
+                if moved:
+                    torch._foreach_lerp_(self._parameters, current, 1 - decay)
+            else:
+                self._follow_on_device(current, (1 - decay) * moved.float())
+            for mine, theirs in zip(self.task.buffers(), self._of.buffers()):
+                mine.copy_(theirs)
+
+    def _follow_on_device(self, current: list[Tensor], share: Tensor) -> None:
+        """`share` is 0 for a skipped step; only the device knows, and the host need not wait."""
+        towards = torch._foreach_sub(current, self._parameters)
+        torch._foreach_mul_(towards, share)
+        torch._foreach_add_(self._parameters, list(towards))

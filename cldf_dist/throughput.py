@@ -1,0 +1,101 @@
+"""How fast a training is: slices per second, waiting, memory, share of the device's peak."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense peak in TFLOP/s by (a word of the device's name, 16-bit; float32 as TF32), from the data
+# sheets of the makers; the longer name first
+PEAKS = (
+    ("H100 PCIe", 756.0, 378.0),
+    ("H100 NVL", 835.0, 418.0),
+    ("H100", 989.0, 495.0),
+    ("H200", 989.0, 495.0),
+    ("GH200", 989.0, 495.0),
+    ("B200", 2250.0, 1125.0),
+    ("A100", 312.0, 156.0),
+    ("A40", 149.7, 74.8),
+    ("A30", 165.0, 82.0),
+    ("A10", 125.0, 62.5),
+    ("L40S", 362.0, 183.0),
+    ("L4", 121.0, 60.0),
+    ("V100", 125.0, 15.7),
+)
+
+
+class Throughput:
+    """Measures between two lines of the log; validation, previews and saving are not counted."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None, world_size: int) -> None:
+        self._device = device
+        self._peak = peak_tflops(device, dtype) * world_size
+        self._tflop_per_slice = 0.0
+        self._waited = self._paused = 0.0
+        self._since, self._step = time.monotonic(), 0
+
+    @property
+    def is_counted(self) -> bool:
+        return self._tflop_per_slice > 0
+
+    def count(self, net: nn.Module, batch: Mapping[str, Any], num_slices: int) -> None:
+        """Count the model's FLOPs: one forward, and twice as much for the backward."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(batch)
+        self._tflop_per_slice = 3 * counter.get_total_flops() / num_slices / 1e12
+
+    def start(self, step: int, waited: float = 0.0) -> None:
+        self._since, self._step = time.monotonic(), step
+        self._waited, self._paused = waited, 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is not training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - began
+
+    def metrics(self, step: int, batch_size: int, waited: float) -> dict[str, float]:
+        """Over all processes but for the waiting and the memory, which are this one's."""
+        seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
+        slices_per_second = (step - self._step) * batch_size / seconds
+        tflops = slices_per_second * self._tflop_per_slice
+        result = {
+            "speed/slices_per_second": slices_per_second,
+            "speed/data_wait_share": (waited - self._waited) / seconds,
+            "speed/memory_gb": memory_gb(self._device),
+            "speed/model_tflops": tflops,
+        }
+        if self._peak:
+            result["speed/model_flops_utilisation"] = tflops / self._peak
+        self.start(step, waited)
+        return result
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far: on the device, or on the host without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
+    """The device's peak for dense matrix products in that precision; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    for word, half, single in PEAKS:
+        if word in name:
+            return single if dtype is None else half
+    return 0.0
