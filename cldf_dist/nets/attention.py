@@ -15,28 +15,46 @@ BACKENDS = ("sdpa", "xformers")
 
 
 def use_attention(net: nn.Module, backend: str) -> None:
-    """Replace every self-attention of `net` by `SelfAttention`, weights and their names kept.
+    """Make every self-attention of `net` a `SelfAttention`, weights and their names kept.
 
-    Raises ValueError for an unknown backend.
+    Where it is one already only its backend changes, and its parameters are the same objects.
+    Whether xformers can run is not asked here but by `xformers_fault`. Raises ValueError for an
+    unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    operator = _xformers().memory_efficient_attention if backend == "xformers" else None
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SABlock):
-                setattr(parent, name, _converted(child, backend))
+                attention = child if isinstance(child, SelfAttention) else _converted(child)
+                attention.memory_efficient_attention = operator
+                setattr(parent, name, attention)
 
 
-def check_attention(backend: str, device: torch.device) -> None:
-    """Raise ValueError, with the remedy, where `backend` cannot run on `device`."""
-    if backend == "xformers":
-        _try_xformers(device, torch.float16)
+def xformers_fault(net: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Why xformers cannot compute the attention of `net` there; empty where a trial succeeds.
+
+    `dtype` is what the attention will really be given: that of autocast, if there is one. The
+    trial is forward and backward with the channels per head of each attention of `net`.
+    """
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device}"
+    blocks: list[Any] = [module for module in net.modules() if isinstance(module, SABlock)]
+    for channels in sorted({block.dim_head for block in blocks}):
+        fault = _trial_fault(device, dtype, channels)
+        if fault:
+            return f"fails on {device} for {dtype} and {channels} channels per head: {fault}"
+    return ""
 
 
 class SelfAttention(SABlock):  # type: ignore[misc]  # MONAI is untyped
-    """MONAI's block without its layout shuffles; only `forward` differs, so weights are shared."""
+    """MONAI's block without its layout shuffles; only `forward` differs, so weights are shared.
 
-    backend = "sdpa"
+    `memory_efficient_attention` is that of xformers; without it torch's fused kernel runs.
+    """
+
+    memory_efficient_attention: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is (batch, positions, channels), and so is the result."""
@@ -44,9 +62,8 @@ class SelfAttention(SABlock):  # type: ignore[misc]  # MONAI is untyped
         query = self.to_q(x).unflatten(-1, heads)  # (batch, positions, heads, head channels)
         key = self.to_k(x).unflatten(-1, heads)
         value = self.to_v(x).unflatten(-1, heads)
-        if self.backend == "xformers":
-            _try_xformers(x.device, query.dtype)
-            mixed = _xformers().memory_efficient_attention(query, key, value)
+        if self.memory_efficient_attention is not None:
+            mixed = self.memory_efficient_attention(query, key, value)
         else:
             mixed = functional.scaled_dot_product_attention(
                 query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -55,7 +72,7 @@ class SelfAttention(SABlock):  # type: ignore[misc]  # MONAI is untyped
         return projected
 
 
-def _converted(block: Any, backend: str) -> SelfAttention:
+def _converted(block: Any) -> SelfAttention:
     plain = (
         not block.use_combined_linear
         and not block.causal
@@ -74,7 +91,6 @@ def _converted(block: Any, backend: str) -> SelfAttention:
         use_flash_attention=True,
     )
     attention.load_state_dict(block.state_dict())
-    attention.backend = backend
     return attention
 
 
@@ -88,13 +104,11 @@ def _xformers() -> Any:
 
 
 @cache
-def _try_xformers(device: torch.device, dtype: torch.dtype) -> None:
-    remedy = 'set attention to "sdpa" (diffusion.net.attention=sdpa); the weights are the same'
-    if device.type != "cuda":
-        raise ValueError(f"attention=xformers needs a CUDA device, got {device}; {remedy}")
-    probe = torch.zeros(1, 16, 2, 32, device=device, dtype=dtype, requires_grad=True)
+def _trial_fault(device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    probe = torch.zeros(1, 16, 2, channels, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             _xformers().memory_efficient_attention(probe, probe, probe).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"attention=xformers failed on {device}, {dtype}; {remedy}") from error
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import nn
 
 from cldf_dist.config import UNCONDITIONAL, UNet
 from cldf_dist.nets.attention import use_attention
+from cldf_dist.nets.gradient_checkpointing import use_gradient_checkpointing
 
 
 def build_unet(
@@ -15,26 +18,38 @@ def build_unet(
     """MONAI's class-conditional diffusion U-Net: net(x, timesteps, class_labels=labels).
 
     `num_classes` counts the "no label given" class. Images are (batch, num_channels, height,
-    width), height and width multiples of 2 ** (levels - 1).
+    width), height and width multiples of 2 ** (levels - 1). Attention is torch's: a training whose
+    `settings.attention` says otherwise changes it where it knows its device.
     """
-    check_levels(settings.channels, settings.attention_levels, settings.norm_num_groups)
-    net: nn.Module = DiffusionModelUNet(
-        spatial_dims=2,
-        in_channels=num_channels,
-        out_channels=num_channels,
-        num_res_blocks=settings.num_res_blocks,
-        channels=tuple(settings.channels),
-        attention_levels=tuple(settings.attention_levels),
-        norm_num_groups=settings.norm_num_groups,
-        # the middle block attends whatever attention_levels says
-        num_head_channels=head_channels(
-            settings.channels, (*settings.attention_levels[:-1], True), settings.num_head_channels
-        ),
-        num_class_embeds=num_classes,
-        use_flash_attention=True,
-    )
-    use_attention(net, settings.attention)
+    net: nn.Module = DiffusionModelUNet(**unet_arguments(settings, num_channels, num_classes))
+    use_attention(net, "sdpa")
+    if settings.gradient_checkpointing:
+        use_gradient_checkpointing(net)
     return net
+
+
+def unet_arguments(
+    settings: UNet, num_channels: int, num_classes: int = UNCONDITIONAL + 1
+) -> dict[str, Any]:
+    """What MONAI's DiffusionModelUNet is built with, in types of JSON: with it MONAI alone loads
+    the weights of `build_unet`. Raises ValueError where the levels do not fit together."""
+    check_levels(settings.channels, settings.attention_levels, settings.norm_num_groups)
+    # the middle block attends whatever attention_levels says
+    attending = (*settings.attention_levels[:-1], True)
+    return {
+        "spatial_dims": 2,
+        "in_channels": num_channels,
+        "out_channels": num_channels,
+        "num_res_blocks": settings.num_res_blocks,
+        "channels": list(settings.channels),
+        "attention_levels": list(settings.attention_levels),
+        "norm_num_groups": settings.norm_num_groups,
+        "num_head_channels": list(
+            head_channels(settings.channels, attending, settings.num_head_channels)
+        ),
+        "num_class_embeds": num_classes,
+        "use_flash_attention": True,
+    }
 
 
 def check_levels(

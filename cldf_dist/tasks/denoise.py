@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cldf_dist.config import CLASSES, UNCONDITIONAL
 from cldf_dist.method.noise import (
@@ -17,6 +18,8 @@ from cldf_dist.method.noise import (
 
 PREVIEW_STEPS = 20
 PREVIEW_GUIDANCE = (1.0, 3.0)
+PREVIEW_SEEDS = 4
+PREVIEW_GAP = 2  # pixels, white
 
 
 class Denoise(nn.Module):
@@ -61,28 +64,41 @@ class Denoise(nn.Module):
 
     @torch.no_grad()
     def preview(self, net: nn.Module) -> dict[str, npt.NDArray[np.uint8]]:
-        """{"samples": uint8 (height, width * k)}: first channel of classes times guidance."""
+        """{"samples": uint8 (height, width)}: a grid of the first channel of generated slices.
+
+        A row is one start noise, the same each time; the columns are no object and object, each at
+        every guidance scale in its order.
+        """
         if not self.image_size:
             return {}
-        columns = [(c, w) for c in range(len(CLASSES)) for w in PREVIEW_GUIDANCE]
         device = next(net.parameters()).device
-        labels = torch.tensor([column[0] for column in columns], device=device)
-        guidance = torch.tensor([column[1] for column in columns], device=device)
         shape = (int(net.in_channels), self.image_size, self.image_size)  # type: ignore[arg-type]
-        start = sample_noise(shape, torch.zeros(1, dtype=torch.long), self.seed, "preview", device)
-        images = self._sample(net, start.expand(len(columns), -1, -1, -1), labels, guidance)
-        grid = images[:, 0].permute(1, 0, 2).flatten(1)
-        pixels: npt.NDArray[np.uint8] = ((grid + 1) * 127.5).round().byte().cpu().numpy()
-        return {"samples": pixels}
+        start = sample_noise(shape, torch.arange(PREVIEW_SEEDS), self.seed, "preview", device)
+        noised = start.repeat_interleave(len(CLASSES), 0)
+        labels = torch.arange(len(CLASSES), device=device).repeat(PREVIEW_SEEDS)
+        samples = [self._sample(net, noised, labels, guidance) for guidance in PREVIEW_GUIDANCE]
+        tiles = torch.stack(samples, 1)[:, :, 0]  # (row and class, guidance, height, width)
+        return {"samples": _grid(tiles.reshape(PREVIEW_SEEDS, -1, *shape[1:]))}
 
-    def _sample(self, net: nn.Module, noised: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
+    def _sample(self, net: nn.Module, noised: Tensor, labels: Tensor, guidance: float) -> Tensor:
         """DDIM with classifier-free guidance (Ho and Salimans 2021); 1 is the plain class."""
         steps = np.linspace(self.schedule.num_timesteps - 1, -1, PREVIEW_STEPS + 1).round()
-        both = torch.cat([labels, torch.full_like(labels, UNCONDITIONAL)])
+        free_labels = torch.full_like(labels, UNCONDITIONAL)
+        both = torch.cat([labels, free_labels]) if guidance != 1 else labels
         for timestep, following in zip(steps[:-1].astype(int), steps[1:].astype(int)):
             times = torch.full((len(both),), int(timestep), device=noised.device)
-            output = net(noised.repeat(2, 1, 1, 1), times, class_labels=both).float()
-            conditional, free = output.chunk(2)
-            guided = free + guidance[:, None, None, None] * (conditional - free)
-            noised = self.schedule.ddim_step(noised, int(timestep), int(following), guided)
+            repeated = noised.repeat(len(both) // len(labels), 1, 1, 1)
+            output = net(repeated, times, class_labels=both).float()
+            if guidance != 1:
+                conditional, free = output.chunk(2)
+                output = free + guidance * (conditional - free)
+            noised = self.schedule.ddim_step(noised, int(timestep), int(following), output)
         return noised
+
+
+def _grid(tiles: Tensor) -> npt.NDArray[np.uint8]:
+    """Tiles (rows, columns, height, width) in [-1, 1] as one picture, with gaps between them."""
+    padded = functional.pad(tiles, (0, PREVIEW_GAP, 0, PREVIEW_GAP), value=1.0)
+    picture = padded.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-PREVIEW_GAP, :-PREVIEW_GAP]
+    pixels: npt.NDArray[np.uint8] = ((picture + 1) * 127.5).round().byte().cpu().numpy()
+    return pixels

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 
 from cldf_dist.config import UNet
-from cldf_dist.nets.attention import SelfAttention, check_attention, use_attention
+from cldf_dist.nets.attention import SelfAttention, use_attention, xformers_fault
 from cldf_dist.nets.unet import build_unet
 
 SETTINGS = UNet(
@@ -67,29 +69,55 @@ def test_unknown_attention_is_refused_by_name():
         use_attention(plain_monai(), "flash3")
 
 
-def test_xformers_on_a_cpu_is_an_error_that_names_the_remedy():
-    net = plain_monai()
+def test_xformers_is_told_apart_before_it_is_used():
+    net, device = plain_monai(), torch.device("cpu")
+    assert xformers_fault(net, device, torch.float32) == "needs a CUDA device, got cpu"
+
+
+def test_another_backend_keeps_the_parameters_and_survives_a_copy():
+    net = build_unet(SETTINGS, 2)
+    before = dict(net.named_parameters())
     use_attention(net, "xformers")
-    with pytest.raises(ValueError, match="attention=sdpa"):
-        net(torch.zeros(1, 2, 16, 16), torch.zeros(1), class_labels=torch.zeros(1).long())
-    with pytest.raises(ValueError, match="needs a CUDA device"):
-        check_attention("xformers", torch.device("cpu"))
-    check_attention("sdpa", torch.device("cpu"))
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    copied = copy.deepcopy(net)
+    operators = {m.memory_efficient_attention for m in copied.modules() if hasattr(m, "to_q")}
+    assert len(operators) == 1
+    assert None not in operators
+    use_attention(copied, "sdpa")
+    images, times, labels = torch.zeros(1, 2, 16, 16), torch.zeros(1), torch.zeros(1).long()
+    assert copied(images, times, class_labels=labels).shape == images.shape
 
 
 @pytest.mark.gpu
-def test_xformers_gives_what_sdpa_gives():
-    images, times = torch.randn(2, 2, 16, 16).cuda(), torch.tensor([3, 500]).cuda()
-    labels = torch.tensor([0, 1]).cuda()
-    fused, other = plain_monai().cuda(), plain_monai().cuda()
-    randomise(fused)
-    other.load_state_dict(fused.state_dict())
-    use_attention(fused, "sdpa")
-    use_attention(other, "xformers")
-    fused, other = fused.cuda(), other.cuda()
-    torch.testing.assert_close(
-        other(images, times, class_labels=labels),
-        fused(images, times, class_labels=labels),
-        atol=2e-3,
-        rtol=2e-3,
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xformers_gives_what_sdpa_gives_forward_and_backward(dtype):
+    """In bfloat16, by autocast, each is held against sdpa in float32."""
+    device = torch.device("cuda")
+    oracle, fused, other = (plain_monai().to(device) for _ in range(3))
+    randomise(oracle)
+    for net, backend in ((oracle, "sdpa"), (fused, "sdpa"), (other, "xformers")):
+        net.load_state_dict(oracle.state_dict())
+        use_attention(net, backend)
+        net.to(device)
+    assert xformers_fault(other, device, dtype) == ""
+    expected = outcome(oracle, torch.float32)
+    allowed = [distance(outcome(fused, dtype), expected)[i] for i in range(2)]
+    found = distance(outcome(other, dtype), expected)
+    for mine, theirs in zip(found, allowed):
+        assert mine <= 2 * theirs + 2e-3
+
+
+def outcome(net, dtype):
+    """The output, and the gradients of all parameters as one vector."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 2, 16, 16, generator=generator).cuda()
+    times, labels = torch.tensor([3, 500]).cuda(), torch.tensor([0, 1]).cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        output = net(images, times, class_labels=labels).float()
+    output.square().mean().backward()
+    return output.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def distance(found, expected):
+    """Relative errors, in the Euclidean norm."""
+    return [((f - e).norm() / e.norm()).item() for f, e in zip(found, expected)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from cldf_dist.config import Config, Data, Evaluate, Report, Tracking
 from cldf_dist.data.nifti import Volume, write_nifti
-from cldf_dist.data.shards import write_manifest, write_shards
+from cldf_dist.data.shard_writing import write_manifest, write_shards
 from cldf_dist.data.slices import Slice, prepare_volume
 from cldf_dist.run import Run
 from cldf_dist.stages.masks import SUPERVISED, PatientScores, native_scores, object_mask

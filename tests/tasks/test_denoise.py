@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from cldf_dist.config import UNet
 from cldf_dist.method.noise import Schedule, sample_noise, training_timesteps
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.tasks.denoise import Denoise
+from cldf_dist.tasks.denoise import PREVIEW_GAP, Denoise
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
 OPTIONS = {"min_snr_gamma": 5.0, "label_dropout": 0.5, "seed": 3}
@@ -94,8 +94,15 @@ def test_preview_shows_every_class_and_guidance_the_same_each_time():
     first = task.preview(net)["samples"]
     torch.manual_seed(1)
     assert np.array_equal(task.preview(net)["samples"], first)
-    assert first.shape == (16, 4 * 16)
+    side = 4 * 16 + 3 * PREVIEW_GAP
+    assert first.shape == (side, side)
     assert first.dtype == np.uint8
+    pitch = 16 + PREVIEW_GAP
+    assert all((first[at : at + PREVIEW_GAP] == 255).all() for at in range(16, side, pitch))
+    tiles = [first[row : row + 16, :16] for row in range(0, side, pitch)]
+    assert len({tile.tobytes() for tile in tiles}) == 4, "each row has a noise of its own"
+    other = Denoise(net, SCHEDULE, **{**OPTIONS, "seed": 4}, image_size=16)
+    assert not np.array_equal(other.preview(net)["samples"], first)
 
 
 def test_preview_of_a_perfect_predictor_is_the_image():
@@ -115,9 +122,12 @@ def test_preview_of_a_perfect_predictor_is_the_image():
 
     net = Perfect()
     samples = Denoise(net, SCHEDULE, **OPTIONS, image_size=4).preview(net)["samples"]
-    columns = samples.reshape(4, 4, 4)[0, :, 0].tolist()
+    pitch = 4 + PREVIEW_GAP
+    tiles = [
+        [samples[row, column] for column in range(0, 22, pitch)] for row in range(0, 22, pitch)
+    ]
     # guidance 3 triples the distance from the unconditional image, clipped at -1 and 1
-    assert columns == [pytest.approx(v, abs=1) for v in (64, 0, 191, 255)]
+    assert np.array(tiles) == pytest.approx(np.array([[64, 0, 191, 255]] * 4), abs=1)
 
 
 def test_without_an_image_size_there_is_no_preview():
