@@ -100,7 +100,7 @@ class Fit:
     log_every: int = 10  # steps
     num_workers: int = 0  # loader processes per rank
     compile: bool = False  # torch.compile of the net
-    channels_last: bool = True  # the layout in which convolutions are fastest
+    channels_last: bool = True  # the layout in which convolutions are fastest; not with ZeRO
     # weights to begin with: a .safetensors file, the folder of a finished training, or one of its
     # checkpoints; a relative path is meant from the working folder. Empty: random weights
     start_from: str = ""

@@ -20,7 +20,7 @@ from cldf_dist.checkpoint import Checkpoint, newest_checkpoint, read_weights, sa
 from cldf_dist.config import Fit
 from cldf_dist.engine import autocast, autocast_dtype, make_engine
 from cldf_dist.moving_average import MovingAverage
-from cldf_dist.processes import accelerator, from_all, from_main, processes, together
+from cldf_dist.processes import accelerator, from_all, from_main, processes, together, zero_stage
 from cldf_dist.progress import progress
 from cldf_dist.records import SkippedSteps, StepMeans
 from cldf_dist.run import Run
@@ -120,7 +120,8 @@ class _Training:
             task.load_state_dict(found.tensors["task"])
         elif settings.start_from:
             _start_from(task, Path(settings.start_from))
-        layout = CHANNELS_LAST if settings.channels_last else {}
+        # DeepSpeed lays all weights in one row
+        layout = CHANNELS_LAST if settings.channels_last and not zero_stage() else {}
         self.task: Any = task.to(self.device).to(**layout)
         self.average = MovingAverage(self.task, settings.average_decay)
         if settings.compile:  # the net, not the task: tasks make generators
@@ -155,7 +156,7 @@ class _Training:
         self.task.train()
         # dropout inside the net draws from the global generator: make it a function of the step
         torch.manual_seed(sample_seed(self.run.config.seed, step, f"rank {processes().rank}"))
-        parts = []
+        parts, used = [], []
         for micro in range(settings.accumulate):
             if micro > 0:
                 batch = batches.next()
@@ -163,12 +164,13 @@ class _Training:
                 losses = self.engine.forward(batch)
                 self.engine.backward(losses["loss"])
             parts.append(losses)
+            used.append(batch)
             if micro < settings.accumulate - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
         self.average.follow(step, moved)
         self.means.add(parts, norm, moved)
-        self.skipped.note(step, batch, moved)
+        self.skipped.note(step, used, moved)
         self.step += 1
         if _is_due(self.step, settings.log_every, self.step == settings.steps):
             self._log(batches.waited)

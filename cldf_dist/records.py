@@ -78,18 +78,18 @@ class SkippedSteps:
         self.delay = 1 if self._on_gpu else 0  # steps
         self._total = torch.zeros((), dtype=torch.long, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.long, device=device)
-        self._unread: deque[tuple[int, Batch, Tensor, Any]] = deque()
+        self._unread: deque[tuple[int, Sequence[Batch], Tensor, Any]] = deque()
 
     @property
     def total(self) -> int:
         return int(self._total)
 
-    def note(self, step: int, batch: Batch, moved: Tensor) -> None:
-        """FloatingPointError, with the batch in a file, after more than the limit in a row."""
+    def note(self, step: int, batches: Sequence[Batch], moved: Tensor) -> None:
+        """FloatingPointError, with the step's batches in a file, after too many in a row."""
         skipped = (~moved).long()
         self._total = self._total + skipped
         self._in_a_row = (self._in_a_row + 1) * skipped
-        self._unread.append((step, batch, *self._on_its_way(self._in_a_row)))
+        self._unread.append((step, batches, *self._on_its_way(self._in_a_row)))
         while len(self._unread) > self.delay:
             self._look(*self._unread.popleft())
 
@@ -108,14 +108,15 @@ class SkippedSteps:
         arrived.record()
         return copy, arrived
 
-    def _look(self, step: int, batch: Batch, in_a_row: Tensor, arrived: Any) -> None:
+    def _look(self, step: int, batches: Sequence[Batch], in_a_row: Tensor, arrived: Any) -> None:
         if arrived is not None:
             arrived.synchronize()
         if int(in_a_row) <= self._limit:
             return
         path = self._folder / f"bad_batch_rank{processes().rank}.pt"
-        torch.save(dict(batch), path)
+        torch.save([dict(batch) for batch in batches], path)
         raise FloatingPointError(
             f"{int(in_a_row)} steps in a row had a non-finite gradient, the last is "
-            f"step {step + 1}; its batch is in {path}; lower fit.learning_rate or look at the data"
+            f"step {step + 1}; its batches are in {path}; lower fit.learning_rate or look at the "
+            "data"
         )

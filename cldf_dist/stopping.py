@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 
 from cldf_dist.processes import control_group, processes
 
-# a launcher passes a Ctrl-C on to processes that the terminal has told already
+# A launcher passes the first Ctrl-C on as SIGINT, to processes that the terminal may have told
+# already, and the second one as SIGTERM.
 SECONDS_OF_ONE_CTRL_C = 1.0
 
 
@@ -31,12 +33,18 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        if number != signal.SIGINT:
+        if not first_ctrl_c:
+            if number == signal.SIGINT:
+                first_ctrl_c.append(time.monotonic())
             return
-        first_ctrl_c.append(time.monotonic())
-        patience = SECONDS_OF_ONE_CTRL_C if processes().world_size > 1 else 0.0
-        if len(first_ctrl_c) > 1 and first_ctrl_c[-1] - first_ctrl_c[0] >= patience:
+        alone = processes().world_size == 1
+        if alone and number == signal.SIGINT:
             raise KeyboardInterrupt
+        later = time.monotonic() - first_ctrl_c[0] >= SECONDS_OF_ONE_CTRL_C
+        if not alone and later and number != signal.SIGUSR1:
+            # at once: what is cleaned up on the way out may wait for other processes
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     previous = {number: signal.signal(number, note) for number in numbers}

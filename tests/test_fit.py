@@ -308,10 +308,10 @@ def test_too_many_non_finite_steps_in_a_row_stop_with_the_batch(tmp_path: Path) 
     items = Values(lambda number: math.nan if number >= 8 else 1.0)
     settings = replace(SETTINGS, max_skipped_steps=2)
     with pytest.raises(
-        FloatingPointError, match=r"3 steps in a row .* the last is step 5; its batch is in"
+        FloatingPointError, match=r"3 steps in a row .* the last is step 5; its batches are in"
     ):
         train(tmp_path, settings, task=Slope(), items=items, validation=False)
-    saved = torch.load(folder(tmp_path) / "bad_batch_rank0.pt", weights_only=True)
+    (saved,) = torch.load(folder(tmp_path) / "bad_batch_rank0.pt", weights_only=True)
     assert saved["sample_number"].tolist() == [16, 17, 18, 19]
     assert saved["value"].isnan().all()
 

@@ -74,7 +74,7 @@ class Brightness(nn.Module):
             # before batch norm a bias has no gradient but round-off, which AdamW would blow up
             nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
             nn.Conv2d(4, 3, 3), nn.Dropout(faults.get("dropout", 0.2)), nn.Flatten(),
-            nn.Linear(12, 2),
+            nn.Linear(12, 512), nn.ReLU(), nn.Linear(512, 2),
         )  # fmt: skip
         self.faults = faults
 
@@ -123,7 +123,7 @@ def start(runs: str, scenario: str) -> str:
         return str(stop)
     finally:
         run.close()
-        wait_for_everyone()
+    wait_for_everyone()
     return "finished"
 
 
