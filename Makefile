@@ -50,6 +50,7 @@ endif
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_contrast.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py
 
 phantom-check: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/phantom_check.py

@@ -44,6 +44,7 @@ HARMLESS = (
     "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
     "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
     "fit.channels_last", "fit.compile", "net.attention", "net.gradient_checkpointing",
+    "data.shard_cache", "data.shard_cache_gb",
     "data.splits", "data.labels",  # their contents count, and `prepare` compares those
 )  # fmt: skip
 

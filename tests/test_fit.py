@@ -425,6 +425,20 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_one_before(
     assert_same_training(uninterrupted, "whole", "damaged", step=9)
 
 
+def test_a_checkpoint_of_another_run_is_passed_over_and_named(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(uninterrupted, replace(SETTINGS, steps=3), name="ours")
+    newest = "checkpoints/step-00000009"
+    shutil.copytree(folder(uninterrupted, "whole") / newest, folder(uninterrupted, "ours") / newest)
+    task = Brightness()
+    train(uninterrupted, replace(SETTINGS, steps=5), name="ours", task=task)
+    assert task.calls == 2
+    owner = json.loads((folder(uninterrupted, "whole") / "run.json").read_text())["id"]
+    said = capsys.readouterr().err
+    assert f"step-00000009 is passed over: it belongs to another run ({owner})" in said
+
+
 def test_training_leaves_nothing_to_the_global_generator(tmp_path: Path) -> None:
     class Restless(Brightness):
         def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,104 +5,72 @@ where a mask exists, `<key>.mask.npy` uint8. Reading is indexed: one `pread` per
 against the manifest's crc32c, so that damage is found and named.
 """
 
-import contextlib
+import copy
 import hashlib
 import io
 import json
-import os
-import tarfile
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import webdataset
 
-from cldf_dist.data.slices import Floats, Geometry, Mask, Slice, dequantise, quantise
-from cldf_dist.whole_files import whole_file
+from cldf_dist.data.shard_files import REMEDY, ShardFiles
+from cldf_dist.data.slices import Floats, Geometry, Mask, dequantise
+from cldf_dist.data.staging import DamagedShardError as DamagedShardError
+from cldf_dist.data.staging import Record as Record
+from cldf_dist.data.staging import RemoteShards, ShardCache
 
 FORMAT = "cldf-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+NPY_PREFIX = 10  # bytes before the header of a version-1 npy file; the last two are its length
 IMAGE, META, MASK = "image.npy", "meta.json", "mask.npy"  # members of a sample
-MAX_OPEN_FILES = 64  # per process and table
 ON_DAMAGED = ("error", "skip")
 
-Record = dict[str, Any]  # one entry of the manifest
+Stored = npt.NDArray[np.int16]
 
 
-class DamagedShardError(ValueError):
-    """A shard is not what the manifest says it is."""
-
-
-def write_shards(
-    folder: str | Path, split: str, slices: Iterable[Slice], slices_per_shard: int
-) -> list[Record]:
-    """Write `<split>-00000.tar`, ... and return their records for the manifest.
-
-    The same slices give the same bytes. Each shard is written under a temporary name, read back,
-    then renamed. Older shards of this split are removed first.
-    """
-    if slices_per_shard < 1:
-        raise ValueError(f"data.slices_per_shard must be >= 1, got {slices_per_shard}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}-*.tar.partial")):
-        old.unlink()
-    records: list[Record] = []
-    remaining = iter(slices)
-    while group := list(islice(remaining, slices_per_shard)):
-        name = f"{split}-{len(records):05d}.tar"
-        records.append(_write_shard(folder, name, split, group))
-    return records
-
-
-def write_manifest(
-    folder: str | Path,
-    *,
-    settings: Mapping[str, Any],
-    channels: Sequence[str],
-    splits: Mapping[str, Sequence[str]],
-    geometry: Mapping[str, Geometry],
-    shards: Sequence[Record],
-) -> Path:
-    """Write manifest.json, whole or not at all; call it when all shards are there."""
-    path = Path(folder) / MANIFEST
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "settings": dict(settings),
-        "channels": list(channels),
-        "splits": {split: list(names) for split, names in splits.items()},
-        "geometry": {patient: geometry[patient].to_json() for patient in sorted(geometry)},
-        "shards": list(shards),
-    }
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
-    return path
+def parse_manifest(content: bytes, source: str) -> Record:
+    """A manifest from its bytes; ValueError, with the source, where it is none of ours."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}; prepare the data again") from error
+    known = isinstance(manifest, dict)
+    found = (manifest.get("format"), manifest.get("version")) if known else (None, None)
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{source} must be {FORMAT} version {VERSION}, got {found}; prepare again")
+    return dict(manifest)
 
 
 class ShardSet:
-    """The prepared slices of a folder.
+    """The prepared slices of a folder; the manifest may say that their shards lie elsewhere.
 
-    Raises FileNotFoundError without a manifest and DamagedShardError where a shard is missing or
-    has another size. With `on_damaged="skip"` it drops damaged slices instead and warns.
+    Those are staged through `cache`. Raises FileNotFoundError without a manifest and
+    DamagedShardError where a shard of the folder is missing or has another size. With
+    `on_damaged="skip"` it drops damaged slices instead and warns.
     """
 
-    def __init__(self, folder: str | Path, *, on_damaged: str = "error") -> None:
+    def __init__(
+        self, folder: str | Path, *, on_damaged: str = "error", cache: ShardCache | None = None
+    ) -> None:
         if on_damaged not in ON_DAMAGED:
             raise ValueError(f"data.on_damaged must be error or skip, got {on_damaged!r}")
         self.folder = Path(folder)
         self.on_damaged = on_damaged
         self.manifest = _read_manifest(self.folder)
         self._tables: dict[str, SliceTable] = {}  # looking for damage reads every slice
-        if on_damaged == "error":
+        self._remote: RemoteShards | None = None
+        if location := self.manifest.get("location"):
+            self._remote = RemoteShards(location, cache or ShardCache.default())
+            if cache:
+                cache.check_size(self.manifest["shards"])
+        elif on_damaged == "error":
             for shard in self.manifest["shards"]:
                 _check_size(self.folder, shard)
 
@@ -124,32 +92,32 @@ class ShardSet:
             known = ", ".join(self.manifest["splits"])
             raise ValueError(f"{self.folder} has the splits {known}; got {name!r}")
         if name not in self._tables:
-            table = SliceTable(
-                self.folder, [shard for shard in self.manifest["shards"] if shard["split"] == name]
-            )
+            shards = [shard for shard in self.manifest["shards"] if shard["split"] == name]
+            table = SliceTable(self.folder, shards, self._remote)
             self._tables[name] = table if self.on_damaged == "error" else table.without_damaged()
         return self._tables[name]
 
     def verify(self) -> None:
         """Read every byte: raise DamagedShardError unless each shard has its size and sha256."""
         for shard in self.manifest["shards"]:
-            path = _check_size(self.folder, shard)
-            with open(path, "rb") as file:
+            remote = self._remote
+            path = remote.cache.path(shard) if remote else _check_size(self.folder, shard)
+            with open(remote.open(shard) if remote else path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
-                raise DamagedShardError(f"{path} is damaged: its sha256 is wrong; {_REMEDY}")
+                raise DamagedShardError(f"{path} is damaged: its sha256 is wrong; {REMEDY}")
 
 
 class SliceTable:
     """Slices by row number: what the manifest says about them, and their pixels on demand.
 
-    Safe to pickle and to fork: files are opened where they are read.
+    Safe to pickle and to fork: files are opened where they are read. Not for several threads.
     """
 
-    def __init__(self, folder: str | Path, shards: Sequence[Record]) -> None:
+    def __init__(
+        self, folder: str | Path, shards: Sequence[Record], remote: RemoteShards | None = None
+    ) -> None:
         samples = [sample for shard in shards for sample in shard["samples"]]
-        self.folder = Path(folder)
-        self.shard_names = tuple(str(shard["name"]) for shard in shards)
         self.keys = tuple(str(sample["key"]) for sample in samples)
         self.patients = tuple(str(sample["patient"]) for sample in samples)
         self.indices = np.array([sample["index"] for sample in samples], np.int64)
@@ -159,7 +127,7 @@ class SliceTable:
         ).astype(np.int64)
         self._images = _spans(samples, "image")
         self._masks = _spans(samples, "mask")
-        self._files = _OpenFiles()
+        self._files = ShardFiles(Path(folder), shards, remote)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -167,6 +135,28 @@ class SliceTable:
     def read_image(self, row: int) -> Floats:
         """One slice, (channels, height, width) in [-1, 1]."""
         return dequantise(self._read_array(row, self._images[row], IMAGE))
+
+    def read_stored(self, row: int, out: Stored | None = None) -> Stored:
+        """One slice as it is stored, (channels, height, width) int16.
+
+        `out`, where given, takes it without a copy in between; it must be contiguous.
+        """
+        span = self._images[row]
+        if out is None:
+            return self._read_array(row, span, IMAGE).copy()
+        header = np.empty(max(int(span[1]) - out.nbytes, 0), np.uint8)
+        whole = len(header) > NPY_PREFIX and out.flags.c_contiguous
+        if whole:
+            self._read(row, span, IMAGE, [header, out])
+            whole = _header_length(header) == len(header)
+            whole = whole and (out.shape, out.dtype) == _npy_layout(header.tobytes())
+        if not whole:
+            like = self._read_array(row, span, IMAGE)
+            raise ValueError(
+                f"out must be a contiguous array of {like.shape} {like.dtype}, "
+                f"got {out.shape} {out.dtype}"
+            )
+        return out
 
     def read_images(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
         """Several slices, (num_rows, channels, height, width)."""
@@ -186,7 +176,7 @@ class SliceTable:
         intact, damaged = [], []
         for row in range(len(self)):
             try:
-                self._read(row, self._images[row], IMAGE)
+                self._read_array(row, self._images[row], IMAGE)
             except DamagedShardError as error:
                 damaged.append(str(error))
             else:
@@ -201,8 +191,7 @@ class SliceTable:
         return self._rows(intact)
 
     def _rows(self, rows: list[int]) -> "SliceTable":
-        table = SliceTable(self.folder, [])
-        table.shard_names = self.shard_names
+        table = copy.copy(self)
         table.keys = tuple(self.keys[row] for row in rows)
         table.patients = tuple(self.patients[row] for row in rows)
         table.indices, table.labels = self.indices[rows], self.labels[rows]
@@ -211,130 +200,33 @@ class SliceTable:
         return table
 
     def _read_array(self, row: int, span: npt.NDArray[np.int64], member: str) -> npt.NDArray[Any]:
-        content = self._read(row, span, member)
-        start = 10 + int.from_bytes(content[8:10], "little")
-        shape, dtype = _npy_layout(content[:start])
-        return np.frombuffer(content, dtype, offset=start).reshape(shape)
+        """A view that the next reading overwrites."""
+        content = self._files.scratch(int(span[1]))
+        self._read(row, span, member, [content])
+        start = _header_length(content)
+        shape, dtype = _npy_layout(content[:start].tobytes())
+        return content[start:].view(dtype).reshape(shape)
 
-    def _read(self, row: int, span: npt.NDArray[np.int64], member: str) -> bytes:
-        path = self.folder / self.shard_names[self.shard_of[row]]
+    def _read(
+        self, row: int, span: npt.NDArray[np.int64], member: str, buffers: list[npt.NDArray[Any]]
+    ) -> None:
+        """Fill the buffers, one after the other, with a member whose checksum is right."""
+        shard = int(self.shard_of[row])
         offset, length, checksum = span.tolist()
-        try:
-            content = self._files.read(path, offset, length)
-        except FileNotFoundError:
-            raise DamagedShardError(f"{path} is missing; {_REMEDY}") from None
-        name = f"{self.keys[row]}.{member}"
-        if len(content) != length:
-            raise DamagedShardError(f"{path} is truncated: {name} is incomplete; {_REMEDY}")
-        if google_crc32c.value(content) != checksum:
-            raise DamagedShardError(f"{path} is damaged: {name} has a wrong crc32c; {_REMEDY}")
-        return content
+        num_read, found = self._files.read(shard, offset, buffers), 0
+        for buffer in buffers:
+            found = google_crc32c.extend(found, buffer)
+        if num_read == length and found == checksum:
+            return
+        path, name = self._files.path(shard), f"{self.keys[row]}.{member}"
+        if num_read != length:
+            raise DamagedShardError(f"{path} is truncated: {name} is incomplete; {REMEDY}")
+        raise DamagedShardError(f"{path} is damaged: {name} has a wrong crc32c; {REMEDY}")
 
 
-_REMEDY = "delete the folder and prepare the data again, or set data.on_damaged=skip"
-
-
-class _OpenFiles:
-    """The most recently read files, kept open; a copy in another process opens its own."""
-
-    def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
-
-    def read(self, path: Path, offset: int, length: int) -> bytes:
-        descriptor = self._descriptors.pop(path, None)
-        if descriptor is None:
-            descriptor = os.open(path, os.O_RDONLY)
-        self._descriptors[path] = descriptor
-        if len(self._descriptors) > MAX_OPEN_FILES:
-            os.close(self._descriptors.popitem(last=False)[1])
-        return os.pread(descriptor, length, offset)
-
-    def __reduce__(self) -> tuple[type["_OpenFiles"], tuple[()]]:
-        return _OpenFiles, ()
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-
-def _write_shard(folder: Path, name: str, split: str, slices: list[Slice]) -> Record:
-    members = [_members(item) for item in slices]
-    partial = folder / f"{name}.partial"
-    try:
-        with open(partial, "wb") as file:
-            with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
-                for item, contents in zip(slices, members):
-                    writer.write({"__key__": item.key, **contents})
-            file.flush()
-            os.fsync(file.fileno())
-        spans = dict(_verified_spans(partial, slices, members))
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = partial.stat().st_size
-        os.replace(partial, folder / name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-    labels = [item.label for item in slices]
-    return {
-        "name": name,
-        "split": split,
-        "size": size,
-        "sha256": digest,
-        "num_slices": len(slices),
-        "label_counts": {str(label): labels.count(label) for label in sorted(set(labels))},
-        "samples": [
-            {
-                "key": item.key,
-                "patient": item.patient,
-                "index": item.index,
-                "label": item.label,
-                "image": spans[f"{item.key}.{IMAGE}"],
-                "meta": spans[f"{item.key}.{META}"],
-                "mask": spans.get(f"{item.key}.{MASK}"),
-            }
-            for item in slices
-        ],
-    }
-
-
-def _members(item: Slice) -> dict[str, bytes]:
-    meta = {name: getattr(item, name) for name in ("key", "patient", "index", "label")}
-    members = {
-        IMAGE: _npy_bytes(quantise(item.image)),
-        META: json.dumps(meta, sort_keys=True).encode(),
-    }
-    if item.mask is not None:
-        members[MASK] = _npy_bytes(item.mask.astype(np.uint8))
-    return members
-
-
-def _verified_spans(
-    path: Path, slices: list[Slice], members: list[dict[str, bytes]]
-) -> Iterator[tuple[str, list[int]]]:
-    """Name and [offset, length, crc32c] of each member, as found in the file just written."""
-    expected = {
-        f"{item.key}.{member}": content
-        for item, contents in zip(slices, members)
-        for member, content in contents.items()
-    }
-    with tarfile.open(path, "r:") as tar:
-        found = {member.name: member for member in tar}
-        if sorted(found) != sorted(expected):
-            raise OSError(f"{path} does not hold what was written to it; check the disk")
-        for name, member in found.items():
-            file = tar.extractfile(member)
-            content = b"" if file is None else file.read()
-            if content != expected[name]:
-                raise OSError(f"{path} does not hold what was written to it; check the disk")
-            yield name, [member.offset_data, member.size, google_crc32c.value(content)]
-
-
-def _npy_bytes(array: npt.NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0))
-    return stream.getvalue()
+def _header_length(content: npt.NDArray[np.uint8]) -> int:
+    """Bytes before the array in a version-1 npy file."""
+    return NPY_PREFIX + int(content[8]) + 256 * int(content[9])
 
 
 @lru_cache(maxsize=64)
@@ -358,22 +250,15 @@ def _read_manifest(folder: Path) -> Record:
         raise FileNotFoundError(
             f"{path} does not exist: the data is not prepared; run: cldf prepare"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; prepare the data again") from error
-    found = (manifest.get("format"), manifest.get("version"))
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"{path} must be {FORMAT} version {VERSION}, got {found}; prepare again")
-    return dict(manifest)
+    return parse_manifest(path.read_bytes(), str(path))
 
 
 def _check_size(folder: Path, shard: Record) -> Path:
     path = folder / str(shard["name"])
     if not path.is_file():
-        raise DamagedShardError(f"{path} is missing; {_REMEDY}")
+        raise DamagedShardError(f"{path} is missing; {REMEDY}")
     size = path.stat().st_size
     if size != shard["size"]:
         what = "truncated" if size < shard["size"] else "damaged"
-        raise DamagedShardError(f"{path} is {what}: {size} of {shard['size']} bytes; {_REMEDY}")
+        raise DamagedShardError(f"{path} is {what}: {size} of {shard['size']} bytes; {REMEDY}")
     return path

@@ -23,6 +23,7 @@ from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.staging import ShardCache
 from cldf_dist.method.metrics import CaseScore, auroc, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
@@ -68,7 +69,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     Writes summary.json, cases.csv and table.txt, and legacy_slices.csv and legacy.txt apart.
     """
     prepare, cache, segment = (run.needs(name) for name in ("prepare", "cache", "segment"))
-    shards = ShardSet(prepare, on_damaged=config.data.on_damaged)
+    shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     rule = json.loads((segment / "thresholds.json").read_text())
     methods = list(rule["cuts"])
     patients = [name for name in shards.patients["test"] if truth_path(prepare, name).is_file()]

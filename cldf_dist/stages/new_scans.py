@@ -256,7 +256,13 @@ def _settings_of_run(config: Config) -> Config:
     """The settings that the nets were trained with; ValueError where `config` differs."""
     folder = Run(config, "segment", ()).needs("segment")
     made = read_config(folder / "config.yaml")
-    free = (*(f"{key}=" for key in OF_NEW_SCANS), "data.root=", "data.dataset=", "data.labels=")
+    free = (
+        *(f"{key}=" for key in OF_NEW_SCANS),
+        "data.root=",
+        "data.shards=",
+        "data.dataset=",
+        "data.labels=",
+    )
     changed = [
         change
         for change in changed_keys(made, config, stage_named("segment").all_sections)

@@ -21,7 +21,8 @@ import numpy as np
 from cldf_dist.config import Config, Data, to_plain
 from cldf_dist.data import datasets
 from cldf_dist.data.nifti import write_nifti
-from cldf_dist.data.shards import ShardSet, write_manifest, write_shards
+from cldf_dist.data.shard_writing import write_manifest, write_shards
+from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import (
     NO_OBJECT,
     OBJECT,
@@ -36,10 +37,21 @@ from cldf_dist.data.slices import (
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, read_json
+from cldf_dist.stages.shards_elsewhere import adopt_shards
 from cldf_dist.whole_files import remove_leftovers, whole_file
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
+    if config.data.shards:
+        manifest = adopt_shards(config.data, run.folder)
+        shutil.rmtree(run.folder / ".spool", ignore_errors=True)
+        _check_labels(manifest["shards"])
+        _tell_without_truth(run.folder / "truth", manifest["splits"]["test"])
+        return _summary(manifest["splits"], manifest["shards"], labels="")
+    return _prepare(config, run)
+
+
+def _prepare(config: Config, run: Run) -> dict[str, Any]:
     names = datasets.patients(config.data)
     _check_before_reading(config.data, names)
     labels = _digest_of_labels(config.data)
@@ -58,7 +70,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         slices = (item for name in splits[split] for item in _spooled(spool, name))
         shards += write_shards(run.folder, split, slices, config.data.slices_per_shard)
     _check_labels(shards)
-    _keep_truth(spool, run.folder / "truth", splits["test"])
+    truth = _keep_truth(spool, run.folder / "truth", splits["test"])
     if _digest_of_labels(config.data) != labels:
         raise ValueError(f"data.labels: {config.data.labels} was changed meanwhile; run it again")
     write_manifest(
@@ -68,20 +80,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         splits=splits,
         geometry={name: _geometry(spool, name) for name in names},
         shards=shards,
+        truth=truth,
     )
     shutil.rmtree(spool)
-    return {
-        "patients": {split: len(splits[split]) for split in SPLITS},
-        "slices": {
-            split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
-        },
-        "labels_sha256": labels,
-        "positive_slices": {split: _count(shards, split, 1) for split in SPLITS},
-    }
+    return _summary(splits, shards, labels)
 
 
 def estimate(config: Config, folder: Path) -> dict[str, str]:
     """What `--dry-run` prints: counts and bytes before anything is written."""
+    if config.data.shards:
+        return {"shards": f"those of {config.data.shards}, staged when they are read"}
     names = datasets.patients(config.data)
     per_slice = len(datasets.channels(config.data)) * config.data.image_size**2 * 2
     return {
@@ -226,15 +234,23 @@ def _split(settings: Data, strata: Mapping[str, float]) -> dict[str, list[str]]:
     )
 
 
-def _keep_truth(spool: Path, folder: Path, patients: Sequence[str]) -> None:
+def _keep_truth(spool: Path, folder: Path, patients: Sequence[str]) -> dict[str, str]:
+    """Copy the masks; the sha256 of each."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.nii.gz"):
         old.unlink()
-    sources = [spool / f"{name}.nii.gz" for name in patients]
-    known = [source for source in sources if source.exists()]
-    for source in known:
-        shutil.copyfile(source, folder / source.name)
-    if not known:
+    digests = {}
+    for name in patients:
+        source = spool / f"{name}.nii.gz"
+        if source.exists():
+            shutil.copyfile(source, folder / source.name)
+            digests[name] = hashlib.sha256(source.read_bytes()).hexdigest()
+    _tell_without_truth(folder, patients)
+    return digests
+
+
+def _tell_without_truth(folder: Path, patients: Sequence[str]) -> None:
+    if not any(folder.iterdir()):
         print(
             f"prepare: none of the {len(patients)} test patients has a mask; evaluate will have "
             "nothing to score",
@@ -253,6 +269,20 @@ def _check_labels(shards: Sequence[dict[str, Any]]) -> None:
                 f"{also}; both kinds are needed: check the masks, data.min_object_pixels and "
                 "data.splits"
             )
+
+
+def _summary(
+    splits: Mapping[str, Sequence[str]], shards: Sequence[dict[str, Any]], labels: str
+) -> dict[str, Any]:
+    """What DONE keeps; `labels` is the digest of the labels file."""
+    return {
+        "patients": {split: len(splits[split]) for split in SPLITS},
+        "slices": {
+            split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
+        },
+        "labels_sha256": labels,
+        "positive_slices": {split: _count(shards, split, OBJECT) for split in SPLITS},
+    }
 
 
 def _count(shards: Sequence[dict[str, Any]], split: str, label: int) -> int:

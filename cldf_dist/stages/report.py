@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from cldf_dist.config import Config, to_yaml
 from cldf_dist.data.objects import object_title
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.staging import ShardCache
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, seconds_of, write_atomically
 from cldf_dist.stages import STAGES
@@ -54,7 +55,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 def _draw_overlays(config: Config, run: Run, cases: Sequence[Row]) -> dict[str, Path]:
     """The picture of each test patient, the lowest Dice of CLDF first."""
     prepare, segment = run.needs("prepare"), run.needs("segment")
-    shards = ShardSet(prepare, on_damaged=config.data.on_damaged)
+    shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     table = shards.split("test")
     folder = run.folder / "overlays"
     folder.mkdir(parents=True, exist_ok=True)

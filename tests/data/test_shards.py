@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from cldf_dist.data.shards import (
-    DamagedShardError,
-    ShardSet,
-    SliceTable,
-    write_manifest,
-    write_shards,
-)
+from cldf_dist.data.shard_writing import write_manifest, write_shards
+from cldf_dist.data.shards import DamagedShardError, ShardSet, SliceTable
 from cldf_dist.data.slices import Geometry, Slice
 
 # webdataset leaves closing its files to the garbage collector
@@ -197,8 +192,11 @@ def test_flipped_byte_is_found_and_named(tmp_path: Path, place: str) -> None:
     at = {"header": offset + 9, "first pixel": offset + length - 256, "last pixel": -1}
     damage(tmp_path / shard, flip(offset + length - 1 if at[place] < 0 else at[place]))
     data = ShardSet(tmp_path)
-    with pytest.raises(DamagedShardError, match=r"train-00001\.tar .* case_1_0000\.image\.npy"):
-        data.split("train").read_image(5)
+    table = data.split("train")
+    readings = (table.read_image, table.read_stored)
+    for read in (*readings, lambda row: table.read_stored(row, np.empty((2, 8, 8), np.int16))):
+        with pytest.raises(DamagedShardError, match=r"-00001\.tar .* case_1_0000\.image\.npy"):
+            read(5)
     with pytest.raises(DamagedShardError, match=r"train-00001\.tar is damaged: its sha256"):
         data.verify()
     data.split("train").read_image(4)
@@ -252,11 +250,44 @@ def test_table_survives_pickling_with_files_open(tmp_path: Path) -> None:
 def test_more_shards_than_open_files_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cldf_dist.data.shards.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("cldf_dist.data.shard_files.MAX_OPEN_FILES", 2)
     prepare(tmp_path)
     table = ShardSet(tmp_path).split("train")
     for row in (0, 4, 8, 0, 4, 8):
         table.read_image(row)
+
+
+def test_stored_slices_are_written_into_given_memory(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    table = ShardSet(tmp_path).split("train")
+    batch = np.zeros((len(table), 2, 8, 8), np.int16)
+    for row in range(len(table)):
+        assert table.read_stored(row, batch[row]) is not table.read_stored(row)
+        np.testing.assert_array_equal(table.read_stored(row), batch[row])
+        np.testing.assert_array_equal(batch[row] / np.float32(32767), table.read_image(row))
+    for out in (
+        np.zeros((2, 8, 8), np.uint16),
+        np.zeros((8, 2, 8), np.int16),
+        np.zeros((2, 8, 9), np.int16),
+        np.zeros((2, 8, 800), np.int16),
+        np.zeros((2, 8, 16), np.int16)[:, :, ::2],
+    ):
+        with pytest.raises(ValueError, match=r"contiguous array of \(2, 8, 8\) int16, got"):
+            table.read_stored(0, out)
+
+
+def test_images_do_not_share_memory(tmp_path: Path) -> None:
+    """What is read next must not change what was read before."""
+    prepare(tmp_path)
+    table = ShardSet(tmp_path).split("train")
+    image, stored, mask = table.read_image(0), table.read_stored(0), table.read_mask(0)
+    assert mask is not None
+    before = image.copy(), stored.copy(), mask.copy()
+    for row in range(len(table)):
+        table.read_image(row)
+        table.read_mask(row)
+    for kept, expected in zip((image, stored, mask), before):
+        np.testing.assert_array_equal(kept, expected)
 
 
 def test_unprepared_folder_tells_what_to_run(tmp_path: Path) -> None:

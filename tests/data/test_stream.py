@@ -1,7 +1,13 @@
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cldf_dist.config import Augment
-from cldf_dist.data.shards import ShardSet, write_manifest, write_shards
+from cldf_dist.data.shard_writing import write_manifest, write_shards
+from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import LabelledSlices, Stream
 
@@ -47,6 +54,18 @@ PINNED = [
 ]
 
 
+ABANDONING = """
+import sys
+from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.stream import LabelledSlices, Stream
+if __name__ == "__main__":
+    items = LabelledSlices(ShardSet(sys.argv[1]).split("train"), None, 0)
+    batches = Stream(items, items.groups, 0).batches(0, batch_size=4, num_workers=1)
+    next(batches)
+    print("batch")
+"""
+
+
 class Numbers:
     """Items that are their own position."""
 
@@ -55,6 +74,15 @@ class Numbers:
 
     def get(self, position: int, sample_number: int) -> dict[str, Tensor | int]:
         return {"position": position, "sample_number": sample_number}
+
+
+class Deadly(Numbers):
+    """The process that loads the tenth sample dies."""
+
+    def get(self, position: int, sample_number: int) -> dict[str, Tensor | int]:
+        if sample_number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().get(position, sample_number)
 
 
 def make_stream(seed: int = 0, window: int = 2) -> Stream:
@@ -267,3 +295,64 @@ def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
         assert set(found) == set(expected)
         for name in expected:
             assert torch.equal(found[name], expected[name])
+    alone.close()
+    spawned.close()
+
+
+@pytest.mark.slow
+def test_abandoned_workers_end_without_a_word(tmp_path: Path) -> None:
+    """While they fetch ahead: closed, dropped, and killed before they are closed."""
+    prepare(tmp_path)
+    stream = labelled(tmp_path, Augment())
+    for number, num_workers in enumerate((2, 1, 1, 1)):
+        batches = stream.batches(0, batch_size=4, num_workers=num_workers)
+        next(batches)
+        workers = batches._workers
+        if number == 0:
+            with suppress(RuntimeError):  # torch's handler of SIGCHLD
+                workers[0].kill()
+                workers[0].join()
+        if number % 2 == 0:
+            batches.close()
+            batches.close()
+            assert next(batches, None) is None
+        del batches
+        assert not any(worker.is_alive() for worker in workers)
+        expected = [-signal.SIGKILL, 0] if number == 0 else [0]
+        assert [worker.exitcode for worker in workers] == expected
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_samples_are_wanted_is_named() -> None:
+    batches = Stream(Deadly(), np.zeros(NUM_ITEMS, int), 0).batches(0, batch_size=4, num_workers=1)
+    (worker,) = batches._workers
+    # where nobody waits for a batch at that moment, torch's handler of SIGCHLD tells it
+    words = rf"loader worker {worker.pid} died .*num_workers=0|{worker.pid}\) is killed"
+    with pytest.raises(RuntimeError, match=words):
+        list(islice(batches, 20))
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_with_workers_at_work_ends_in_peace(
+    tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    """Nothing but the end of the program closes the iterator."""
+    prepare(tmp_path)
+    process = start("-c", ABANDONING, str(tmp_path))
+    said, complained = process.communicate(timeout=120)
+    assert (process.returncode, said, complained) == (0, "batch\n", "")
+
+
+def test_fewer_shards_than_ranks_give_the_same_order() -> None:
+    """Ranks share samples, not shards: one shard serves three ranks for several epochs."""
+
+    def stream() -> Stream:
+        return Stream(Numbers(), np.zeros(NUM_ITEMS, int), seed=0)
+
+    steps = 4 * NUM_ITEMS // 6
+    expected = global_order(stream(), 0, steps, 1)
+    assert global_order(stream(), 0, steps, 3) == expected
+    assert sorted(expected[:NUM_ITEMS]) == list(range(NUM_ITEMS))

@@ -81,7 +81,7 @@ if __name__ == "__main__":
         zero = described.get("zero", 0)
         if zero:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            import deepspeed.runtime.zero.muon.muon_optimizer
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
             import transformers.integrations.deepspeed  # noqa: F401
         result = start(sys.argv[1], described["ranks"], zero, described["scenarios"])
         print(json.dumps(result), flush=True)
