@@ -17,23 +17,24 @@ class MovingAverage:
         self._decay = decay
         self._of = task
         self._parameters: list[Any] = list(self.task.parameters())
+        self._buffers: list[Any] = list(self.task.buffers())
+        # the same objects for good, though DeepSpeed gives them other memory
+        self._followed: list[Any] = list(task.parameters())
 
     def follow(self, step: int, moved: Tensor) -> None:
         """After optimizer step number `step` (from 0); nothing happens unless `moved` is true."""
         decay = min(self._decay, (1 + step) / (10 + step))  # warm-up
-        # asked for each time: DeepSpeed gives parameters other memory
-        current = [parameter.detach() for parameter in self._of.parameters()]
         with torch.no_grad():
             if moved.device.type == "cpu":
                 if moved:
-                    torch._foreach_lerp_(self._parameters, current, 1 - decay)
+                    torch._foreach_lerp_(self._parameters, self._followed, 1 - decay)
             else:
-                self._follow_on_device(current, (1 - decay) * moved.float())
-            for mine, theirs in zip(self.task.buffers(), self._of.buffers()):
+                self._follow_on_device((1 - decay) * moved.float())
+            for mine, theirs in zip(self._buffers, self._of.buffers()):
                 mine.copy_(theirs)
 
-    def _follow_on_device(self, current: list[Tensor], share: Tensor) -> None:
+    def _follow_on_device(self, share: Tensor) -> None:
         """`share` is 0 for a skipped step; only the device knows, and the host need not wait."""
-        towards = torch._foreach_sub(current, self._parameters)
+        towards = torch._foreach_sub(self._followed, self._parameters)
         torch._foreach_mul_(towards, share)
         torch._foreach_add_(self._parameters, list(towards))

@@ -254,3 +254,14 @@ def test_another_training_begins_from_the_weights_of_a_checkpoint(
             torch.testing.assert_close(started[key.replace("average", "task")], value)
     assert f"no weights at {tmp_path}/nothing" in found[2]["output"]
     assert "does not fit this net" in found[3]["output"]
+
+
+def test_ways_of_sharding_that_are_not_trained_with_are_refused(
+    tmp_path: Path, starts: Starts
+) -> None:
+    (found,) = starts(tmp_path, two("any", zero=3))
+    assert found["codes"] == [1, 1], found["output"]
+    assert "zero_stage must be 1 or 2, got 3: the moving average is taken over whole weights" in (
+        found["output"]
+    )
+    assert not (stage(tmp_path, "any") / "checkpoints").exists()
