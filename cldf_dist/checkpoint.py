@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from cldf_dist.processes import processes, together
 
 Tensors = Mapping[str, Tensor]
 MANIFEST, STATE = "manifest.json", "state.json"
+DAMAGED = "is damaged (size or checksum differs from the manifest)"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file, by its stem."""
-        return {file.stem: load_file(file) for file in sorted(self.path.glob("*.safetensors"))}
+        """The tensors of each file of its manifest, by its stem."""
+        names = json.loads((self.path / MANIFEST).read_text())
+        files = [self.path / name for name in names if name.endswith(".safetensors")]
+        return {file.stem: load_file(file) for file in files}
 
 
 def save_checkpoint(
@@ -69,20 +73,32 @@ def save_checkpoint(
                 _make_room(folder, temporary)
                 _write_into(temporary, {**state, "run_id": run_id}, tensors)
                 _put_in_place(temporary, final, keep)
-            except OSError:  # what is half written must not take up room
+            except BaseException:  # what is half written must not take up room
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     return final
 
 
 def newest_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as it was written; damaged ones are named."""
+    """The newest checkpoint whose every byte is as it was written; None where there is no other.
+
+    Damaged ones are named; they are set aside, as `damaged-step-...`, where an older one is whole.
+    Raises ValueError where none can be used: to begin anew is not for us to decide.
+    """
+    faults: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
         fault = _fault(path, run_id)
-        if fault:
-            print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
-            continue
-        return Checkpoint(path)
+        if not fault:
+            _set_aside(damaged for damaged, fault in faults.items() if DAMAGED in fault)
+            return Checkpoint(path)
+        print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
+        faults[path] = fault
+    if faults:
+        found = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
+        raise ValueError(
+            f"no checkpoint in {folder} can be used ({found}); put back what is missing, or delete "
+            "that folder to begin again at step 0"
+        )
     return None
 
 
@@ -104,7 +120,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
     if file.name == "average.safetensors":  # it holds the whole task
-        return {name.removeprefix("net."): value for name, value in tensors.items()}
+        return {
+            name.removeprefix("net."): value
+            for name, value in tensors.items()
+            if name.startswith("net.")
+        }
     return tensors
 
 
@@ -158,7 +178,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
 def _make_room(folder: Path, temporary: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.partial"):
-        shutil.rmtree(stale)
+        _remove(stale)
     temporary.mkdir()
 
 
@@ -178,10 +198,27 @@ def _put_in_place(temporary: Path, final: Path, keep: int) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     sync(folder)
-    # a later one was passed over as damaged: it must not count among those that are kept
+    # a later one was passed over, say as unreadable: it must not count among those that are kept
     older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
-    for old in older[: max(len(older) + 1 - keep, 0)]:
-        shutil.rmtree(old)
+    for old in [*older[: max(len(older) + 1 - keep, 0)], *folder.glob("damaged-step-*")]:
+        _remove(old)
+
+
+def _set_aside(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.rename(path.with_name(f"damaged-{path.name}"))
+
+
+def _remove(path: Path) -> None:
+    """Make room; what resists keeps its room, but a training does not end of it."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        print(f"warning: cannot remove {path}: {error}", file=sys.stderr)
 
 
 def _plain(group: Tensors) -> dict[str, Tensor]:
@@ -203,7 +240,7 @@ def _fault(path: Path, run_id: str) -> str:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
-                return f"{name} is damaged (size or checksum differs from the manifest)"
+                return f"{name} {DAMAGED}"
         owner = json.loads((path / STATE).read_text())["run_id"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"it cannot be read ({error})"

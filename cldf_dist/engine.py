@@ -117,6 +117,11 @@ class ZeroEngine:
             raise ValueError(
                 "mixed_precision=fp16 is not supported with ZeRO; set mixed_precision=bf16"
             )
+        if any(parameter.dim() == 0 for parameter in module.parameters()):
+            raise ValueError(
+                "DeepSpeed cannot hold a parameter without dimensions; give it the shape (1,), or "
+                "use configs/accelerate/ddp.yaml"
+            )
         self.device = module.device
         _tell_deepspeed(settings)
         with warnings.catch_warnings():
@@ -161,6 +166,8 @@ class ZeroEngine:
                 return {}
             step = state["step"]
         for number, parameter in enumerate(self.engine.module.parameters()):
+            if not _is_trained(parameter):
+                continue
             for name in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, name)
                 if processes().is_main:  # all took part, but one writes
@@ -174,8 +181,10 @@ class ZeroEngine:
         stored = checkpoint.tensors["optimizer"]
         if not stored:
             return
-        self._make_state(stored["0/step"])
+        self._make_state(next(value for key, value in stored.items() if key.endswith("/step")))
         for number, parameter in enumerate(self.engine.module.parameters()):
+            if f"{number}/step" not in stored:  # it never had a gradient: its moments are 0
+                continue
             for name in MOMENTS:
                 whole = stored[f"{number}/{name}"].to(self.device)
                 safe_set_full_optimizer_state(parameter, whole, name)
@@ -196,6 +205,11 @@ class ZeroEngine:
     def close(self) -> None:
         self.engine.destroy()
         accelerator().free_memory()
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    """Whether an optimizer keeps moments of it."""
+    return parameter.requires_grad and parameter.numel() > 0
 
 
 class _InPrecision(nn.Module):

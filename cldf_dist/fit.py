@@ -32,10 +32,15 @@ from cldf_dist.transfer import DeviceBatches, to_device
 Batch = Mapping[str, Any]
 # the layout in which convolutions are fastest; torch's types do not know this form of `to`
 CHANNELS_LAST: Any = {"memory_format": torch.channels_last}
+NUM_SAMPLES = "#samples"  # beside the names of losses
 
 
 class Batches(Protocol):
     """What `fit` asks of a stream of training samples; every batch holds `sample_number`."""
+
+    def fingerprint(self) -> str:
+        """Differs where other samples would be drawn."""
+        ...
 
     def batches(
         self, consumed: int, *, batch_size: int, rank: int, world_size: int, num_workers: int
@@ -56,46 +61,49 @@ def fit(
     FloatingPointError after too many non-finite steps in a row, and `Stopped` after SIGTERM,
     SIGUSR1 or Ctrl-C, when everything is saved.
     """
-    training = _Training(task, settings, run)
-    batches = DeviceBatches(
-        stream.batches(
-            training.step * settings.batch_size,
-            batch_size=settings.batch_size // settings.accumulate,
-            rank=processes().rank,
-            world_size=processes().world_size,
-            num_workers=settings.num_workers,
-        ),
-        training.device,
-    )
-    try:
-        _train(training, batches, validation)
-        return training.result()
-    finally:
-        batches.close()
-        training.engine.close()
+    with stop_signals() as asked:  # workers are starting soon, and end late
+        training = _Training(task, stream, settings, run)
+        batches = DeviceBatches(
+            stream.batches(
+                training.step * settings.batch_size,
+                batch_size=settings.batch_size // settings.accumulate,
+                rank=processes().rank,
+                world_size=processes().world_size,
+                num_workers=settings.num_workers,
+            ),
+            training.device,
+        )
+        try:
+            _train(training, batches, validation, asked)
+            return training.result()
+        finally:
+            batches.close()
+            training.engine.close()
 
 
-def _train(training: _Training, batches: DeviceBatches, validation: Batches | None) -> None:
+def _train(
+    training: _Training, batches: DeviceBatches, validation: Batches | None, asked: list[int]
+) -> None:
     settings, run = training.settings, training.run
-    with (
-        stop_signals() as asked,
-        progress(run.stage, settings.steps, shown=run.is_main) as bar,
-    ):
-        vote = StopVote(asked)
+    vote = StopVote(asked)
+    with progress(run.stage, settings.steps, shown=run.is_main) as bar:
         bar.start_at(training.step)
+        if not training.reported:  # it was stopped before it could
+            training.report(validation, asked)
         while training.step < settings.steps:
             vote.open()
             training.advance(batches)
             step = training.step
             bar.advance(note=training.note)
             last = step == settings.steps
+            stop = vote.result()
             with training.throughput.pause():
-                if validation and _is_due(step, settings.validate_every, last):
-                    training.validate(validation)
-                if _is_due(step, settings.preview_every):
-                    training.preview()
-                stop = vote.result()
+                if not stop:  # else the time to save may be short: it is done on resume
+                    stop = training.report(validation, asked)
                 if stop or _is_due(step, settings.checkpoint_every, last):
+                    training.save()
+                if last and not training.reported:  # all is safe now
+                    training.report(validation, [])
                     training.save()
             if stop and not last:
                 raise Stopped(stop, f"after step {step}")
@@ -111,15 +119,17 @@ def _is_due(step: int, every: int, last: bool = False) -> bool:
 class _Training:
     """The state between steps: weights, moving average, optimizer, counters."""
 
-    def __init__(self, task: nn.Module, settings: Fit, run: Run) -> None:
+    def __init__(self, task: nn.Module, stream: Batches, settings: Fit, run: Run) -> None:
         _check_batch(task, settings)
         self.settings, self.run = settings, run
         self.device = accelerator().device
         found = _same_checkpoint(run)
-        if found:
-            task.load_state_dict(found.tensors["task"])
-        elif settings.start_from:
-            _start_from(task, Path(settings.start_from))
+        self.items = _same_items(stream, found)
+        with together():
+            if found:
+                task.load_state_dict(found.tensors["task"])
+            elif settings.start_from:
+                _start_from(task, Path(settings.start_from))
         # DeepSpeed lays all weights in one row
         layout = CHANNELS_LAST if settings.channels_last and not zero_stage() else {}
         self.task: Any = task.to(self.device).to(**layout)
@@ -133,7 +143,9 @@ class _Training:
         self.means = StepMeans(self.device)
         self.skipped = SkippedSteps(self.device, settings.max_skipped_steps, run.folder)
         self.throughput = Throughput(self.device, self.dtype, processes().world_size)
+        self.buffers: list[Any] = list(self.task.buffers())
         self.note = ""
+        self.reported = found is None or bool(found.state["reported"])
         self.step = self._resume(found) if found else 0
         self.throughput.start(self.step)
         run.start_logging_from(self.step)
@@ -153,25 +165,30 @@ class _Training:
         batch = batches.next()
         if not self.throughput.is_counted:
             self._count_flops(batch, batches.waited)
-        self.task.train()
+        if not self.task.training:  # setting it walks through all modules
+            self.task.train()
         # dropout inside the net draws from the global generator: make it a function of the step
         torch.manual_seed(sample_seed(self.run.config.seed, step, f"rank {processes().rank}"))
+        buffers = [buffer.clone() for buffer in self.buffers]
         parts, used = [], []
         for micro in range(settings.accumulate):
             if micro > 0:
                 batch = batches.next()
             with self.engine.micro_batch(last=micro == settings.accumulate - 1):
                 losses = self.engine.forward(batch)
-                self.engine.backward(losses["loss"])
+                self.engine.backward(_finite_or_skipped(losses["loss"]))
             parts.append(losses)
             used.append(batch)
             if micro < settings.accumulate - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
+        for buffer, before in zip(self.buffers, buffers):  # a skipped step leaves no trace
+            buffer.copy_(torch.where(moved, buffer, before))
         self.average.follow(step, moved)
         self.means.add(parts, norm, moved)
         self.skipped.note(step, used, moved)
         self.step += 1
+        self.reported = False
         if _is_due(self.step, settings.log_every, self.step == settings.steps):
             self._log(batches.waited)
 
@@ -179,24 +196,46 @@ class _Training:
         self.throughput.count(self.average.task, batch, len(batch["sample_number"]))
         self.throughput.start(self.step, waited)
 
-    def validate(self, validation: Batches) -> None:
-        """Mean losses of the averaged net over the same samples and noise each time."""
+    def report(self, validation: Batches | None, asked: list[int]) -> int:
+        """What is due after this step: validation and previews; a signal that stopped it, or 0."""
+        settings, last = self.settings, self.step == self.settings.steps
+        if validation and _is_due(self.step, settings.validate_every, last):
+            stop = self.validate(validation, asked)
+            if stop:
+                return stop
+        if _is_due(self.step, settings.preview_every):
+            self.preview()
+        self.reported = True
+        return 0
+
+    def validate(self, validation: Batches, asked: list[int]) -> int:
+        """Log mean losses of the averaged net over the same samples and noise each time.
+
+        Gives the signal by which any process was asked to stop meanwhile; nothing is logged then.
+        """
         sums: dict[str, Tensor] = {}
         place = {"rank": processes().rank, "world_size": processes().world_size}
         per_step = self.settings.batch_size // (processes().world_size * self.settings.accumulate)
+        self.average.take_buffers_of_main()
         with torch.no_grad(), autocast(self.device, self.dtype):
             for batch in validation.fixed(self.settings.validation_samples, per_step, **place):
+                if asked:
+                    break
                 losses = self.average.task(to_device(batch, self.device))
                 size = len(batch["sample_number"])
-                for name, value in {**losses, "weight": torch.ones(())}.items():
+                for name, value in {**losses, NUM_SAMPLES: torch.ones(())}.items():
                     weighted = value.detach().float().to(self.device) * size
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + weighted
+        stop = int(max(from_all(max(asked, default=0))))
+        if stop:
+            return stop
         names = from_main(sorted(sums))
         stacked = torch.stack([sums.get(name, torch.zeros(())).to(self.device) for name in names])
         totals = dict(zip(names, accelerator().reduce(stacked, "sum").tolist()))
-        weight = max(totals.pop("weight"), 1.0)
+        weight = max(totals.pop(NUM_SAMPLES), 1.0)
         means = {f"validation/{name}": total / weight for name, total in totals.items()}
         self.run.log(self.step, means)
+        return 0
 
     def preview(self) -> None:
         """Write the task's pictures, made with the averaged net, as PNG files."""
@@ -214,6 +253,8 @@ class _Training:
     def save(self) -> None:
         state = {
             "step": self.step,
+            "items": self.items,
+            "reported": self.reported,
             # since the last log: without them the next line of a resumed run would be another mean
             "means": from_all(self.means.state()),
             **self.skipped.state(),
@@ -271,6 +312,28 @@ def _same_checkpoint(run: Run) -> Checkpoint | None:
                 "lie on a file system that all of them see"
             )
     return found or Checkpoint(path)
+
+
+def _same_items(stream: Batches, found: Checkpoint | None) -> str:
+    """What names the samples, the same on every process and at every start.
+
+    Raises ValueError where it differs: the order of samples would be another one.
+    """
+    mine = stream.fingerprint()
+    remedy = (
+        "data.on_damaged=skip leaves out what is damaged: prepare the data again, or delete the "
+        "copy in data.shard_cache where it is one"
+    )
+    if len(set(from_all(mine))) > 1:
+        raise ValueError(f"the processes would draw from other samples than each other; {remedy}")
+    if found and found.state["items"] != mine:
+        raise ValueError(f"{found.path} was made from other samples than there are now; {remedy}")
+    return mine
+
+
+def _finite_or_skipped(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gives a gradient that is not, on all processes."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _start_from(task: nn.Module, path: Path) -> None:

@@ -101,5 +101,6 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
+        refresh_per_second=1,  # every frame costs processor time that a training on CPU misses
     ) as bar:
         yield Progressing(label, total, unit, bar)

@@ -297,7 +297,7 @@ def room_explained(folder: Path) -> Iterator[None]:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return -1  # a line cut short by a kill
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -30,12 +31,7 @@ PEAKS = (
     ("L4", 121.0, 60.0),
     ("V100", 125.0, 15.7),
 )
-# what torch 2.13 does not count: attention on CPUs; query, key and value come first
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: (
-        sdpa_flop_count(*shapes[:3])
-    )
-}
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Throughput:
@@ -45,17 +41,16 @@ class Throughput:
         self._device = device
         self._peak = peak_tflops(device, dtype) * world_size
         self._tflop_per_slice = 0.0
+        self.is_counted = False
         self._waited = self._paused = 0.0
         self._since, self._step = time.monotonic(), 0
 
-    @property
-    def is_counted(self) -> bool:
-        return self._tflop_per_slice > 0
-
     def count(self, net: nn.Module, batch: Mapping[str, Any], num_slices: int) -> None:
         """Count the model's FLOPs: one forward, and twice as much for the backward."""
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        uncounted = {ATTENTION_ON_CPU: _attention_flop}  # by torch 2.13
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
             net(batch)
+        self.is_counted = True
         self._tflop_per_slice = 3 * counter.get_total_flops() / num_slices / 1e12
 
     def start(self, step: int, waited: float = 0.0) -> None:
@@ -102,6 +97,11 @@ def peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
         return 0.0
     name = torch.cuda.get_device_name(device)
     for word, half, single in PEAKS:
-        if word in name:
+        if re.search(rf"\b{word}\b", name):
             return single if dtype is None else half
     return 0.0
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """From the shapes of its arguments."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

@@ -50,10 +50,13 @@ class Tracker:
     def close(self, status: str) -> None:
         if self._client is None:
             return
-        self._guarded(self._send)
-        self._guarded(lambda: self._client.set_terminated(self._run, status))
-        self._guarded(lambda: self._client.set_terminated(self._parent, status))
+        self._guarded(lambda: self._end(status))
         self._client = None
+
+    def _end(self, status: str) -> None:
+        self._send()
+        self._client.set_terminated(self._run, status)
+        self._client.set_terminated(self._parent, status)
 
     def _open(self, config: Config, folder: Path, stage: str) -> None:
         # a dead server must not hold up training for MLflow's default of five minutes

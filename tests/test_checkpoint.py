@@ -11,6 +11,7 @@ from cldf_dist.checkpoint import (
     load_optimizer,
     newest_checkpoint,
     optimizer_tensors,
+    read_weights,
     save_checkpoint,
 )
 
@@ -100,10 +101,53 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_previous_one_loaded(
 
 
 def test_a_flipped_byte_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, 3)
-    flip_byte(tmp_path / "step-00000003" / "task.safetensors", -1)
-    assert newest_checkpoint(tmp_path, RUN) is None
+    save(tmp_path, 3, 4)
+    flip_byte(tmp_path / "step-00000004" / "task.safetensors", -1)
+    found = newest_checkpoint(tmp_path, RUN)
+    assert found is not None
+    assert found.state["step"] == 3
     assert "task.safetensors is damaged" in capsys.readouterr().err
+    assert names(tmp_path) == ["damaged-step-00000004", "step-00000003"]
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["step-00000003", "step-00000005"]
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hiccup of the file system must not cost a training."""
+    save(tmp_path, 3, 4)
+    for step in (3, 4):
+        flip_byte(tmp_path / f"step-{step:08d}" / "task.safetensors", -1)
+    for _ in range(2):  # and not the second time either
+        with pytest.raises(
+            ValueError, match=r"can be used \(step-00000004: task.* delete that fol"
+        ):
+            newest_checkpoint(tmp_path, RUN)
+    capsys.readouterr()
+
+
+def test_what_cannot_be_removed_does_not_end_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "step-00000000").symlink_to(tmp_path)
+    (tmp_path / "step-00000001").write_text("a file")
+    (tmp_path / ".notes.partial").write_text("a file")
+    save(tmp_path, 2, 3, keep=1)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_weights_of_a_checkpoint_are_those_of_the_net_alone(tmp_path: Path) -> None:
+    weight = torch.ones(2)
+    save_checkpoint(
+        tmp_path, RUN, {"step": 1}, {"average": {"net.w": weight, "temperature": weight}}, keep=1
+    )
+    assert set(read_weights(tmp_path / "step-00000001")) == {"w"}
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*must be a \.safetensors file"):
+        read_weights(tmp_path / "nothing")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"pickle\.safetensors is damaged or no safetensors file"):
+        read_weights(tmp_path / "pickle.safetensors")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "task.safetensors"])
@@ -122,7 +166,8 @@ def test_a_checkpoint_of_another_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 3)
-    assert newest_checkpoint(tmp_path, "run-b") is None
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used"):
+        newest_checkpoint(tmp_path, "run-b")
     assert "it belongs to another run (run-a)" in capsys.readouterr().err
 
 

@@ -178,11 +178,10 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_skipped_by_all(
     )
     assert found["codes"] == [0, 0], found["output"]
     before, after, later = (tensors(tmp_path, "bad", step) for step in (2, 3, 4))
-    weights = [key for key in before if "running" not in key and "num_batches" not in key]
-    for key in weights:
-        assert torch.equal(before[key], after[key]), f"{key} is as it was before the step"
-    assert any(not torch.equal(after[key], later[key]) for key in weights)
-    assert all(torch.isfinite(later[key]).all() for key in weights)
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), f"{key} is as it was before the step"
+    assert any(not torch.equal(value, later[key]) for key, value in after.items())
+    assert all(torch.isfinite(value).all() for value in later.values())
     skipped = [line["train/skipped_steps"] for line in metrics(tmp_path, "bad")]
     assert skipped == [0, 0, 1, 1, 1, 1, 1, 1, 1]
 
@@ -256,12 +255,27 @@ def test_another_training_begins_from_the_weights_of_a_checkpoint(
     assert "does not fit this net" in found[3]["output"]
 
 
+def test_frozen_weights_are_kept_and_resumed_with_zero(tmp_path: Path, starts: Starts) -> None:
+    found = starts(
+        tmp_path,
+        two("whole frozen=1", zero=2),
+        two("moved frozen=1 term=4", zero=2),
+        two("moved frozen=1", zero=2),
+    )
+    assert [start["codes"] for start in found] == [[0, 0]] * 3, found
+    assert_same(tmp_path, "whole", "moved")
+    first, last = tensors(tmp_path, "whole", 3), tensors(tmp_path, "whole")
+    assert torch.equal(first["task/net.0.weight"], last["task/net.0.weight"])
+    assert "optimizer/0/exp_avg" not in last
+
+
 def test_ways_of_sharding_that_are_not_trained_with_are_refused(
     tmp_path: Path, starts: Starts
 ) -> None:
     (found,) = starts(tmp_path, two("any", zero=3))
     assert found["codes"] == [1, 1], found["output"]
-    assert "zero_stage must be 1 or 2, got 3: the moving average is taken over whole weights" in (
-        found["output"]
+    assert (
+        "zero_stage must be 1 or 2, got 3: the moving average is taken over whole weights"
+        in (found["output"])
     )
     assert not (stage(tmp_path, "any") / "checkpoints").exists()

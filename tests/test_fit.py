@@ -236,6 +236,69 @@ def test_a_signal_in_the_last_step_finishes_the_training(tmp_path: Path) -> None
     assert checkpoint(tmp_path, SETTINGS.steps)
 
 
+def test_a_signal_during_validation_saves_first_and_validates_after_the_resume(
+    uninterrupted: Path,
+) -> None:
+    """The time that a scheduler gives may be shorter than a validation."""
+
+    class Slow(Brightness):
+        seen = 0
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            if not self.training:
+                Slow.seen += 1
+                if Slow.seen == 2:  # the first counts FLOPs
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(batch)
+
+    with pytest.raises(Stopped, match="after step 4"):
+        train(uninterrupted, name="validating", task=Slow())
+    assert Slow.seen == 2, "the other batches were not waited for"
+    assert not any("validation/loss" in line for line in metrics(uninterrupted, "validating"))
+    train(uninterrupted, name="validating")
+    assert_same_training(uninterrupted, "whole", "validating", step=9)
+
+
+def test_a_signal_while_the_loader_starts_is_not_lost(tmp_path: Path) -> None:
+    class Starting(Stream):
+        def batches(self, consumed: int, **place: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return super().batches(consumed, **place)
+
+    run = new_run(tmp_path)
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 1"):
+            fit(Brightness(), Starting(Blobs(), np.zeros(10, np.int64), 1), SETTINGS, run)
+    finally:
+        run.close()
+
+
+def test_other_samples_than_before_are_refused(tmp_path: Path) -> None:
+    """As when data.on_damaged=skip leaves one more out: the order would be another one."""
+
+    class Fewer(Blobs):
+        def __len__(self) -> int:
+            return 9
+
+    train(tmp_path, replace(SETTINGS, steps=3))
+    with pytest.raises(ValueError, match="step-00000003 was made from other samples"):
+        train(tmp_path, items=Fewer())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient(tmp_path: Path) -> None:
+    class Infinite(Slope):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            constant = math.inf if 9 in batch["sample_number"] else 0.0
+            return {"loss": super().forward(batch)["loss"] + constant}
+
+    settings = replace(SETTINGS, steps=4, checkpoint_every=1, log_every=1)
+    items = Values(lambda number: 1.0)
+    train(tmp_path, settings, task=Infinite(), items=items, validation=False)
+    weights = [checkpoint(tmp_path, step)["task"]["net.weight"].item() for step in (2, 3, 4)]
+    assert weights[0] == weights[1] != weights[2]
+    assert [line["train/skipped_steps"] for line in metrics(tmp_path)] == [0, 0, 1, 1]
+
+
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     def insist(call: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -452,8 +515,8 @@ def test_training_leaves_nothing_to_the_global_generator(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_holds_the_run_it_belongs_to(uninterrupted: Path) -> None:
-    found = newest_checkpoint(folder(uninterrupted, "whole") / "checkpoints", "someone else")
-    assert found is None
+    with pytest.raises(ValueError, match="it belongs to another run"):
+        newest_checkpoint(folder(uninterrupted, "whole") / "checkpoints", "someone else")
     identity = json.loads((folder(uninterrupted, "whole") / "run.json").read_text())["id"]
     found = newest_checkpoint(folder(uninterrupted, "whole") / "checkpoints", identity)
     assert found is not None

@@ -45,6 +45,16 @@ class ShardFiles:
         self._descriptors.move_to_end(shard)
         return os.preadv(descriptor, buffers, offset)
 
+    def drop_copy(self, shard: int) -> bool:
+        """Remove a staged copy that has become damaged; False where the file is no copy."""
+        if self._remote is None:
+            return False
+        path = self.path(shard)
+        print(f"warning: {path} has become damaged and is fetched again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        os.close(self._descriptors.pop(shard))
+        return True
+
     def path(self, shard: int) -> Path:
         """Where the file lies, for errors; of a remote shard its copy."""
         record = self._shards[shard]

@@ -213,11 +213,14 @@ class SliceTable:
         """Fill the buffers, one after the other, with a member whose checksum is right."""
         shard = int(self.shard_of[row])
         offset, length, checksum = span.tolist()
-        num_read, found = self._files.read(shard, offset, buffers), 0
-        for buffer in buffers:
-            found = google_crc32c.extend(found, buffer)
-        if num_read == length and found == checksum:
-            return
+        for _ in range(2):
+            num_read, found = self._files.read(shard, offset, buffers), 0
+            for buffer in buffers:
+                found = google_crc32c.extend(found, buffer)
+            if num_read == length and found == checksum:
+                return
+            if not self._files.drop_copy(shard):  # a staged one is fetched again
+                break
         path, name = self._files.path(shard), f"{self.keys[row]}.{member}"
         if num_read != length:
             raise DamagedShardError(f"{path} is truncated: {name} is incomplete; {REMEDY}")

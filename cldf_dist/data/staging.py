@@ -137,7 +137,10 @@ class ShardCache:
         """Bytes that running downloads will take; what killed ones left is removed."""
         total = 0
         for partial in self.folder.glob("*.partial"):
-            digest, size, _ = partial.name.split(".")
+            name = re.fullmatch(r"([0-9a-f]{64})\.(\d+)\.partial", partial.name)
+            if name is None:
+                continue  # not ours
+            digest, size = name.groups()
             with _locked(self.folder / f"{digest}.lock", wait=False) as is_stale:
                 if is_stale:
                     partial.unlink(missing_ok=True)
@@ -246,6 +249,8 @@ def _open_whole(path: Path, size: int) -> int | None:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
     if os.fstat(descriptor).st_size == size:
         with suppress(PermissionError):  # of another user: it counts as older
             os.utime(path)

@@ -5,6 +5,8 @@ same random changes for any number of ranks and workers, and after every resume.
 """
 
 import atexit
+import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -65,6 +68,12 @@ class Stream:
             )
         if self.window < 1:
             raise ValueError(f"window must be >= 1 shard, got {self.window}")
+
+    def fingerprint(self) -> str:
+        """Names what is drawn from: with other items, or other shards, the order is another one."""
+        keys = getattr(self.items, "keys", range(len(self.items)))
+        content = repr((list(keys), np.asarray(self.groups).tolist(), self.seed, self.window))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def position(self, sample_number: int) -> int:
         """The position in `items` of a sample number."""
@@ -122,7 +131,7 @@ class Stream:
         )
         if not num_workers:
             return LoadedBatches(iter(loader))
-        with _stop_signals_ignored():  # while the workers start
+        with _stop_signals_wait():  # while the workers start
             return LoadedBatches(iter(loader))
 
     def _order(self, epoch: int) -> Order:
@@ -178,6 +187,11 @@ class LabelledSlices:
         self.rows = np.flatnonzero(table.labels >= 0)
 
     @property
+    def keys(self) -> list[str]:
+        """The name of each item."""
+        return [self.table.keys[row] for row in self.rows]
+
+    @property
     def groups(self) -> npt.NDArray[np.int64]:
         """The shard number of each item."""
         return self.table.shard_of[self.rows]
@@ -222,9 +236,18 @@ def _prepare_worker(_worker: int) -> None:
     They leave before the interpreter is taken down: that aborts where the thread that sends
     batches is inside C++ at the time.
     """
+    # torch's own watch compares parents: where ours died before, that never changes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     atexit.register(os._exit, 0)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(0)
 
 
 def _dead(workers: Sequence[Any]) -> list[str]:
@@ -253,16 +276,16 @@ def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _stop_signals_ignored() -> Iterator[None]:
+def _stop_signals_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # may not touch signals
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    resource_tracker.ensure_running()  # its start would let two of them through (Python 3.11)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit it
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)  # what came meanwhile arrives now
 
 
 def _shuffled(length: int, seed: int) -> Order:

@@ -2,6 +2,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +21,7 @@ from cldf_dist.config import Augment
 from cldf_dist.data.shard_writing import write_manifest, write_shards
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import Slice
-from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
 
 NUM_ITEMS, NUM_SHARDS = 29, 8
 PINNED = [
@@ -57,7 +60,7 @@ PINNED = [
 ABANDONING = """
 import sys
 from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
 if __name__ == "__main__":
     items = LabelledSlices(ShardSet(sys.argv[1]).split("train"), None, 0)
     batches = Stream(items, items.groups, 0).batches(0, batch_size=4, num_workers=1)
@@ -344,6 +347,72 @@ def test_a_program_that_ends_with_workers_at_work_ends_in_peace(
     process = start("-c", ABANDONING, str(tmp_path))
     said, complained = process.communicate(timeout=120)
     assert (process.returncode, said, complained) == (0, "batch\n", "")
+
+
+ORPHANS = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {folder!r})
+import multiprocessing
+from test_stream import make_stream
+
+def die():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    threading.Thread(target=die, daemon=True).start()
+    for batch in make_stream().batches(0, batch_size=4, num_workers=2):
+        pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_workers_do_not_outlive_a_program_that_is_killed(
+    tmp_path: Path, environment: dict[str, str], seconds: float
+) -> None:
+    """Killed while they start, and later."""
+    script = tmp_path / "killed.py"
+    script.write_text(ORPHANS.format(folder=str(Path(__file__).parent)))
+    mark = f"killed-{tmp_path}-{seconds}"
+    done = subprocess.run(
+        [sys.executable, str(script), str(seconds)], env={**environment, "CLDF_TEST_MARK": mark}
+    )
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while left := processes_with(mark):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def processes_with(mark: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_signal_that_comes_while_workers_start_arrives_afterwards() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        with _stop_signals_wait():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not came
+        assert came == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_fingerprint_differs_with_what_is_drawn_from() -> None:
+    assert make_stream().fingerprint() == make_stream().fingerprint()
+    others = {make_stream(seed=1).fingerprint(), make_stream(window=3).fingerprint()}
+    shifted = Stream(Numbers(), np.arange(NUM_ITEMS) // 5, 0, 2)
+    assert len({make_stream().fingerprint(), shifted.fingerprint(), *others}) == 4
 
 
 def test_fewer_shards_than_ranks_give_the_same_order() -> None:

@@ -5,7 +5,8 @@
 Each argument is one start of the training NAME, one after the other in the same processes. Keys
 are those of `Fit`, and these, which happen to the rank `victim` (default 0): `kill=STEP` (SIGKILL),
 `term=STEP`, `usr1=STEP`, `int=STEP` (signals), `hang=STEP`, `file_limit=BYTES` (no larger file can
-be written). `bad=NUMBER` makes that sample not a number, on whichever rank.
+be written). `bad=NUMBER` makes that sample not a number, on whichever rank; `frozen=1` freezes the
+first layer.
 """
 
 import json
@@ -76,6 +77,7 @@ class Brightness(nn.Module):
             nn.Conv2d(4, 3, 3), nn.Dropout(faults.get("dropout", 0.2)), nn.Flatten(),
             nn.Linear(12, 512), nn.ReLU(), nn.Linear(512, 2),
         )  # fmt: skip
+        self.net[0].requires_grad_(not faults.get("frozen", 0))
         self.faults = faults
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
