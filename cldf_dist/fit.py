@@ -33,6 +33,7 @@ Batch = Mapping[str, Any]
 # the layout in which convolutions are fastest; torch's types do not know this form of `to`
 CHANNELS_LAST: Any = {"memory_format": torch.channels_last}
 NUM_SAMPLES = "#samples"  # beside the names of losses
+VALIDATION = "validation/"  # how the names of its means begin
 
 
 class Batches(Protocol):
@@ -143,12 +144,11 @@ class _Training:
         self.means = StepMeans(self.device)
         self.skipped = SkippedSteps(self.device, settings.max_skipped_steps, run.folder)
         self.throughput = Throughput(self.device, self.dtype, processes().world_size)
-        self.buffers: list[Any] = list(self.task.buffers())
         self.note = ""
         self.reported = found is None or bool(found.state["reported"])
         self.step = self._resume(found) if found else 0
         self.throughput.start(self.step)
-        run.start_logging_from(self.step)
+        run.start_logging_from(self.step, again="" if self.reported else VALIDATION)
 
     def _resume(self, found: Checkpoint) -> int:
         self.average.task.load_state_dict(found.tensors["average"])
@@ -169,7 +169,7 @@ class _Training:
             self.task.train()
         # dropout inside the net draws from the global generator: make it a function of the step
         torch.manual_seed(sample_seed(self.run.config.seed, step, f"rank {processes().rank}"))
-        buffers = [buffer.clone() for buffer in self.buffers]
+        buffers = [buffer.clone() for buffer in self.task.buffers()]
         parts, used = [], []
         for micro in range(settings.accumulate):
             if micro > 0:
@@ -182,7 +182,7 @@ class _Training:
             if micro < settings.accumulate - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
-        for buffer, before in zip(self.buffers, buffers):  # a skipped step leaves no trace
+        for buffer, before in zip(self.task.buffers(), buffers):  # a skipped step leaves no trace
             buffer.copy_(torch.where(moved, buffer, before))
         self.average.follow(step, moved)
         self.means.add(parts, norm, moved)
@@ -233,7 +233,7 @@ class _Training:
         stacked = torch.stack([sums.get(name, torch.zeros(())).to(self.device) for name in names])
         totals = dict(zip(names, accelerator().reduce(stacked, "sum").tolist()))
         weight = max(totals.pop(NUM_SAMPLES), 1.0)
-        means = {f"validation/{name}": total / weight for name, total in totals.items()}
+        means = {f"{VALIDATION}{name}": total / weight for name, total in totals.items()}
         self.run.log(self.step, means)
         return 0
 

@@ -21,7 +21,7 @@ class MovingAverage:
         self._buffers: list[Any] = list(self.task.buffers())
         # the same objects for good, though DeepSpeed gives them other memory
         self._followed: list[Any] = list(task.parameters())
-        self._followed_buffers: list[Any] = list(task.buffers())
+        self._of = task
 
     def follow(self, step: int, moved: Tensor) -> None:
         """After optimizer step number `step` (from 0); nothing happens unless `moved` is true."""
@@ -32,7 +32,8 @@ class MovingAverage:
                     torch._foreach_lerp_(self._parameters, self._followed, 1 - decay)
             else:
                 self._follow_on_device(self._followed, (1 - decay) * moved.float())
-            for mine, theirs in zip(self._buffers, self._followed_buffers):
+            # asked for each time: DDP puts others in their place
+            for mine, theirs in zip(self._buffers, self._of.buffers()):
                 mine.copy_(theirs)
 
     def take_buffers_of_main(self) -> None:

@@ -112,13 +112,21 @@ class Run:
         self._metrics = (self.folder / "metrics.jsonl").open("a")
         self._tracker = Tracker(self.config, self.folder, self.stage)
 
-    def start_logging_from(self, step: int) -> None:
-        """Cut metrics.jsonl back to the checkpoint's step: what came later is done again."""
+    def start_logging_from(self, step: int, *, again: str = "") -> None:
+        """Cut metrics.jsonl back to the checkpoint's step: what came later is done again.
+
+        Lines of that step go too where they hold names that begin with `again`, if it is given.
+        """
         if self._metrics is None:
             return
         self._metrics.close()
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) in range(step + 1)]
+        kept = [
+            line
+            for line in path.read_text().splitlines()
+            if _step_of(line) in range(step + 1)
+            and not (again and _step_of(line) == step and f'"{again}' in line)
+        ]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._metrics = path.open("a")
 
