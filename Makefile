@@ -51,6 +51,7 @@ endif
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_contrast.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_train.py --parts sizes overhead large
 
 phantom-check: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/phantom_check.py
