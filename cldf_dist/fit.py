@@ -144,6 +144,7 @@ class _Training:
         self.means = StepMeans(self.device)
         self.skipped = SkippedSteps(self.device, settings.max_skipped_steps, run.folder)
         self.throughput = Throughput(self.device, self.dtype, processes().world_size)
+        self.has_buffers = any(True for _ in self.task.buffers())
         self.note = ""
         self.reported = found is None or bool(found.state["reported"])
         self.step = self._resume(found) if found else 0
@@ -168,8 +169,11 @@ class _Training:
         if not self.task.training:  # setting it walks through all modules
             self.task.train()
         # dropout inside the net draws from the global generator: make it a function of the step
-        torch.manual_seed(sample_seed(self.run.config.seed, step, f"rank {processes().rank}"))
-        buffers = [buffer.clone() for buffer in self.task.buffers()]
+        seed = sample_seed(self.run.config.seed, step, f"rank {processes().rank}")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every kind of device
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        buffers = [buffer.clone() for buffer in self.task.buffers()] if self.has_buffers else []
         parts, used = [], []
         for micro in range(settings.accumulate):
             if micro > 0:
@@ -182,7 +186,7 @@ class _Training:
             if micro < settings.accumulate - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
-        for buffer, before in zip(self.task.buffers(), buffers):  # a skipped step leaves no trace
+        for before, buffer in zip(buffers, self.task.buffers()):  # a skipped step leaves no trace
             buffer.copy_(torch.where(moved, buffer, before))
         self.average.follow(step, moved)
         self.means.add(parts, norm, moved)
