@@ -267,7 +267,15 @@ def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
         return
     # torch's handler of SIGCHLD raises where a worker did not end in peace; it was to end anyway
     with suppress(RuntimeError):
-        loaded._shutdown_workers()  # torch has no public name
+        if all(worker.exitcode is None for worker in workers):
+            loaded._shutdown_workers()  # torch has no public name
+    if not loaded._shutdown:  # a dead one may hold for ever what torch would wait for
+        loaded._shutdown = True
+        if loaded._pin_memory:
+            loaded._pin_memory_thread_done_event.set()
+        for queue in loaded._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
     for worker in workers:
         with suppress(RuntimeError):
             worker.kill()  # SIGTERM is ignored there

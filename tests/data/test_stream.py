@@ -321,7 +321,8 @@ def test_abandoned_workers_end_without_a_word(tmp_path: Path) -> None:
             assert next(batches, None) is None
         del batches
         assert not any(worker.is_alive() for worker in workers)
-        expected = [-signal.SIGKILL, 0] if number == 0 else [0]
+        # where one was killed, perhaps with a lock in its hands, the others cannot end in peace
+        expected = [-signal.SIGKILL] * 2 if number == 0 else [0]
         assert [worker.exitcode for worker in workers] == expected
     assert not multiprocessing.active_children()
 
