@@ -53,9 +53,14 @@ def _poisoned_memory(monkeypatch):
         made = make(*size, **options)
         return made.fill_(math.nan) if made.is_floating_point() else made
 
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(triton_passes.torch, name, functools.partial(poisoned, make))
+    class PoisonedTorch:
+        """Stands in for torch in that module alone: torch caches what its constructors are."""
+
+        def __getattr__(self, name):
+            made = getattr(torch, name)
+            return functools.partial(poisoned, made) if name in ("empty", "empty_like") else made
+
+    monkeypatch.setattr(triton_passes, "torch", PoisonedTorch())
 
 
 class Launches:
