@@ -18,7 +18,7 @@ import torch
 from train_setup import BareLoop, arithmetic, made_up_batches, make_task, meta_net
 
 from cldf_dist.config import Config
-from cldf_dist.fit import CHANNELS_LAST, fit
+from cldf_dist.fit import fit
 from cldf_dist.nets.attention import use_attention, xformers_fault
 from cldf_dist.run import Run
 from cldf_dist.stages.loading import shard_set, training_stream
@@ -155,7 +155,7 @@ def _fault(rung: Rung, config: Config, device: torch.device) -> str:
 def _measured(rung: Rung, config: Config, plan: Plan) -> Speed:
     task = make_task(config).to(plan.device)
     if rung.channels_last:
-        task = task.to(**CHANNELS_LAST)
+        task = task.to(memory_format=torch.channels_last)
     use_attention(task.net, rung.attention)
     if rung.compile_mode:
         task.net.compile(mode=rung.compile_mode)

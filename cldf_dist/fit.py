@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cldf_dist.checkpoint import Checkpoint, newest_checkpoint, read_weights, save_checkpoint
 from cldf_dist.config import Fit
 from cldf_dist.engine import autocast, autocast_dtype, make_engine
+from cldf_dist.layout import fast_layout
 from cldf_dist.moving_average import MovingAverage
 from cldf_dist.processes import accelerator, from_all, from_main, processes, together, zero_stage
 from cldf_dist.progress import progress
@@ -31,7 +32,6 @@ from cldf_dist.transfer import DeviceBatches, to_device
 
 Batch = Mapping[str, Any]
 # the layout in which convolutions are fastest; torch's types do not know this form of `to`
-CHANNELS_LAST: Any = {"memory_format": torch.channels_last}
 NUM_SAMPLES = "#samples"  # beside the names of losses
 VALIDATION = "validation/"  # how the names of its means begin
 
@@ -131,9 +131,10 @@ class _Training:
                 task.load_state_dict(found.tensors["task"])
             elif settings.start_from:
                 _start_from(task, Path(settings.start_from))
-        # DeepSpeed lays all weights in one row
-        layout = CHANNELS_LAST if settings.channels_last and not zero_stage() else {}
-        self.task: Any = task.to(self.device).to(**layout)
+        self.task: Any = task.to(self.device)
+        if not zero_stage():  # DeepSpeed lays all weights in one row
+            layout: Any = {"memory_format": fast_layout(self.device, settings.channels_last)}
+            self.task = self.task.to(**layout)
         self.average = MovingAverage(self.task, settings.average_decay)
         if settings.compile:  # the net, not the task: tasks make generators
             net: Any = self.task.net

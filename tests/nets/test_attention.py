@@ -99,7 +99,10 @@ def test_xformers_gives_what_sdpa_gives_forward_and_backward(dtype):
         net.load_state_dict(oracle.state_dict())
         use_attention(net, backend)
         net.to(device)
-    assert xformers_fault(other, device, dtype) == ""
+    fault = xformers_fault(other, device, dtype)
+    if "No operator found" in fault:
+        pytest.skip(f"this build of xformers has no operators for this torch: {fault}")
+    assert fault == ""
     expected = outcome(oracle, torch.float32)
     allowed = [distance(outcome(fused, dtype), expected)[i] for i in range(2)]
     found = distance(outcome(other, dtype), expected)
