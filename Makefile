@@ -52,6 +52,8 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_contrast.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_train.py --parts sizes overhead large
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_cache.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_decode.py
 
 phantom-check: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/phantom_check.py

@@ -118,6 +118,20 @@ def step_peaks_mb(loss: Loss, z: Tensor, labels: Tensor) -> dict[Pass, float]:
     return {"forward": peaks[0], "backward": peaks[1], "both": max(peaks)}
 
 
+def call_seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """CPU time that a call takes of this process, or its time on the CUDA device."""
+    return _lap_seconds(device, call)[0]
+
+
+def call_peak_mb(device: torch.device, call: Callable[[], object]) -> float:
+    """Highest memory during a call, above what was held before it, in MB; as `step_peaks_mb`."""
+    try:
+        before = _start_of_peak_bytes(device)
+        return max(0, _lap_peak_bytes(device, call) - before) / 2**20
+    except (OSError, AttributeError):  # no /proc, or a libc without malloc_trim
+        return math.nan
+
+
 def free_bytes(device: torch.device) -> float:
     """Memory that a step may take on the device; without limit where nobody knows."""
     if device.type == "cuda":

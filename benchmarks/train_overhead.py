@@ -23,7 +23,7 @@ from train_setup import BareLoop, arithmetic, made_up_batches, make_task
 from cldf_dist import tracking
 from cldf_dist.config import Config
 from cldf_dist.data.stream import Batch, Stream
-from cldf_dist.fit import CHANNELS_LAST, fit
+from cldf_dist.fit import fit
 from cldf_dist.moving_average import MovingAverage
 from cldf_dist.records import SkippedSteps, StepMeans
 from cldf_dist.run import Run
@@ -73,7 +73,7 @@ def measure_fit(config: Config, plan: Plan) -> dict[str, Seconds]:
 def measure_bare(config: Config, plan: Plan) -> list[float]:
     """Seconds of CPU time per step of the bare loop alone, on made-up slices."""
     batch = made_up_batches(config, CPU, 1)[0]
-    bare = BareLoop(make_task(config).to(**CHANNELS_LAST), config)
+    bare = BareLoop(make_task(config).to(memory_format=torch.channels_last), config)
     with arithmetic():
         for _ in range(plan.warmup):
             bare.step(batch)
@@ -86,7 +86,7 @@ def measure_parts(config: Config, calls: int) -> dict[str, float]:
     The first is the floor: the bytes that a moving average must move, two numbers read and one
     written per parameter, in one call over one array.
     """
-    task = make_task(config).to(**CHANNELS_LAST)
+    task = make_task(config).to(memory_format=torch.channels_last)
     source = torch.ones(sum(parameter.numel() for parameter in task.parameters()))
     target, one, moved = torch.ones_like(source), torch.ones(()), torch.tensor(True)
     average = MovingAverage(task, config.diffusion.fit.average_decay)
@@ -122,7 +122,8 @@ def _round(config: Config, plan: Plan) -> tuple[float, float]:
     run.open()
     try:
         stream = training_stream(config, shard_set(config, run), config.diffusion.augment)
-        task, bare = make_task(config), BareLoop(make_task(config).to(**CHANNELS_LAST), config)
+        task = make_task(config)
+        bare = BareLoop(make_task(config).to(memory_format=torch.channels_last), config)
         alternating = _Alternating(stream, bare)
         with arithmetic():
             fit(task, alternating, settings, run)

@@ -1,4 +1,7 @@
-"""The rows of the training benchmark: what they share, and the CSV file they are appended to."""
+"""The rows of the training benchmark: what they share, and the CSV file they are appended to.
+
+Circumstances and files serve other benchmarks too, with rows of their own.
+"""
 
 import csv
 import platform
@@ -6,11 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from contrast_device import device_name, driver_version
@@ -54,10 +58,12 @@ class Row(Circumstances):
     data_wait_share: float | None = None
 
 
-COLUMNS = [column.name for column in fields(Row)]
-
-
-def circumstances(device: torch.device) -> Circumstances:
+def circumstances(
+    device: torch.device,
+    *,
+    script: str = "bench_train.py",
+    packages: Sequence[str] = PACKAGES,
+) -> Circumstances:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     # folders of this machine mean nothing elsewhere
@@ -65,41 +71,44 @@ def circumstances(device: torch.device) -> Circumstances:
     return Circumstances(
         date=datetime.now(UTC).date().isoformat(),
         commit=commit or "none",
-        command=shlex.join(["python", "benchmarks/bench_train.py", *words]),
+        command=shlex.join(["python", f"benchmarks/{script}", *words]),
         device=device_name(device),
         driver=driver_version(device),
-        versions=_versions(),
+        versions=_versions(packages),
     )
 
 
-def check_columns(path: Path) -> None:
-    """Raise ValueError where `path` is a CSV file whose header is not that of Row."""
+def check_columns(path: Path, row: Any = Row) -> None:
+    """Raise ValueError where `path` is a CSV file whose header is not that of `row`, a class."""
+    columns = [column.name for column in fields(row)]
     if not path.exists() or not path.stat().st_size:
         return
     with path.open(newline="") as file:
         header = next(csv.reader(file))
-    if header != COLUMNS:
+    if header != columns:
         raise ValueError(
-            f"{path} has the columns {','.join(header)}, not {','.join(COLUMNS)}; "
+            f"{path} has the columns {','.join(header)}, not {','.join(columns)}; "
             "choose another --output"
         )
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
+def append_rows(path: Path, rows: Iterable[Circumstances]) -> None:
     """Append to the CSV file, which begins with a header; floats to four significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        if not file.tell():
-            writer.writerow(COLUMNS)
+        is_empty = not file.tell()
         for row in rows:
+            if is_empty:
+                writer.writerow([column.name for column in fields(row)])
+                is_empty = False
             values = astuple(row)
             writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
 
 
-def _versions() -> str:
+def _versions(packages: Sequence[str]) -> str:
     found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
+    for package in packages:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -69,6 +69,8 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
     settings = [word for word in words if "=" in word]
     config = load(files, settings, fit_section=stages[0].fit_section if len(stages) == 1 else "")
     _check_new_scans(name, config)
+    if config.cache.part and name != "cache":
+        raise ValueError(f"cache.part is for the cache stage, not for {name}")
     from cldf_dist import pipeline
     from cldf_dist.joint import one_per_object
 
@@ -83,30 +85,27 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
 
 
 def _segment_new(config: Config, parts: Sequence[Config]) -> int:
-    """New scans are one process's work: under a launcher the other ranks only wait."""
-    from cldf_dist.processes import processes, wait_for_everyone
-
-    try:
-        failed = _segment_on_main(config, parts) if processes().is_main else []
-    finally:
-        wait_for_everyone()
-    for sentence in failed:
-        print(f"cldf: error: {sentence}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _segment_on_main(config: Config, parts: Sequence[Config]) -> list[str]:
-    """Print the files written; return a sentence for each scan that failed."""
+    """New scans are dealt out to the processes; the main one prints what came of them."""
     from cldf_dist.joint import join_new_scans
+    from cldf_dist.processes import from_all, processes, together
     from cldf_dist.stages.new_scans import segment_new
 
-    results = [segment_new(part, Path(config.output)) for part in parts]
+    with together():
+        mine = [segment_new(part, Path(config.output)) for part in parts]
+    results = [result for shares in from_all(mine) for result in shares]  # by process, by part
     files = [path for written, _ in results for path in written]
-    if len(parts) > 1:
-        files += join_new_scans(config, parts, [written for written, _ in results])
-    for path in files:
-        print(path)
-    return [sentence for _, failed in results for sentence in failed]
+    failed = [sentence for _, sentences in results for sentence in sentences]
+    with together():
+        if processes().is_main and len(parts) > 1:
+            of_parts = [results[number :: len(parts)] for number in range(len(parts))]
+            written = [[path for found, _ in shares for path in found] for shares in of_parts]
+            files += join_new_scans(config, parts, written)
+    if processes().is_main:
+        for path in sorted(files):
+            print(path)
+        for sentence in sorted(failed):
+            print(f"cldf: error: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:

@@ -100,7 +100,7 @@ class Fit:
     log_every: int = 10  # steps
     num_workers: int = 0  # loader processes per rank
     compile: bool = False  # torch.compile of the net
-    channels_last: bool = True  # the layout in which convolutions are fastest; not with ZeRO
+    channels_last: str = "auto"  # auto | always | never: the layout; auto: on CPUs, without ZeRO
     # weights to begin with: a .safetensors file, the folder of a finished training, or one of its
     # checkpoints; a relative path is meant from the working folder. Empty: random weights
     start_from: str = ""
@@ -185,7 +185,13 @@ class Features:
 
     taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
     noise_levels: tuple[int, ...] = (50, 150, 300)  # timesteps
-    draws: int = 1  # averaged
+    draws: int = 1  # of the noise, at each noise level
+    combine_levels: str = "stack"  # stack | average: one feature map per noise level, or their mean
+    combine_draws: str = "average"  # average | stack
+    # auto | fp32 | bf16: of the CDM's passes, for the cache and for new scans; auto: bf16 on GPUs
+    precision: str = "auto"
+    # float16 | int8: as stored; int8 has a scale per slice and channel, and half the bytes
+    storage: str = "float16"
     condition: str = "object"  # object | no_object | none: the label given to the CDM
     contrast: bool = False  # store features(object) - features(no object) beside them
 
@@ -204,6 +210,10 @@ class Seeds:
 class Cache:
     slices_per_shard: int = 16  # every array is cut here: one file, one writer
     batch_size: int = 16  # slices per forward pass and process
+    part: str = ""  # i/n: only this share of the slices, for one job of an array
+    verify: bool = False  # look for damage, and make again what is damaged
+    verify_processes: int = 4  # that read at once, per process of the launch
+    compression: str = "none"  # none | zstd: smaller by a tenth, read at several times the CPU time
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,10 @@ class Contrast:
     temperature: float = 0.1
     foreground_pixels: int = 256  # per step, over all processes
     background_pixels: int = 384  # per step, over all processes; half from negative slices
+    # share of a slice's background pixels that are drawn from its hardest: where the activation or
+    # the gradient map, scaled within the slice, speaks most for the object; 0: drawn at random
+    hard_negatives: float = 0.0
+    hard_pool: float = 0.1  # share of a slice's background that counts as its hardest
     backend: str = "auto"  # auto | triton | torch: what computes the loss; auto: triton on a GPU
     precision: str = "auto"  # auto | fp16 | bf16 | tf32 | fp32: of the scores in Triton's kernels
     deterministic: bool = False  # bit-identical from run to run on a GPU too; costs some speed
@@ -282,6 +296,7 @@ class CgCdm:
 @dataclass(frozen=True)
 class Segment:
     batch_size: int = 16  # slices per forward pass and process
+    tile_pixels: int = 16_384  # that a decoder embeds at a time, of one slice or several
     gate_probability: float = (
         0.5  # slices that the external classifier puts below are emptied; 0: off
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cldf_dist.config import Classifier, Config, Data, Fit, UNet, flatten
+from cldf_dist.config import Classifier, Config, Contrast, Data, Fit, UNet, flatten
 
 DATASETS = ("brats", "chaos", "dicom", "nnunet", "phantom")
 BRATS_OBJECTS = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -17,12 +17,16 @@ CHAOS_OBJECTS = {
 SUBJECTS = ("auto", "nonzero", "tissue")
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
 ATTENTION = ("sdpa", "xformers", "auto")
+LAYOUTS = ("auto", "always", "never")
+COMBINATIONS = ("stack", "average")
+PART = re.compile(r"(\d+)/(\d+)")
 CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
 PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
 COUNTS = (
     "gradient_map.draws", "features.draws", "saliency.draws", "cache.batch_size",
-    "cache.slices_per_shard", "segment.batch_size", "evaluate.resamples",
+    "cache.slices_per_shard", "cache.verify_processes", "segment.batch_size",
+    "segment.tile_pixels", "evaluate.resamples",
     "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
     "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
 )  # fmt: skip
@@ -43,6 +47,7 @@ def broken_rules(config: Config) -> list[str]:
         *_noise_levels(config),
         *_counterfactuals(config),
         *_taps(config),
+        *_part(config),
         *_smoothing(config),
         *_decoder(config),
         *_shares(config),
@@ -63,6 +68,11 @@ def _choices(config: Config) -> Iterator[str]:
         ("diffusion.prediction", config.diffusion.prediction, ("v_prediction", "epsilon")),
         ("diffusion.net.attention", config.diffusion.net.attention, ATTENTION),
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
+        ("features.precision", config.features.precision, ("auto", "fp32", "bf16")),
+        ("features.combine_levels", config.features.combine_levels, COMBINATIONS),
+        ("features.combine_draws", config.features.combine_draws, COMBINATIONS),
+        ("features.storage", config.features.storage, ("float16", "int8")),
+        ("cache.compression", config.cache.compression, ("none", "zstd")),
         ("seeds.rule", config.seeds.rule, ("both", "cam", "gradient")),
         ("decoder.contrast.backend", contrast.backend, ("auto", "triton", "torch")),
         ("decoder.contrast.precision", contrast.precision, PRECISIONS),
@@ -163,6 +173,8 @@ def _object(config: Config) -> Iterator[str]:
 
 
 def _fit(path: str, fit: Fit) -> Iterator[str]:
+    if fit.channels_last not in LAYOUTS:
+        yield f"{path}.channels_last must be one of {', '.join(LAYOUTS)}, got {fit.channels_last!r}"
     for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
         if getattr(fit, name) < 1:
             yield f"{path}.{name} must be >= 1, got {getattr(fit, name)}"
@@ -292,6 +304,15 @@ def _taps(config: Config) -> Iterator[str]:
             )
 
 
+def _part(config: Config) -> Iterator[str]:
+    part, found = config.cache.part, PART.fullmatch(config.cache.part)
+    number, count = (int(word) for word in found.groups()) if found else (0, 0)
+    if part and not 1 <= number <= count:
+        yield f"cache.part must be i/n with 1 <= i <= n, such as 1/4, got {part!r}"
+    if part and config.cache.verify:
+        yield f"cache.verify=true looks at the whole cache; leave cache.part={part} out"
+
+
 def _smoothing(config: Config) -> Iterator[str]:
     size = config.data.image_size
     for path, pixels in (
@@ -324,11 +345,27 @@ def _decoder(config: Config) -> Iterator[str]:
                 f"decoder.contrast.{name} must be a positive multiple of {batch * parts} "
                 f"(decoder.fit.batch_size x {parts}), got {pixels}"
             )
+    yield from _hard_negatives(contrast, contrast.background_pixels // (2 * batch))
     if config.decoder.fit.accumulate != 1:
         yield (
             "decoder.fit.accumulate must be 1, "
             f"got {config.decoder.fit.accumulate}: it would change the negatives of the loss"
         )
+
+
+def _hard_negatives(contrast: Contrast, per_slice: int) -> Iterator[str]:
+    """The rules of hard negatives, with `per_slice` background pixels of each slice of a step."""
+    share = contrast.hard_negatives
+    if not 0 <= share <= 1:
+        yield f"decoder.contrast.hard_negatives must lie in [0, 1], got {share}"
+    elif share > 0 and round(share * per_slice) < 1:
+        yield (
+            f"decoder.contrast.hard_negatives must be 0 or make at least one of the {per_slice} "
+            "background pixels that a step takes from a slice (decoder.contrast.background_pixels "
+            f"/ decoder.fit.batch_size / 2), got {share}; take more of either"
+        )
+    if not 0 < contrast.hard_pool <= 1:
+        yield f"decoder.contrast.hard_pool must lie in (0, 1], got {contrast.hard_pool}"
 
 
 def _shares(config: Config) -> Iterator[str]:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO
 
 BEAT_SECONDS = 10.0
+SHARED_SECONDS = 2.0
 STALE_SECONDS = 120.0  # an exclusive file untouched for so long has lost its owner
 
 
 class FolderLock:
     """Holds `folder` until `release`. RuntimeError, naming the owner, where somebody else does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, _with_others: bool = False) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
         self._exclusive: Path | None = None
@@ -31,8 +32,12 @@ class FolderLock:
         import fcntl
 
         file = (folder / ".lock").open("a+b", buffering=0)  # nothing is left to write at close
+        self.was_alone = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _with_others:
+                self.was_alone = _lock_together(file)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             owner = _owner(file)
             file.close()
@@ -40,12 +45,24 @@ class FolderLock:
                 raise self._in_use(owner) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            self._take_exclusive_file()
+            if _with_others:
+                self._warn("nothing keeps two jobs from writing the same part")
+            else:
+                self._take_exclusive_file()
             return
         self._file = file
+        if _with_others:
+            return
         with suppress(OSError):  # a full disk: the lock holds without its owner's name
             file.truncate(0)
             file.write(_me().encode())
+
+    @classmethod
+    def shared(cls, folder: Path) -> tuple[FolderLock, bool]:
+        """Hold `folder` together with others that ask for the same, and whether this one was the
+        first. RuntimeError where somebody holds it alone."""
+        lock = cls(folder, _with_others=True)
+        return lock, lock.was_alone
 
     def release(self) -> None:
         self._stop.set()
@@ -58,10 +75,7 @@ class FolderLock:
 
     def _take_exclusive_file(self) -> None:
         path = self._folder / ".lock.exclusive"
-        print(
-            f"warning: the file system of {self._folder} has no flock; {path.name} stands in",
-            file=sys.stderr,
-        )
+        self._warn(f"{path.name} stands in")
         if path.exists() and time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)
         try:
@@ -71,6 +85,12 @@ class FolderLock:
             raise self._in_use(path.read_text()) from error
         self._exclusive = path
         threading.Thread(target=self._refresh, args=(path,), daemon=True).start()
+
+    def _warn(self, consequence: str) -> None:
+        print(
+            f"warning: the file system of {self._folder} has no flock; {consequence}",
+            file=sys.stderr,
+        )
 
     def _refresh(self, path: Path) -> None:
         while not self._stop.wait(BEAT_SECONDS):
@@ -84,6 +104,25 @@ class FolderLock:
             f"{self._folder} is in use by {owner.strip() or 'another process'}; wait for it, stop "
             "it, or take another name=..."
         )
+
+
+def _lock_together(file: IO[bytes]) -> bool:
+    """Take a lock that others may take too; True where nobody else has it."""
+    import fcntl
+
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return True
+    patience = time.monotonic() + SHARED_SECONDS
+    while True:  # another may be the first right now, and alone for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
 
 
 def _me() -> str:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,45 @@ def run_stage(config: Config, stage: Stage) -> int:
     for name in stage.needs:
         run.needs(name)
         _check_chain(config, stage_named(name))
-    if from_main(run.is_finished):
+    again = stage.name == "cache" and config.cache.verify
+    if from_main(run.is_finished) and not again:
         _check_finished(config, stage, run)
         _say(f"{stage.name}: finished before, in {run.folder}")
         return 0
     _say(f"{stage.name}: {stage.does}")
     with _fast_arithmetic(stage):
         if stage.distributed or processes().world_size == 1:
-            _run_together(config, stage, run)
+            _run_together(config, stage, run, again)
         else:
             _run_on_main(config, stage, run)
+    if stage.name == "cache" and config.cache.part:
+        _finish_parts(config, stage)
     return run.stop_requested
 
 
 def _run_of(config: Config, stage: Stage) -> Run:
-    return Run(config, stage.name, stage.all_sections, stage.needs)
+    part = config.cache.part if stage.name == "cache" else ""
+    folder = f"{stage.name}/parts/{part.replace('/', '-of-')}" if part else stage.name
+    return Run(config, folder, stage.all_sections, stage.needs)
+
+
+def _finish_parts(config: Config, stage: Stage) -> None:
+    """The last part of a stage to be finished finishes the stage."""
+    whole = replace(config, cache=replace(config.cache, part=""))
+    run = _run_of(whole, stage)
+    parts = int(config.cache.part.split("/")[1])
+    finished = [
+        (run.folder / "parts" / f"{number}-of-{parts}" / "DONE").exists()
+        for number in range(1, parts + 1)
+    ]
+    if not from_main(all(finished)):
+        return
+    try:
+        run_stage(whole, stage)
+    except RuntimeError as error:
+        if "is in use by" not in str(error):
+            raise
+        _say(f"{stage.name}: another part finishes it")
 
 
 def _check_chain(config: Config, stage: Stage) -> None:
@@ -72,8 +97,8 @@ def _check_finished(config: Config, stage: Stage, run: Run) -> None:
         check(config, run.folder)
 
 
-def _run_together(config: Config, stage: Stage, run: Run) -> None:
-    """Every process works; the main process owns the folder."""
+def _run_together(config: Config, stage: Stage, run: Run, again: bool) -> None:
+    """Every process works; the main process owns the folder. `again`: also where it is finished."""
     problem: Exception | None = None
     if run.is_main:
         try:
@@ -81,7 +106,7 @@ def _run_together(config: Config, stage: Stage, run: Run) -> None:
         except Exception as error:
             problem = error
     # somebody else may have finished it between our look and our lock
-    problem, finished = from_main((problem, run.is_finished))
+    problem, finished = from_main((problem, run.is_finished and not again))
     if problem is not None:
         raise problem
     try:

@@ -25,7 +25,7 @@ class Progressing:
         self.note = ""
         self._bar = bar
         self._task: TaskID | None = None
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._last_count = time.monotonic()
         if bar is not None:
             self._task = bar.add_task(label, total=total, note="", rate="")
 
@@ -34,6 +34,13 @@ class Progressing:
         self.done = self.initial = done
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
+
+    def is_due(self) -> bool:
+        """True a second after it was last asked with this answer: counting may cost something."""
+        due = time.monotonic() - self._last_count > 1.0
+        if due:
+            self._last_count = time.monotonic()
+        return due
 
     def advance(self, pieces: int = 1, note: str = "") -> None:
         self.done += pieces
@@ -58,6 +65,8 @@ class Progressing:
 
     def _rate(self) -> str:
         rate = self._per_second()
+        if rate == 0:
+            return "nothing new"
         return f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
 
     def _left(self) -> str:

@@ -43,6 +43,8 @@ NO_ROOM = {
 HARMLESS = (
     "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
     "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
+    "cache.part", "cache.verify", "cache.verify_processes",
+    "segment.tile_pixels",
     "fit.channels_last", "fit.compile", "net.attention", "net.gradient_checkpointing",
     "data.shard_cache", "data.shard_cache_gb",
     "data.splits", "data.labels",  # their contents count, and `prepare` compares those
@@ -105,7 +107,7 @@ class Run:
         seconds_of(self.folder)  # a damaged file is told now, not when the work is done
         identity = self.folder / "run.json"
         if not identity.exists():
-            about = {"id": uuid.uuid4().hex, "inputs": self._ids_of_inputs()}
+            about = {"id": uuid.uuid4().hex, "inputs": self.input_ids()}
             write_atomically(identity, json.dumps(about))
         write_atomically(self.folder / "config.yaml", configuration.to_yaml(self.config))
         write_atomically(self.folder / "provenance.json", json.dumps(self._provenance(), indent=1))
@@ -176,7 +178,7 @@ class Run:
         if not (self.folder / "config.yaml").exists() or not identity.exists():
             return
         made_from = read_json(identity).get("inputs", {})
-        for name, current in self._ids_of_inputs().items():
+        for name, current in self.input_ids().items():
             if made_from.get(name, current) != current:
                 raise ValueError(
                     f"{self.folder} was made from another {name} than the one there is now; delete "
@@ -200,7 +202,8 @@ class Run:
         files = (file for file in self.folder.rglob("*") if not file.is_dir())
         return all(file.name in BOOKKEEPING or not file.stat().st_size for file in files)
 
-    def _ids_of_inputs(self) -> dict[str, str]:
+    def input_ids(self) -> dict[str, str]:
+        """The identities of the stages whose outputs this one reads."""
         files = {name: self.config.run_folder / name / "run.json" for name in self.inputs}
         return {name: str(read_json(path)["id"]) for name, path in files.items() if path.exists()}
 

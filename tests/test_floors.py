@@ -32,6 +32,7 @@ FLOORS = {
     "cldf_dist.records": 2,
     "cldf_dist.throughput": 2,
     "cldf_dist.transfer": 2,
+    "cldf_dist.layout": 2,
     "cldf_dist.run": 2,
     "cldf_dist.tracking": 2,
     "cldf_dist.tasks": 2,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cldf_dist import load_segmenter
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import write_nifti
 
@@ -118,14 +119,18 @@ def test_processes_that_would_train_apart_are_an_error(
     assert not (run.folder / "train-cam" / "checkpoints").exists()
 
 
-def test_new_scans_are_segmented_by_one_of_two_processes(
+def test_new_scans_are_dealt_out_to_two_processes(
     debug_run: Any, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """A missing scan too: the other process must not wait for ever for the one that fails."""
-    image = np.random.default_rng(0).normal(500, 100, (4, 24, 24, 3)).astype(np.float32)
-    for number, values in enumerate(image):
-        write_nifti(tmp_path / "in" / f"ann_{number:04d}.nii.gz", values, np.eye(4))
-    for source, code in (("in", 0), ("absent", 1)):
+    """The masks are those of one process. The main one tells of a scan that the other could not
+    read, and neither waits for ever where there are no scans at all."""
+    for seed, name in enumerate(("ann", "bob", "dan", "eve")):
+        image = np.random.default_rng(seed).normal(500, 100, (4, 24, 24, 3)).astype(np.float32)
+        for number, values in enumerate(image):
+            write_nifti(tmp_path / "in" / f"{name}_{number:04d}.nii.gz", values, np.eye(4))
+    damaged = tmp_path / "in" / "bob_0002.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    for source, error in (("in", "cldf: error: bob: "), ("absent", "cldf: error: ")):
         done = subprocess.run(
             [
                 *(sys.executable, *LAUNCH, "segment", *debug_run.words),
@@ -137,6 +142,14 @@ def test_new_scans_are_segmented_by_one_of_two_processes(
             capture_output=True,
             timeout=120,
         )
-        assert done.returncode == code, done.stderr[-5000:]
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["ann_mask.nii.gz", "ann_probability.nii.gz"]
+        assert done.returncode == 1, done.stderr[-5000:]
+        assert error in done.stderr
+        assert done.stderr.count("cldf: error: bob: ") == (source == "in")
+    segmenter = load_segmenter(debug_run.folder)
+    for name in ("ann", "dan", "eve"):
+        segmenter.segment(tmp_path / "in" / f"{name}_0000.nii.gz").save(tmp_path / "alone")
+    expected = sorted((tmp_path / "alone").iterdir())
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [p.name for p in expected]
+    for path in expected:
+        mine = nib.load(tmp_path / "out" / path.name).get_fdata()
+        np.testing.assert_allclose(mine, nib.load(path).get_fdata(), atol=1e-5)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,68 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cldf_dist.data.mapped_shard import (
+    REPAIR,
+    DamagedShardError,
+    MappedShard,
+    as_bytes,
+    write_shard_file,
+)  # fmt: skip
 
 Array = npt.NDArray[Any]
 KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
 FORMAT = "cldf-features"
-ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
-REPAIR = "delete the cache stage's folder and run: cldf cache CONFIG"
+VERSION = 2
+COMPRESSIONS = ("none", "zstd")
+SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
+OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
+MOST_MAPPED = 8192  # files; the system's own limit is 65530 mappings a process
+
+Stamp = tuple[int, int, int]
 
 
 class FeatureCache:
     """Rows of features, maps, seeds, label and key, one row a slice.
 
-    `names` are the stored arrays; `read(name, row)` gives one slice of one of them.
+    `names` are the stored arrays; `read(name, row)` gives one slice of one of them. It may be sent
+    to spawned processes. A shard that another process writes anew meanwhile is read anew.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / "zarr.json").is_file():
             raise FileNotFoundError(f"no feature cache at {self.folder}; run: cldf cache CONFIG")
-        self._group: zarr.Group | None = None
-        self._arrays: dict[str, Any] = {}
-        self._shards: dict[tuple[str, int], MappedShard] = {}
-        self._known_done: set[int] = set()  # shards never become undone
-        self._attributes: dict[str, Any] = dict(self._opened().attrs)
+        self._group: zarr.Group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
+        self._attributes: dict[str, Any] = dict(self._group.attrs)
         if self._attributes.get("format") != FORMAT:
             raise ValueError(f"{self.folder} is a zarr group, but not a {FORMAT} one")
+        if self._attributes.get("version") != VERSION:
+            raise ValueError(
+                f"{self.folder} is of version {self._attributes.get('version')}, this program "
+                f"reads version {VERSION}; delete the cache stage's folder and run: cldf cache "
+                "CONFIG"
+            )
+        self._forget()
+        if self.is_compressed:
+            print(
+                f"{self.folder} is compressed: zarr reads it, at several times the CPU time of "
+                "cache.compression=none",
+                file=sys.stderr,
+            )
+
+    def _forget(self) -> None:
+        self._arrays: dict[str, Any] = {}
+        self._files: dict[tuple[str, int], tuple[str, Path]] = {}
+        self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
+        self._known_done: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_group": None,
-            "_arrays": {},
-            "_shards": {},
-        }  # reopened in the worker
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]  # opened anew in this process
 
     @classmethod
     def create(
@@ -60,26 +89,40 @@ class FeatureCache:
         *,
         slices_per_shard: int,
         attributes: Mapping[str, Any],
+        compression: str = "none",
     ) -> FeatureCache:
-        """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each."""
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        group = zarr.create_group(partial, zarr_format=3, attributes={
-            "format": FORMAT, "version": 1, "num_slices": num_slices,
-            "slices_per_shard": slices_per_shard, "arrays": list(arrays), **attributes,
-        })  # fmt: skip
-        own = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
-        for name, (shape, dtype) in {**arrays, **own}.items():
-            group.create_array(
-                name,
-                shape=(num_slices, *shape),
-                chunks=(1, *shape),
-                shards=(slices_per_shard, *shape),
-                dtype=dtype,
-                compressors=[Crc32cCodec()],
-                fill_value=0,
+        """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each.
+
+        Several processes may do so at once: all get the store of the first.
+        """
+        if compression not in COMPRESSIONS:
+            raise ValueError(
+                f"cache.compression must be one of {', '.join(COMPRESSIONS)}, got {compression!r}"
             )
-        partial.rename(folder)  # with all its arrays, or not there
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        codecs = [ZstdCodec(level=3)] if compression == "zstd" else []
+        try:
+            group = zarr.create_group(partial, zarr_format=3, attributes={
+                "format": FORMAT, "version": VERSION, "num_slices": num_slices,
+                "slices_per_shard": slices_per_shard, "compression": compression,
+                "arrays": list(arrays), **attributes,
+            })  # fmt: skip
+            for name, (shape, dtype) in {**arrays, **OWN}.items():
+                group.create_array(
+                    name,
+                    shape=(num_slices, *shape),
+                    chunks=(1, *shape),
+                    shards=(slices_per_shard, *shape),
+                    dtype=dtype,
+                    compressors=[*(codecs if name in arrays else []), Crc32cCodec()],
+                    fill_value=0,
+                    config={"write_empty_chunks": True},  # no file stands for zeros
+                )
+            if not (folder / "zarr.json").exists():
+                _rename_unless_there(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return cls(folder)
 
     def __len__(self) -> int:
@@ -92,6 +135,10 @@ class FeatureCache:
     @property
     def names(self) -> list[str]:
         return list(self._attributes["arrays"])
+
+    @property
+    def is_compressed(self) -> bool:
+        return bool(self._attributes["compression"] != "none")
 
     @property
     def num_shards(self) -> int:
@@ -112,10 +159,21 @@ class FeatureCache:
     def is_done(self, shard: int) -> bool:
         """True where every slice of the shard is written and signed."""
         if shard not in self._known_done:
-            rows = self.rows_of(shard)
-            if np.all(np.asarray(self._array("done")[rows.start : rows.stop]) > 0):
-                self._known_done.add(shard)
+            try:
+                marks = [int(self._own("done", row)) for row in self.rows_of(shard)]
+            except (FileNotFoundError, DamagedShardError):
+                return False
+            if not all(marks):
+                return False
+            self._known_done.add(shard)
         return shard in self._known_done
+
+    def num_done(self, shards: range) -> int:
+        """How many slices of these shards all processes together have finished."""
+        folder = self.folder / "done" / "c"
+        begun = set(os.listdir(folder)) if folder.is_dir() else set()
+        done = (s for s in shards if s in self._known_done or (str(s) in begun and self.is_done(s)))
+        return sum(len(self.rows_of(shard)) for shard in done)
 
     def write_shard(self, shard: int, keys: Sequence[str], values: Mapping[str, Array]) -> None:
         """Write one whole shard; the caller is its only writer. `done` comes last."""
@@ -129,136 +187,174 @@ class FeatureCache:
             name: np.ascontiguousarray(values[name], dtype=self._array(name).dtype)
             for name in self.names
         }
-        for name in ("done", "key", *self.names):  # zarr reads what a killed writer left there
-            self._path(name, shard).unlink(missing_ok=True)
-            self._shards.pop((name, shard), None)
-        self._known_done.discard(shard)
+        self.discard(shard)
         for name, value in stored.items():
-            self._array(name)[rows.start : rows.stop] = value
-        self._array("key")[rows.start : rows.stop] = np.stack([_encoded(key) for key in keys])
-        self._sync(shard)
-        done = np.array(
-            [_checksum([stored[name][i] for name in self.names]) + 1 for i in range(len(rows))],
-            dtype=np.uint64,
-        )
-        self._array("done")[rows.start : rows.stop] = done
+            self._write(name, shard, value)
+        self._write_own("key", shard, np.stack([encoded_key(key) for key in keys]))
+        marks = [_checksum([stored[name][i] for name in self.names]) + 1 for i in range(len(rows))]
+        self._write_own("done", shard, np.array(marks, dtype=np.uint64))
+
+    def discard(self, shard: int) -> None:
+        """Make a shard count as never written; the caller is its only writer."""
+        for name in ("done", "key", *self.names):
+            self._path(name, shard).unlink(missing_ok=True)
+            self._mapped.pop((name, shard), None)
+        self._known_done.discard(shard)
 
     def read(self, name: str, row: int) -> Array:
-        """One slice of an array. RuntimeError where it was never written, ValueError if damaged."""
-        if name not in self.names:
-            raise KeyError(f"{self.folder} holds no array {name!r}; it has {', '.join(self.names)}")
-        if not self.is_done(row // self.slices_per_shard):
-            raise RuntimeError(
-                f"slice {row} of {self.folder} was never written; run: cldf cache CONFIG"
-            )
+        """One slice of an array, as stored, read-only.
+
+        KeyError for an unknown array, RuntimeError where the slice was never written,
+        DamagedShardError (a ValueError) where its bytes are lost or changed.
+        """
         shard, place = divmod(row, self.slices_per_shard)
-        return self._shard(name, shard).chunk(place)
+        if self.is_compressed:
+            return self._decompressed(name, shard, row)
+        stamped = self._mapped.get((name, shard))
+        if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
+            return self._map(name, shard).chunk(place)
+        return stamped[1].chunk(place)
+
+    def scale(self, tap: str, row: int) -> npt.NDArray[np.float32] | None:
+        """(levels, channels) by which a tap's stored whole numbers are multiplied; else None."""
+        return self.read(tap + SCALE, row) if tap + SCALE in self.names else None
 
     def verify(self, row: int) -> bool:
         """True where the slice's bytes are those that were signed."""
         try:
             checksum = _checksum([self.read(name, row) for name in self.names])
-        except (ValueError, RuntimeError):
+            return checksum + 1 == int(self._own("done", row))
+        except (ValueError, RuntimeError, OSError):
             return False
-        return checksum + 1 == int(np.asarray(self._array("done")[row]))
 
     def column(self, name: str) -> Array:
-        """A small array (labels, probabilities) whole."""
-        return np.asarray(self._array(name)[:])
+        """A small array (labels, probabilities) whole; zeros for slices not yet written."""
+        shape, dtype = self.row_shape(name), self._array(name).dtype
+        result = np.zeros((len(self), *shape), dtype)
+        for shard in filter(self.is_done, range(self.num_shards)):
+            for row in self.rows_of(shard):
+                result[row] = self._own(name, row) if name in OWN else self.read(name, row)
+        return result
 
     @property
     def keys(self) -> list[str]:
-        return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(self._array("key")[:])]
+        """Of every slice; empty for those not yet written."""
+        return [bytes(row).rstrip(b"\0").decode() for row in self.column("key")]
 
-    def sweep(self) -> int:
-        """Remove what killed writers left behind; the number of files."""
-        stale = list(self.folder.rglob("*.partial"))
-        for path in stale:
-            path.unlink()
-        return len(stale)
-
-    def _opened(self) -> zarr.Group:
-        if self._group is None:
-            self._group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
-        return self._group
+    def sweep(self, shards: Iterable[int]) -> int:
+        """Remove what killed writers of these shards left behind; the number of files."""
+        count = 0
+        for shard in shards:
+            for name in ("done", "key", *self.names):
+                path = self._path(name, shard)
+                for partial in path.parent.glob(f"*{path.name}.*partial"):
+                    if partial.name.lstrip(".").split(".")[0] == path.name:
+                        partial.unlink(missing_ok=True)
+                        count += 1
+        return count
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            self._arrays[name] = self._opened()[name]
+            if name not in self.names and name not in OWN:
+                raise KeyError(
+                    f"{self.folder} holds no array {name!r}; it has {', '.join(self.names)}"
+                )
+            self._arrays[name] = self._group[name]
         return self._arrays[name]
 
-    def _shard(self, name: str, shard: int) -> MappedShard:
-        if (name, shard) not in self._shards:
-            array = self._array(name)
-            mapped = MappedShard(
-                self._path(name, shard), self.slices_per_shard, array.shape[1:], array.dtype
-            )
-            self._shards[name, shard] = mapped
-            if mapped.is_absent and not all(self.verify(row) for row in self.rows_of(shard)):
-                del self._shards[name, shard]
-                raise ValueError(f"{mapped.path} is lost: its slices were not all zeros; {REPAIR}")
-        return self._shards[name, shard]
-
     def _path(self, name: str, shard: int) -> Path:
-        rank = len(self._array(name).shape) - 1
-        return self.folder / name / "c" / "/".join([str(shard), *["0"] * rank])
+        return self._file(name, shard)[1]
 
-    def _sync(self, shard: int) -> None:
-        for name in (*self.names, "key"):
-            path = self._path(name, shard)
-            if not path.exists():
-                continue  # zarr leaves a shard of nothing but zeros out
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+    def _file(self, name: str, shard: int) -> tuple[str, Path]:
+        if (name, shard) not in self._files:
+            rank = len(self._array(name).shape) - 1
+            path = self.folder / name / "c" / "/".join([str(shard), *["0"] * rank])
+            self._files[name, shard] = (str(path), path)
+        return self._files[name, shard]
 
+    def _map(self, name: str, shard: int) -> MappedShard:
+        """The shard's file as it is now."""
+        self._known_done.discard(shard)
+        self._mapped.pop((name, shard), None)
+        self._check_done(name, shard)
+        return self._mapped_file(name, shard)
 
-class MappedShard:
-    """An uncompressed zarr v3 shard read through the page cache: one chunk a slice, no copy.
+    def _check_done(self, name: str, shard: int) -> None:
+        self._array(name)
+        if not self.is_done(shard):
+            rows = self.rows_of(shard)
+            raise RuntimeError(
+                f"slices {rows.start} to {rows.stop - 1} of {self.folder} were never written; run: "
+                f"cldf cache CONFIG (and if the stage is finished, {REPAIR})"
+            )
 
-    The file ends with its index, (offset, length) as little-endian uint64 for each chunk and a
-    crc32c; each chunk ends with its own crc32c, checked the first time this process touches it.
-    A file that does not exist stands for zeros, as zarr leaves such shards out.
-    """
+    def _own(self, name: str, row: int) -> Array:
+        """A row of `key` or `done`, which no `done` guards."""
+        shard, place = divmod(row, self.slices_per_shard)
+        stamped = self._mapped.get((name, shard))
+        if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
+            return self._mapped_file(name, shard, is_data=False).chunk(place)
+        return stamped[1].chunk(place)
 
-    def __init__(
-        self, path: Path, num_chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> None:
-        self.path, self.shape, self.dtype = path, tuple(shape), dtype
-        self._verified: set[int] = set()
-        self._bytes: npt.NDArray[np.uint8] | None = None
-        self.is_absent = not path.exists()
-        if self.is_absent:
+    def _mapped_file(self, name: str, shard: int, *, is_data: bool = True) -> MappedShard:
+        array, (text, path) = self._array(name), self._file(name, shard)
+        try:
+            stamp = _stamp(text)  # before it is mapped: what is replaced in between is read anew
+            mapped = MappedShard(path, self.slices_per_shard, array.shape[1:], array.dtype)
+        except FileNotFoundError as error:
+            if not is_data:
+                raise
+            raise DamagedShardError(f"{path} is lost; {REPAIR}") from error
+        while len(self._mapped) >= MOST_MAPPED:
+            del self._mapped[next(iter(self._mapped))]
+        self._mapped[name, shard] = (stamp or (0, 0, 0), mapped)
+        return mapped
+
+    def _decompressed(self, name: str, shard: int, row: int) -> Array:
+        self._check_done(name, shard)
+        path = self._path(name, shard)
+        if not path.exists():  # zarr would give zeros
+            raise DamagedShardError(f"{path} is lost; {REPAIR}")
+        try:
+            values = np.asarray(self._array(name)[row])
+        except Exception as error:  # the codecs' errors have no common kind
+            raise DamagedShardError(
+                f"{path}, slice {row}, is damaged: {error}; {REPAIR}"
+            ) from error
+        values.flags.writeable = False
+        return values
+
+    def _write(self, name: str, shard: int, values: Array) -> None:
+        if not self.is_compressed:
+            write_shard_file(self._path(name, shard), values, self.slices_per_shard)
             return
-        tail = 16 * num_chunks + 4
-        whole = path.stat().st_size >= tail
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if whole else np.zeros(0, np.uint8)
-        index = np.array(self._bytes[-tail:])
-        if not whole or not _is_signed(index):
-            raise ValueError(f"{path} is damaged: its index is cut or changed; {REPAIR}")
-        self._index = index[:-4].view("<u8").reshape(num_chunks, 2)
+        rows = self.rows_of(shard)
+        self._array(name)[rows.start : rows.stop] = values
+        with self._path(name, shard).open("rb") as file:
+            os.fsync(file)
 
-    def chunk(self, place: int) -> Array:
-        """The slice at `place` of the shard, read-only. ValueError where its bytes changed."""
-        if self._bytes is None:
-            return np.zeros(self.shape, self.dtype)
-        offset, length = (int(number) for number in self._index[place])
-        if offset == ABSENT:  # a chunk of nothing but zeros
-            return np.zeros(self.shape, self.dtype)
-        signed = self._bytes[offset : offset + length]
-        if place not in self._verified:
-            if not _is_signed(signed):
-                raise ValueError(f"{self.path}, slice {place} of the file, is damaged; {REPAIR}")
-            self._verified.add(place)
-        return signed[:-4].view(self.dtype).reshape(self.shape)
+    def _write_own(self, name: str, shard: int, values: Array) -> None:
+        write_shard_file(self._path(name, shard), values, self.slices_per_shard)
 
 
-def _is_signed(block: npt.NDArray[np.uint8]) -> bool:
-    """True where the last four bytes are the crc32c of those before."""
-    return int(google_crc32c.value(block[:-4].tobytes())) == int(block[-4:].copy().view("<u4")[0])
+def _stamp(path: str) -> Stamp | None:
+    """What changes when a file is replaced; None without a file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _encoded(key: str) -> npt.NDArray[np.uint8]:
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)  # with all its arrays, or not there
+    except OSError:
+        if not (folder / "zarr.json").exists():  # else another process was faster
+            raise
+
+
+def encoded_key(key: str) -> npt.NDArray[np.uint8]:
     raw = key.encode()
     if len(raw) > KEY_BYTES:
         raise ValueError(f"slice key {key!r} has {len(raw)} bytes; the cache takes {KEY_BYTES}")
@@ -266,7 +362,7 @@ def _encoded(key: str) -> npt.NDArray[np.uint8]:
 
 
 def _checksum(parts: Sequence[Array]) -> int:
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     for part in parts:
-        checksum.update(np.ascontiguousarray(part).tobytes())
-    return int.from_bytes(checksum.digest(), "big")
+        checksum = google_crc32c.extend(checksum, as_bytes(np.ascontiguousarray(part)))
+    return checksum

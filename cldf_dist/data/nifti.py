@@ -21,6 +21,7 @@ Affine = npt.NDArray[np.float64]
 NIFTI2_HEADER_BYTES = 540
 NIFTI1_MAGIC_AT, NIFTI1_MAGIC = 344, (b"n+1", b"ni1")
 GZIP_MAGIC = b"\x1f\x8b"
+NO_EXTENSIONS = b"\0\0\0\0"  # behind the header of a .nii file
 AFFINE_TOLERANCE = 1e-3  # mm
 SCANNER_COORDINATES = 1  # the sform and qform code of what we write
 _UNREADABLE = (
@@ -82,24 +83,23 @@ def read_nifti(path: str | Path) -> tuple[npt.NDArray[Any], Affine]:
 def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> None:
     """Write (x, y, slices) as `.nii.gz`; bool and uint8 become uint8, all else float32.
 
-    The same input gives the same bytes. The file appears whole or not at all.
+    The same input gives the same bytes. The file appears whole or not at all. Beside the array
+    itself no more than a slice of it is in memory.
     """
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
         raise ValueError(f"the file name must end in .nii.gz, got {path}")
     if array.ndim != 3:
         raise ValueError(f"{path}: the array must be (x, y, slices), got shape {array.shape}")
-    whole_numbers = array.dtype == np.bool_ or array.dtype == np.uint8
-    image = nib.Nifti1Image(array.astype(np.uint8 if whole_numbers else np.float32), affine)
-    image.set_sform(affine, code=SCANNER_COORDINATES)
-    image.set_qform(affine, code=SCANNER_COORDINATES)
-    image.header.set_xyzt_units("mm")
+    header = _header(array, affine)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         whole_file(path) as file,
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
     ):
-        packed.write(image.to_bytes())
+        packed.write(header.binaryblock + NO_EXTENSIONS)
+        for index in range(array.shape[2]):  # only a slice at a time is held in the file's form
+            packed.write(array[:, :, index].astype(header.get_data_dtype()).tobytes(order="F"))
 
 
 def check_affine(affine: Affine, path: str | Path) -> Affine:
@@ -136,6 +136,19 @@ def stack_channels(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """(channels, x, y, slices), int16 where that loses nothing, else float32."""
     fits = all(np.can_cast(array.dtype, np.int16) for array in arrays)
     return np.stack([array.astype(np.int16 if fits else np.float32) for array in arrays])
+
+
+def _header(array: npt.NDArray[Any], affine: Affine) -> Any:
+    """What `write_nifti` puts before the voxels; raises what nibabel says of a wrong affine."""
+    whole_numbers = array.dtype == np.bool_ or array.dtype == np.uint8
+    kind = np.uint8 if whole_numbers else np.float32
+    image = nib.Nifti1Image(np.broadcast_to(kind(0), array.shape), affine)  # no memory for voxels
+    image.set_sform(affine, code=SCANNER_COORDINATES)
+    image.set_qform(affine, code=SCANNER_COORDINATES)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(1, 0)
+    image.header["vox_offset"] = len(image.header.binaryblock) + len(NO_EXTENSIONS)
+    return image.header
 
 
 def _content(path: Path) -> bytes:

@@ -132,6 +132,11 @@ class SliceTable:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def has_mask(self) -> npt.NDArray[np.bool_]:
+        """True for each row that has a mask; nothing is read for it."""
+        return np.asarray(self._masks[:, 0] >= 0)
+
     def read_image(self, row: int) -> Floats:
         """One slice, (channels, height, width) in [-1, 1]."""
         return dequantise(self._read_array(row, self._images[row], IMAGE))

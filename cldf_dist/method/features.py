@@ -7,6 +7,7 @@ function of its key, so that neither batches nor ranks change its features.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -76,12 +77,18 @@ class FeatureTaps:
 
 @torch.no_grad()
 def extract_features(
-    net: nn.Module, schedule: Schedule, images: Tensor, keys: Sequence[str], settings: Features
+    net: nn.Module,
+    schedule: Schedule,
+    images: Tensor,
+    keys: Sequence[str],
+    settings: Features,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """{tap: (batch, levels, channels, h, w)} of images (batch, channels, height, width).
+    """{tap: float32 (batch, levels, channels, h, w)} of images (batch, channels, height, width).
 
-    `levels` are the noise levels in their order, averaged over draws; with `settings.contrast`
-    then the same number of differences "object" - "no object". `net` is in evaluation mode.
+    `levels` are the maps that `num_levels` counts: the noise levels in their order (or their mean),
+    each with its draws if those are stacked; with `settings.contrast` then the same number of
+    differences "object" - "no object". `net` is in evaluation mode; `dtype` is its autocast.
     """
     if settings.condition not in CONDITIONS:
         raise ValueError(
@@ -90,16 +97,34 @@ def extract_features(
     conditions = [settings.condition]
     if settings.contrast:
         conditions += [name for name in ("object", "no_object") if name != settings.condition]
-    plain: dict[str, list[Tensor]] = {tap: [] for tap in settings.taps}
-    contrast: dict[str, list[Tensor]] = {tap: [] for tap in settings.taps}
-    with FeatureTaps(net, settings.taps) as taps:
-        for level in settings.noise_levels:
-            found = _at_noise_level(taps, schedule, images, keys, level, settings.draws, conditions)
+    plain = {tap: _Combined(settings) for tap in settings.taps}
+    contrast = {tap: _Combined(settings) for tap in settings.taps}
+    draws = range(settings.draws)
+    precision = torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=bool(dtype))
+    with FeatureTaps(net, settings.taps) as taps, precision:
+        for level, draw in itertools.product(range(len(settings.noise_levels)), draws):
+            timestep = settings.noise_levels[level]
+            found = _one_pass(taps, schedule, images, keys, timestep, draw, conditions)
             for tap, by_condition in found.items():
-                plain[tap].append(by_condition[settings.condition])
+                plain[tap].add(level, draw, by_condition[settings.condition])
                 if settings.contrast:
-                    contrast[tap].append(by_condition["object"] - by_condition["no_object"])
-    return {tap: torch.stack(plain[tap] + contrast[tap], 1) for tap in settings.taps}
+                    difference = by_condition["object"] - by_condition["no_object"]
+                    contrast[tap].add(level, draw, difference)
+    return {tap: torch.stack(plain[tap].maps() + contrast[tap].maps(), 1) for tap in settings.taps}
+
+
+def features_dtype(settings: Features, device: torch.device) -> torch.dtype | None:
+    """What `features.precision` means on a device: bfloat16, or None for float32."""
+    on_gpu = device.type == "cuda"
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
+    return torch.bfloat16 if bf16 else None
+
+
+def num_levels(settings: Features) -> int:
+    """How many maps are kept of each channel of a tap."""
+    levels = len(settings.noise_levels) if settings.combine_levels == "stack" else 1
+    draws = settings.draws if settings.combine_draws == "stack" else 1
+    return levels * draws * (2 if settings.contrast else 1)
 
 
 def tap_shapes(
@@ -108,13 +133,34 @@ def tap_shapes(
     """{tap: (levels, channels, height, width)} that `extract_features` gives for square images."""
     FeatureTaps(net, settings.taps)  # refuses unknown names
     channels = list(reversed(net.block_out_channels))  # type: ignore[arg-type]
-    num_levels = len(settings.noise_levels) * (2 if settings.contrast else 1)
     shapes = {}
     for tap in settings.taps:
         level = int(tap.removeprefix("up").split(".")[0])
         size = image_size // 2 ** (len(channels) - 1 - level)
-        shapes[tap] = (num_levels, channels[level], size, size)
+        shapes[tap] = (num_levels(settings), channels[level], size, size)
     return shapes
+
+
+class _Combined:
+    """Maps of one tap, averaged or stacked over noise levels and draws as the settings say."""
+
+    def __init__(self, settings: Features) -> None:
+        self._stacks_levels = settings.combine_levels == "stack"
+        self._stacks_draws = settings.combine_draws == "stack"
+        self._draws = settings.draws if self._stacks_draws else 1
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, level: int, draw: int, activation: Tensor) -> None:
+        """The map of the noise level and the draw of these numbers."""
+        place = self._draws * (level if self._stacks_levels else 0)
+        place += draw if self._stacks_draws else 0
+        so_far = self._sums.get(place)
+        self._sums[place] = activation if so_far is None else so_far + activation
+        self._counts[place] = self._counts.get(place, 0) + 1
+
+    def maps(self) -> list[Tensor]:
+        return [self._sums[place] / self._counts[place] for place in sorted(self._sums)]
 
 
 class _LastTapReached(Exception):
@@ -131,29 +177,24 @@ def _tap_modules(net: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def _at_noise_level(
+def _one_pass(
     taps: FeatureTaps,
     schedule: Schedule,
     images: Tensor,
     keys: Sequence[str],
     level: int,
-    draws: int,
+    draw: int,
     conditions: Sequence[str],
 ) -> dict[str, dict[str, Tensor]]:
-    """{tap: {condition: (batch, channels, h, w)}}, all conditions from the same noised images."""
-    num_images = len(images)
-    device = images.device
+    """{tap: {condition: float32 (batch, channels, h, w)}}, all from the same noised images."""
+    num_images, device = len(images), images.device
     labels = torch.tensor([CONDITIONS[name] for name in conditions], device=device)
     labels = labels.repeat_interleave(num_images)
     timesteps = torch.full((num_images,), level, device=device)
-    total: dict[str, Tensor] = {}
-    for draw in range(draws):
-        noise = key_noise(keys, level, draw, images.shape[1:], device)
-        noised = schedule.add_noise(images, timesteps, noise).repeat(len(conditions), 1, 1, 1)
-        found = taps.run(noised, timesteps.repeat(len(conditions)), labels)
-        for tap, activation in found.items():
-            total[tap] = total[tap] + activation if tap in total else activation
+    noise = key_noise(keys, level, draw, images.shape[1:], device)
+    noised = schedule.add_noise(images, timesteps, noise).repeat(len(conditions), 1, 1, 1)
+    found = taps.run(noised, timesteps.repeat(len(conditions)), labels)
     return {
-        tap: dict(zip(conditions, (activation / draws).chunk(len(conditions))))
-        for tap, activation in total.items()
+        tap: dict(zip(conditions, activation.float().chunk(len(conditions))))
+        for tap, activation in found.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,29 +64,38 @@ def seed_labels(
     return seeds
 
 
-def seed_quality(seeds: Tensor, masks: Tensor) -> dict[str, float]:
-    """Compare seeds with true masks (both (batch, height, width)): a diagnostic, never trained on.
+@dataclass
+class SeedCount:
+    """Seeds compared with true masks, slice by slice: a diagnostic, never trained on."""
 
-    Precision is the share of right seeds of a class, recall the share of the object's pixels that
-    are object seeds; NaN where there is nothing to divide by.
-    """
-    masks = masks.bool()
-    object_seeds = seeds == OBJECT
-    background_seeds = seeds == BACKGROUND
-    right = int((object_seeds & masks).sum())
-    counts = {
-        "object_seeds": int(object_seeds.sum()),
-        "background_seeds": int(background_seeds.sum()),
-        "object_pixels": int(masks.sum()),
-    }
-    return {
-        "object_precision": _share(right, counts["object_seeds"]),
-        "object_recall": _share(right, counts["object_pixels"]),
-        "background_precision": _share(
-            int((background_seeds & ~masks).sum()), counts["background_seeds"]
-        ),
-        **counts,
-    }
+    slices: int = 0
+    object_seeds: int = 0
+    background_seeds: int = 0
+    object_pixels: int = 0
+    right_object_seeds: int = 0
+    right_background_seeds: int = 0
+
+    def add(self, seeds: Tensor, mask: Tensor) -> None:
+        """One slice: seeds and its mask, both (height, width)."""
+        inside = mask.bool()
+        self.slices += 1
+        self.object_seeds += int((seeds == OBJECT).sum())
+        self.background_seeds += int((seeds == BACKGROUND).sum())
+        self.object_pixels += int(inside.sum())
+        self.right_object_seeds += int(((seeds == OBJECT) & inside).sum())
+        self.right_background_seeds += int(((seeds == BACKGROUND) & ~inside).sum())
+
+    def quality(self) -> dict[str, float]:
+        """Precision is the share of right seeds of a class, recall the share of the object's
+        pixels that are object seeds; NaN where there is nothing to divide by."""
+        return {
+            "object_precision": _share(self.right_object_seeds, self.object_seeds),
+            "object_recall": _share(self.right_object_seeds, self.object_pixels),
+            "background_precision": _share(self.right_background_seeds, self.background_seeds),
+            "object_seeds": self.object_seeds,
+            "background_seeds": self.background_seeds,
+            "object_pixels": self.object_pixels,
+        }
 
 
 def _share(part: int, whole: int) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+Place = tuple[slice, slice, slice]  # slices of the batch, rows, columns
 
 
 class PixelDecoder(nn.Module):
@@ -75,18 +79,103 @@ class PixelDecoder(nn.Module):
         linear and so is upsampling: W concat(up(f_l)) = sum over l of up(W_l f_l), which is
         cheaper, because only `hidden` channels are upsampled.
         """
+        num_pixels = _num_slices(taps) * math.prod(size)
+        ((_, embedding),) = self.embed_tiles(taps, size, tile_pixels=num_pixels)
+        return embedding.movedim(-1, 1)
+
+    def embed_tiles(
+        self, taps: Mapping[str, Tensor], size: Sequence[int], *, tile_pixels: int
+    ) -> Iterator[tuple[Place, Tensor]]:
+        """What `embed_maps` gives, in tiles: each one's place in (batch, height, width) and its
+        unit-length embedding (slices, rows, columns, embedding).
+
+        A tile holds at most `tile_pixels` pixels, of several slices where they are that small. The
+        taps are projected at their own resolution, for the slices of a tile at a time; at the
+        resolution of `size` nothing larger than a tile exists. Tiles have no seams: the source
+        pixels of each one and their weights are those of the whole slice.
+        """
+        height, width = size
+        device = self.first.weight.device
+        neighbours = {
+            name: [_neighbours(*sizes, device) for sizes in zip(taps[name].shape[2:], size)]
+            for name in self.tap_channels
+        }
+        bias = self.first.bias - (self.first.weight / self.std) @ self.mean
+        for images, tiles in _tile_plan(_num_slices(taps), height, width, tile_pixels):
+            projected = self._project({name: tap[images] for name, tap in taps.items()})
+            for tile in tiles:
+                hidden = bias.expand(*(part.stop - part.start for part in (images, *tile)), -1)
+                hidden = hidden.clone()
+                for name, pixels in projected.items():
+                    for axis in (0, 1):
+                        pixels = _upsample(pixels, neighbours[name][axis], tile[axis], 1 + axis)
+                    hidden += pixels
+                yield (images, *tile), functional.normalize(self.rest(hidden), dim=-1)
+
+    def _project(self, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{tap: (slices, h, w, hidden)}: the first layer's share of each tap, without its bias."""
         weight = self.first.weight / self.std  # standardisation folded in
-        hidden: Tensor | None = None
-        start = 0
-        for name, channels in self.tap_channels.items():
-            part = weight[:, start : start + channels, None, None]
-            projected = functional.conv2d(taps[name].float(), part)
-            upsampled = functional.interpolate(
-                projected, size=tuple(size), mode="bilinear", align_corners=False
-            )
-            hidden = upsampled if hidden is None else hidden + upsampled
-            start += channels
-        assert hidden is not None, "a decoder has at least one tap"
-        bias = self.first.bias - weight @ self.mean
-        pixels = (hidden + bias[:, None, None]).movedim(1, -1)
-        return functional.normalize(self.rest(pixels), dim=-1).movedim(-1, 1)
+        parts = weight.split_with_sizes(list(self.tap_channels.values()), dim=1)
+        return {
+            name: functional.conv2d(taps[name].float(), part[:, :, None, None])
+            .movedim(1, -1)
+            .contiguous()
+            for name, part in zip(self.tap_channels, parts)
+        }
+
+
+class _Neighbours(NamedTuple):
+    """Per target pixel of one axis: its two source pixels, and the weight of the upper one."""
+
+    lower: Tensor
+    upper: Tensor
+    weight: Tensor
+
+
+def _neighbours(source: int, target: int, device: torch.device) -> _Neighbours | None:
+    """As functional.interpolate without align_corners: centres of pixels lie at halves.
+
+    None where the sizes are the same, and each target pixel is its source pixel.
+    """
+    if source == target:
+        return None
+    centres = torch.arange(target, dtype=torch.float64, device=device) + 0.5
+    position = (centres * (source / target) - 0.5).clamp(min=0)
+    lower = position.long()
+    return _Neighbours(lower, (lower + 1).clamp(max=source - 1), (position - lower).float())
+
+
+def _upsample(pixels: Tensor, neighbours: _Neighbours | None, place: slice, dim: int) -> Tensor:
+    """The targets `place` of one axis of (slices, height, width, hidden)."""
+    if neighbours is None:
+        return pixels.narrow(dim, place.start, place.stop - place.start)
+    lower, upper, weight = (part[place] for part in neighbours)
+    weight = weight.view([-1 if axis == dim else 1 for axis in range(pixels.dim())])
+    # in place, because memory that is new to the process costs more than the arithmetic
+    return pixels.index_select(dim, lower).lerp_(pixels.index_select(dim, upper), weight)
+
+
+def _num_slices(taps: Mapping[str, Tensor]) -> int:
+    return len(next(iter(taps.values())))
+
+
+def _tile_plan(
+    num_slices: int, height: int, width: int, tile_pixels: int
+) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """Runs of slices that are projected together, and the rows and columns of their tiles.
+
+    Whole rows where the setting allows: then no source column is upsampled twice.
+    """
+    if tile_pixels < 1:
+        raise ValueError(f"tile_pixels must be >= 1, got {tile_pixels}")
+    slices = max(1, tile_pixels // (height * width))
+    rows = min(height, max(1, tile_pixels // width))
+    columns = min(width, tile_pixels)
+    tiles = [(part, across) for part in _runs(height, rows) for across in _runs(width, columns)]
+    for images in _runs(num_slices, slices):
+        yield images, tiles
+
+
+def _runs(total: int, length: int) -> list[slice]:
+    """0 .. total in slices of `length`; the last one may be shorter."""
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]

@@ -1,14 +1,18 @@
 """Diffusion features, gradient maps, CAMs and seeds of training and validation slices, once.
 
-Each rank owns a contiguous run of cache shards and is their only writer; shards that are done are
-not made again. The same functions serve `segment`, where the maps are computed on the fly.
+Each process owns a contiguous run of cache shards and is their only writer; shards that are done
+are not made again. The same functions serve `segment`, where the maps are computed on the fly.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cldf_dist.config import Config, Features, to_plain
-from cldf_dist.data.cache import FeatureCache
+from cldf_dist.config import Config, Features, flatten
+from cldf_dist.data import datasets
+from cldf_dist.data.cache import SCALE, FeatureCache, encoded_key
 from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.slices import foreground
+from cldf_dist.data.stored_features import to_stored
+from cldf_dist.layout import fast_layout
 from cldf_dist.method.cam import class_activation_maps
-from cldf_dist.method.features import extract_features, tap_shapes
+from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
 from cldf_dist.method.gradient_map import gradient_map
 from cldf_dist.method.noise import Schedule
-from cldf_dist.method.seeds import scale_to_unit, seed_labels, seed_quality
+from cldf_dist.method.seeds import SeedCount, scale_to_unit, seed_labels
+from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.processes import accelerator, processes, wait_for_everyone
+from cldf_dist.processes import accelerator, processes, together
 from cldf_dist.progress import progress
 from cldf_dist.run import Run
-from cldf_dist.stages.loading import load_cam, load_classifier, load_diffusion, shard_set
+from cldf_dist.stages.cache_parts import (
+    STORE,
+    part_of,
+    rank_share,
+    repair,
+    shared_stage,
+    store_folder,
+)  # fmt: skip
+from cldf_dist.stages.loading import (
+    load_cam,
+    load_classifier,
+    load_diffusion,
+    noise_schedule,
+    place,
+    shard_set,
+)  # fmt: skip
+from cldf_dist.stages.timing import in_words
 
-STORE = "features.zarr"
+__all__ = ["STORE", "FrozenNets", "Slices", "cached_slices", "check_same_slices"]
+
 CACHED_SPLITS = ("train", "validation")
+TIMED_SLICES = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,17 @@ class FrozenNets:
             load_classifier(run.needs("train-classifier")),
             load_cam(run.needs("train-cam")),
         )
+
+    @classmethod
+    def untrained(cls, config: Config, num_channels: int) -> FrozenNets:
+        """The same nets with random weights, to see how long they take."""
+        nets = (
+            build_unet(config.diffusion.net, num_channels),
+            NoisyClassifier(config.classifier, num_channels),
+            CamClassifier(config.cam, num_channels),
+        )
+        diffusion, classifier, cam = (place(net) for net in nets)
+        return cls(diffusion, noise_schedule(config), classifier, cam)
 
 
 @dataclass(frozen=True)
@@ -77,29 +114,59 @@ class Slices:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    shards = shard_set(config, run)
-    slices = cached_slices(shards)
+    """The whole cache, or with `cache.part` one job's share of it, or with `cache.verify` a look
+    for damage first."""
+    slices = cached_slices(shard_set(config, run))
     nets = FrozenNets.load(run)
-    folder = run.folder / STORE
-    if run.is_main:
-        _check_space(config, run.folder, nets.diffusion, len(slices))
-        if not (folder / "zarr.json").exists():
-            _create(config, folder, nets.diffusion, len(slices))
-        FeatureCache(folder).sweep()
-    wait_for_everyone()
-    cache = FeatureCache(folder)
-    check_same_slices(cache, slices)
-    mine = _owned_shards(cache.num_shards)
-    todo = [shard for shard in mine if not cache.is_done(shard)]
-    total = sum(len(cache.rows_of(shard)) for shard in mine)
-    with progress("cache", total, "slices", shown=run.is_main) as bar:
-        bar.start_at(total - sum(len(cache.rows_of(shard)) for shard in todo))
-        for shard in todo:
-            keys, values = compute_shard(config, nets, slices, cache.rows_of(shard))
-            cache.write_shard(shard, keys, values)
-            bar.advance(len(keys))
-    wait_for_everyone()
-    return {"seeds": _seed_report(cache, slices), "slices": len(cache)} if run.is_main else {}
+    with ExitStack() as held:
+        with together():
+            if run.is_main and config.cache.part:
+                held.enter_context(shared_stage(config))
+            if run.is_main:
+                _check_keys(slices)
+                _check_space(config, nets.diffusion, len(slices))
+                _create(config, run, nets.diffusion, len(slices))
+        cache = FeatureCache(store_folder(config))
+        check_same_slices(cache, slices)
+        _check_same_settings(cache, config, run)
+        config = _as_begun(config, cache)
+        scope = part_of(range(cache.num_shards), config.cache.part)
+        damaged = repair(config, cache, slices.keys) if config.cache.verify else []
+        _extract(config, nets, slices, cache, scope)
+    if not run.is_main:
+        return {}
+    result: dict[str, Any] = {"slices": sum(len(cache.rows_of(shard)) for shard in scope)}
+    if config.cache.verify:
+        result["damaged"] = damaged
+    return result if config.cache.part else {"seeds": _seed_report(cache, slices), **result}
+
+
+def _extract(
+    config: Config, nets: FrozenNets, slices: Slices, cache: FeatureCache, scope: range
+) -> None:
+    """Make the shards of `scope` that are not done; each process its own, in order."""
+    mine = rank_share(scope)
+    cache.sweep(mine)
+    total = sum(len(cache.rows_of(shard)) for shard in scope)
+    main = processes().is_main
+    with progress("cache", total, "slices", shown=main) as bar:
+        bar.start_at(cache.num_done(scope))
+        # writing waits for the disk: the next shard is computed meanwhile
+        with together(), ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
+            for shard in mine:
+                if cache.is_done(shard):
+                    continue
+                keys, values = compute_shard(config, nets, slices, cache.rows_of(shard))
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(cache.write_shard, shard, keys, values)
+                if main and bar.is_due():
+                    bar.advance(cache.num_done(scope) - bar.done)
+            if writing is not None:
+                writing.result()
+        if main:
+            bar.advance(cache.num_done(scope) - bar.done)
 
 
 def cached_slices(shards: ShardSet) -> Slices:
@@ -143,7 +210,7 @@ def _compute_batch(
 ) -> dict[str, Tensor]:
     device = accelerator().device
     inside = torch.from_numpy(foreground(images)).to(device)
-    pixels = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+    pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
     labels = labels.to(device)
     maps, probability = gradient_map_of(config, nets, pixels, keys)
     cams = class_activation_maps(nets.cam, pixels, config.cam.layer, (config.cam.seed_method,))
@@ -158,8 +225,17 @@ def _compute_batch(
         background_cut=config.seeds.background,
         negative_slices=config.seeds.negative_slices,
     )
-    features = extract_features(nets.diffusion, nets.schedule, pixels, keys, config.features)
-    stored = {tap: half_pixel_major(value) for tap, value in features.items()}
+    features = extract_features(
+        nets.diffusion,
+        nets.schedule,
+        pixels,
+        keys,
+        config.features,
+        features_dtype(config.features, device),
+    )
+    stored: dict[str, Tensor] = {}
+    for tap, value in features.items():
+        stored |= to_stored(tap, value, config.features.storage)
     return {
         **stored,
         "gradient_map": maps.half(),
@@ -186,20 +262,16 @@ def gradient_map_of(
     )
 
 
-def half_pixel_major(features: Tensor) -> Tensor:
-    """(batch, levels, channels, h, w) -> float16 (batch, levels, h, w, channels), as stored."""
-    return features.permute(0, 1, 3, 4, 2).half().contiguous()
-
-
 def row_shapes(
     net: nn.Module, image_size: int, features: Features
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of one slice of every cached array."""
     square = (image_size, image_size)
-    taps = {
-        tap: ((levels, height, width, channels), "float16")
-        for tap, (levels, channels, height, width) in tap_shapes(net, image_size, features).items()
-    }
+    taps: dict[str, tuple[tuple[int, ...], str]] = {}
+    for tap, (levels, channels, height, width) in tap_shapes(net, image_size, features).items():
+        taps[tap] = ((levels, height, width, channels), features.storage)
+        if features.storage == "int8":
+            taps[tap + SCALE] = ((levels, channels), "float32")
     return {
         **taps,
         "gradient_map": (square, "float16"),
@@ -215,43 +287,126 @@ def bytes_per_slice(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
 
 
 def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: bytes before anything is computed."""
-    net = build_unet(config.diffusion.net, 4)  # the number of image channels changes no tap
-    size = bytes_per_slice(row_shapes(net, config.data.image_size, config.features))
+    """What `--dry-run` prints: bytes and time before anything is computed."""
+    num_channels = len(datasets.channels(config.data))
+    nets = FrozenNets.untrained(config, num_channels)
+    shapes = row_shapes(nets.diffusion, config.data.image_size, config.features)
+    size = bytes_per_slice(shapes)
     result = {"size": f"{size / 1e6:.2f} MB per slice, {size * 1e5 / 1e12:.2f} TB per 100,000"}
-    manifest = folder.parent / "prepare" / "manifest.json"
-    if manifest.exists():
-        count = len(cached_slices(ShardSet(manifest.parent)))
-        result["slices"] = f"{count}, together {count * size / 1e9:.2f} GB"
+    seconds = _seconds_per_slice(config, nets, num_channels)
+    pace = f"{seconds:.2g} s per slice on this machine's {accelerator().device.type}"
+    manifest = config.run_folder / "prepare" / "manifest.json"
+    if not manifest.exists():
+        return {**result, "time": pace}
+    count = len(cached_slices(ShardSet(manifest.parent)))
+    free = shutil.disk_usage(_existing(folder)).free
+    result["slices"] = (
+        f"{count}, together {count * size / 1e9:.2f} GB; the disk has {free / 1e9:.2f} GB free"
+    )
+    if config.cache.part:
+        count = -(-count // int(config.cache.part.split("/")[1]))
+    whole = in_words(seconds * count / processes().world_size)
+    result["time"] = f"about {whole}, {processes().world_size} process(es), {pace}"
     return result
 
 
-def _create(config: Config, folder: Path, net: nn.Module, num_slices: int) -> None:
+def _seconds_per_slice(config: Config, nets: FrozenNets, num_channels: int) -> float:
+    """One batch of made-up slices, timed after another that sets things up."""
+    side, count = config.data.image_size, min(config.cache.batch_size, TIMED_SLICES)
+    images = np.random.default_rng(0).uniform(-1, 1, (count, num_channels, side, side))
+    keys = [f"made up {number}" for number in range(count)]
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        labels = torch.ones(count, dtype=torch.long)
+        batch = _compute_batch(config, nets, images.astype(np.float32), keys, labels)
+        batch["label"].cpu()  # waits for a GPU
+        seconds = (time.perf_counter() - started) / count
+    return seconds
+
+
+def _create(config: Config, run: Run, net: nn.Module, num_slices: int) -> None:
+    """The empty store, unless it is there."""
+    folder = store_folder(config)
+    if (folder / "zarr.json").exists():
+        return
+    bf16 = features_dtype(config.features, accelerator().device) is torch.bfloat16
+    folder.parent.mkdir(parents=True, exist_ok=True)
     FeatureCache.create(
         folder,
         num_slices,
         row_shapes(net, config.data.image_size, config.features),
         slices_per_shard=config.cache.slices_per_shard,
-        attributes={"features": to_plain(config.features), "seeds": to_plain(config.seeds)},
+        attributes={
+            "settings": _settings(config),
+            "inputs": run.input_ids(),
+            "precision": "bf16" if bf16 else "fp32",
+        },
+        compression=config.cache.compression,
     )
 
 
-def _check_space(config: Config, folder: Path, net: nn.Module, num_slices: int) -> None:
-    if (folder / STORE / "zarr.json").exists():
-        return
-    size = bytes_per_slice(row_shapes(net, config.data.image_size, config.features)) * num_slices
-    free = shutil.disk_usage(folder).free
-    if size > free:
+def _settings(config: Config) -> dict[str, Any]:
+    """Those that decide what is in the cache, as JSON gives them back."""
+    found = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(("features.", "gradient_map.", "seeds.", "cam.layer", "cam.seed_method"))
+    }
+    del found["features.precision"]  # the store says in which it was begun
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
+    """Raise ValueError where the cache was begun with other settings or nets: a part of it that
+    is made now would not fit."""
+    before, now = cache.attributes["settings"], _settings(config)
+    changed = [
+        f"{key}={before.get(key)!r}, not {now[key]!r}" for key in now if before.get(key) != now[key]
+    ]
+    if cache.attributes["inputs"] != run.input_ids():
+        changed.append("nets that have been trained again since")
+    if changed:
         raise ValueError(
-            f"the cache needs {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; "
-            "take fewer features.taps or features.noise_levels, or another disk with runs=FOLDER"
+            f"{cache.folder} was begun with {'; '.join(changed[:3])}; restore the setting, or "
+            f"delete {cache.folder.parent} and the folders of the stages after it"
         )
 
 
-def _owned_shards(num_shards: int) -> range:
-    """This rank's contiguous share."""
-    rank, world_size = processes().rank, processes().world_size
-    return range(num_shards * rank // world_size, num_shards * (rank + 1) // world_size)
+def _as_begun(config: Config, cache: FeatureCache) -> Config:
+    """The settings with the precision in which the cache was begun: parts of it that are made on
+    other devices are made alike."""
+    features = replace(config.features, precision=cache.attributes["precision"])
+    return replace(config, features=features)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return folder if folder.is_dir() else _existing(folder.absolute().parent)
+
+
+def _check_keys(slices: Slices) -> None:
+    for key in slices.keys:
+        encoded_key(key)
+
+
+def _check_space(config: Config, net: nn.Module, num_slices: int) -> None:
+    """Raise ValueError where the slices that are still to be made do not fit on the disk."""
+    folder = store_folder(config)
+    done = 0
+    if (folder / "zarr.json").exists():
+        cache = FeatureCache(folder)
+        done = cache.num_done(range(cache.num_shards))
+    size = bytes_per_slice(row_shapes(net, config.data.image_size, config.features))
+    needed, free = size * (num_slices - done), shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise ValueError(
+            f"the cache needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB "
+            "free; take fewer features.taps or features.noise_levels, "
+            "features.combine_levels=average, features.storage=int8, or another disk with "
+            "runs=FOLDER"
+        )
 
 
 def _seed_report(cache: FeatureCache, slices: Slices) -> dict[str, Any]:
@@ -260,18 +415,17 @@ def _seed_report(cache: FeatureCache, slices: Slices) -> dict[str, Any]:
     A diagnostic for the report: nothing is trained or chosen by it.
     """
     table = slices.tables[0]
-    seeds, masks = [], []
+    count = SeedCount()
     for row in np.flatnonzero(table.labels == 1):
         mask = table.read_mask(int(row))
         if mask is not None:
-            seeds.append(torch.from_numpy(cache.read("seeds", int(row)).copy()))  # it is read-only
-            masks.append(torch.from_numpy(mask))
-    if not masks:
+            seeds = cache.read("seeds", int(row)).copy()  # torch wants it writable
+            count.add(torch.from_numpy(seeds), torch.from_numpy(mask))
+    if not count.slices:
         return {}
-    quality = seed_quality(torch.stack(seeds), torch.stack(masks))
-    report = {name: None if np.isnan(value) else value for name, value in quality.items()}
+    report = {k: None if np.isnan(value) else value for k, value in count.quality().items()}
     return {
         **report,
-        "slices": len(masks),
-        "object_seeds_per_slice": quality["object_seeds"] / len(masks),
+        "slices": count.slices,
+        "object_seeds_per_slice": count.object_seeds / count.slices,
     }

@@ -13,7 +13,7 @@ from cldf_dist.config import Augment, Config, build_section
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.staging import ShardCache
 from cldf_dist.data.stream import LabelledSlices, Stream
-from cldf_dist.fit import CHANNELS_LAST
+from cldf_dist.layout import fast_layout
 from cldf_dist.method.noise import Schedule
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
@@ -77,5 +77,12 @@ def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
     return ready, torch.tensor(about["prototypes"], device=accelerator().device)
 
 
+def place(net: nn.Module) -> nn.Module:
+    """A frozen net on this process's device, in the layout that is fast there."""
+    device = accelerator().device
+    layout: Any = {"memory_format": fast_layout(device)}
+    return net.to(device).to(**layout).eval().requires_grad_(False)
+
+
 def _ready(net: nn.Module, folder: Path) -> nn.Module:
-    return load_net(net, folder).to(accelerator().device).to(**CHANNELS_LAST)
+    return place(load_net(net, folder))

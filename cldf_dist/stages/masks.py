@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from cldf_dist.config import Data
+from cldf_dist.config import Config, Data
 from cldf_dist.data.slices import Geometry, to_native
 from cldf_dist.whole_files import whole_file
 
@@ -27,6 +27,7 @@ METHODS = (
     "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm", "cldf",
 )  # fmt: skip
 SUPERVISED = "supervised_decoder"  # a reference row: it saw the training masks
+PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,22 @@ class PatientScores:
             ) from error
         scores = {n.removeprefix("score_"): a for n, a in arrays.items() if n.startswith("score_")}
         return cls(patient, scores, arrays["probability"], arrays["foreground"])
+
+
+def mask_and_probability(
+    config: Config, scores: PatientScores, row: str, geometry: Geometry, cut: float
+) -> tuple[Mask, FloatArray]:
+    """The mask, and a map in [0, 1] that is 0.5 at the cut; both on the scan's grid."""
+    native, allowed = native_scores(scores, row, geometry, config.segment.gate_probability)
+    mask = object_mask(
+        native,
+        allowed,
+        cut,
+        spacing=geometry.spacing,
+        min_component_ml=config.segment.min_component_ml,
+    )
+    probability = 1 / (1 + np.exp(-np.clip((native - cut) / PROBABILITY_WIDTH, -30, 30)))
+    return mask, np.where(allowed, probability, 0).astype(np.float32)
 
 
 def open_slices(patient: PatientScores, gate_probability: float) -> Mask:

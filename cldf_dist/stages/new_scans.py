@@ -29,16 +29,20 @@ from cldf_dist.data.objects import object_title
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import Geometry, prepare_volume
 from cldf_dist.data.subject import rule_of, subject_of
+from cldf_dist.processes import processes
 from cldf_dist.progress import progress
 from cldf_dist.run import Run, changed_keys, read_config, room_explained
 from cldf_dist.stages import stage_named
-from cldf_dist.stages.masks import FloatArray, Mask, write_own_layout
-from cldf_dist.stages.segment import Segmenter, mask_and_probability
+from cldf_dist.stages.masks import FloatArray, Mask, mask_and_probability, write_own_layout
+from cldf_dist.stages.segment import Segmenter
 
 ROW = "cldf"
 KEY_UNFIT, LONGEST_KEY = re.compile(r"[^A-Za-z0-9_-]"), 50  # of the names of slices
 # settings that are about the scans at hand, not about the trained run
-OF_NEW_SCANS = ("segment.batch_size", "segment.gate_probability", "segment.min_component_ml")
+OF_NEW_SCANS = (
+    "segment.batch_size", "segment.tile_pixels", "segment.gate_probability",
+    "segment.min_component_ml",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Segmentation:
         write_nifti(folder / f"{self.name}_probability.nii.gz", self.probability, self.affine)
         write_own_layout(folder / "chaos", self.mask, self.geometry, self.config.data)
         mask = folder / f"{self.name}_mask.nii.gz"
-        write_nifti(mask, self.mask.astype(np.uint8), self.affine)
+        write_nifti(mask, self.mask, self.affine)
         return [mask, self._save_dicom_seg(folder)] if self.dicom_files else [mask]
 
     def _save_dicom_seg(self, folder: Path) -> Path:
@@ -201,7 +205,7 @@ def load_segmenter(
 
 
 def segment_new(config: Config, leave_out: Path) -> tuple[list[Path], list[str]]:
-    """Masks for the new scans at config.input, written to config.output.
+    """Masks for this process's share of the new scans at config.input, written to config.output.
 
     The run's own settings count, those of the command line must not contradict them. Scans in
     `leave_out`, the folder of all outputs, are not looked at. Returns the masks written, and one
@@ -212,8 +216,9 @@ def segment_new(config: Config, leave_out: Path) -> tuple[list[Path], list[str]]
     scans = segmenter.find(config.input, leave_out=leave_out.absolute())
     _check_output(output, Path(config.input))
     written, failed = [], []
-    with progress("segment", len(scans), "scans") as bar:
-        for scan in scans:
+    mine = scans[processes().rank :: processes().world_size]
+    with progress("segment", len(mine), "scans", shown=processes().is_main) as bar:
+        for scan in mine:
             try:
                 found = segmenter.segment_scan(scan)
             except (ValueError, OSError) as error:

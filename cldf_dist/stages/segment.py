@@ -7,7 +7,7 @@ of negative validation slices exceeds. Gate, grid and post-processing are the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,31 @@ from cldf_dist.config import Config
 from cldf_dist.data.nifti import write_nifti
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import Geometry, foreground
+from cldf_dist.data.stored_features import as_stored
+from cldf_dist.layout import fast_layout
 from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.counterfactual import cdm_saliency, cg_cdm, cg_diff
-from cldf_dist.method.features import extract_features
+from cldf_dist.method.features import extract_features, features_dtype
 from cldf_dist.method.prototypes import prototype_score
 from cldf_dist.method.seeds import scale_to_unit
 from cldf_dist.method.threshold import negative_cut
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.processes import accelerator, processes, wait_for_everyone
+from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
 from cldf_dist.progress import progress
 from cldf_dist.run import Run, write_atomically
-from cldf_dist.stages.cache import FrozenNets, gradient_map_of, half_pixel_major
+from cldf_dist.stages.cache import FrozenNets, gradient_map_of
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
     METHODS,
     SUPERVISED,
     FloatArray,
     PatientScores,
-    native_scores,
-    object_mask,
+    mask_and_probability,
     write_own_layout,
 )
 from cldf_dist.whole_files import remove_leftovers
 
 CAMS = ("gradcam", "gradcam_pp", "layercam")
-PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Segmenter:
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(keys), self.config.segment.batch_size):
             batch = slice(start, start + self.config.segment.batch_size)
-            parts.append(self._score_batch(images[batch], keys[batch], wanted))
-        joined = {n: torch.cat([p[n].cpu() for p in parts]).numpy() for n in parts[0]}
+            scores = self._score_batch(images[batch], keys[batch], wanted)
+            parts.append({name: part.cpu() for name, part in scores.items()})
+        joined = {n: torch.cat([p.pop(n) for p in parts]).numpy() for n in list(parts[0])}
         return PatientScores(patient, joined, joined.pop("probability"), foreground(images))
 
     def _score_batch(
@@ -98,7 +99,7 @@ class Segmenter:
         config, nets = self.config, self.nets
         device = accelerator().device
         inside = torch.from_numpy(foreground(images)).to(device)
-        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
         maps, probability = gradient_map_of(config, nets, pixels, keys)
         scaled = {"gradient_map": maps}
         cams = [row for row in CAMS if row in rows]
@@ -121,19 +122,42 @@ class Segmenter:
 
     @torch.no_grad()
     def _decoded(self, pixels: Tensor, keys: list[str], rows: Sequence[str]) -> dict[str, Tensor]:
+        """The score maps of the decoders, from features that are extracted once for all."""
         if not rows:
             return {}
-        nets = self.nets
-        features = extract_features(
-            nets.diffusion, nets.schedule, pixels, keys, self.config.features
-        )
-        taps = {tap: _as_decoded(value) for tap, value in features.items()}
-        scores = {}
-        for row in rows:
-            decoder, prototypes = self.decoders[row]
-            embedding = decoder.embed_maps(taps, pixels.shape[2:])
-            scores[row] = prototype_score(embedding.movedim(1, -1), prototypes)
-        return scores
+        taps = self.decoder_taps(pixels, keys)
+        size, num_pixels = pixels.shape[2:], self.config.segment.tile_pixels
+        return {
+            row: score_maps(*self.decoders[row], taps, size, tile_pixels=num_pixels) for row in rows
+        }
+
+    @torch.no_grad()
+    def decoder_taps(self, pixels: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+        """{tap: (batch, channels, h, w)} of prepared slices (batch, channels, height, width), with
+        the values that the decoders were trained on: rounded as in the cache."""
+        nets, settings = self.nets, self.config.features
+        dtype = features_dtype(settings, pixels.device)
+        features = extract_features(nets.diffusion, nets.schedule, pixels, keys, settings, dtype)
+        return {tap: as_stored(features.pop(tap), settings.storage) for tap in list(features)}
+
+
+def score_maps(
+    decoder: PixelDecoder,
+    prototypes: Tensor,
+    taps: Mapping[str, Tensor],
+    size: Sequence[int],
+    *,
+    tile_pixels: int,
+) -> Tensor:
+    """The scores (batch, *size) of whole slices, of which no embedding is kept.
+
+    `taps` is as in `PixelDecoder.embed_maps`, `prototypes` (2, embedding).
+    """
+    first = next(iter(taps.values()))
+    scores = first.new_empty(len(first), *size, dtype=torch.float32)
+    for place, embedding in decoder.embed_tiles(taps, size, tile_pixels=tile_pixels):
+        scores[place] = prototype_score(embedding, prototypes)
+    return scores
 
 
 def _counterfactuals(
@@ -189,13 +213,14 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     folder = run.folder / "scores"
     folder.mkdir(exist_ok=True)
     patients = [*shards.patients["validation"], *shards.patients["test"]]
-    mine = patients[processes().rank :: processes().world_size]
+    # one look for all processes: files appear while the others still look
+    missing = from_main([name for name in patients if not (folder / f"{name}.npz").exists()])
+    mine = my_share({name: len(shards.geometry(name).indices) for name in missing})
     with progress("segment", len(mine), "patients", shown=run.is_main) as bar:
         for name in mine:
-            if not (folder / f"{name}.npz").exists():
-                keys, images, places = _slices_of(shards, name)
-                scores = segmenter.score(name, keys, images)
-                scores.spread(places, len(shards.geometry(name).indices)).save(folder)
+            keys, images, places = _slices_of(shards, name)
+            scores = segmenter.score(name, keys, images)
+            scores.spread(places, len(shards.geometry(name).indices)).save(folder)
             bar.advance(note=name)
     wait_for_everyone()
     if run.is_main:
@@ -210,10 +235,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"rows": list(segmenter.rows), "patients": len(patients)}
 
 
-def _as_decoded(features: Tensor) -> Tensor:
-    """(batch, levels, channels, h, w) -> (batch, levels x channels, h, w), rounded as cached."""
-    stored = half_pixel_major(features).float()  # (batch, levels, h, w, channels)
-    return stored.permute(0, 1, 4, 2, 3).flatten(1, 2)
+def my_share(num_slices: Mapping[str, int]) -> list[str]:
+    """The patients of this process, by their slices: the largest first, each to the process that
+    has the fewest slices so far."""
+    shares: list[list[str]] = [[] for _ in range(processes().world_size)]
+    totals = [0] * len(shares)
+    for name in sorted(num_slices, key=lambda name: -num_slices[name]):
+        rank = totals.index(min(totals))
+        shares[rank].append(name)
+        totals[rank] += num_slices[name]
+    return shares[processes().rank]
 
 
 def _slices_of(shards: ShardSet, patient: str) -> tuple[list[str], FloatArray, list[int]]:
@@ -255,25 +286,9 @@ def _write_masks(
         mask, probability = mask_and_probability(config, scores, row, geometry, cut)
         target = folder / "masks" / row
         target.mkdir(parents=True, exist_ok=True)
-        write_nifti(target / f"{scores.patient}.nii.gz", mask.astype(np.uint8), affine)
+        write_nifti(target / f"{scores.patient}.nii.gz", mask, affine)
         write_own_layout(folder / "chaos" / row, mask, geometry, config.data)
         if row == "cldf":
             (folder / "probability").mkdir(exist_ok=True)
             path = folder / "probability" / f"{scores.patient}.nii.gz"
             write_nifti(path, probability, affine)
-
-
-def mask_and_probability(
-    config: Config, scores: PatientScores, row: str, geometry: Geometry, cut: float
-) -> tuple[npt.NDArray[np.bool_], FloatArray]:
-    """The mask, and a map in [0, 1] that is 0.5 at the cut; both on the scan's grid."""
-    native, allowed = native_scores(scores, row, geometry, config.segment.gate_probability)
-    mask = object_mask(
-        native,
-        allowed,
-        cut,
-        spacing=geometry.spacing,
-        min_component_ml=config.segment.min_component_ml,
-    )
-    probability = 1 / (1 + np.exp(-np.clip((native - cut) / PROBABILITY_WIDTH, -30, 30)))
-    return mask, np.where(allowed, probability, 0).astype(np.float32)

@@ -29,7 +29,7 @@ def training_time(task: nn.Module, fit: Fit, num_channels: int, image_size: int)
     parameters = sum(p.numel() for p in task.parameters())
     return {
         "net": f"{parameters / 1e6:.2f} million parameters",
-        "time": f"about {_in_words(seconds)} on this machine's {device.type}, "
+        "time": f"about {in_words(seconds)} on this machine's {device.type}, "
         f"{processes().world_size} process(es)",
     }
 
@@ -42,7 +42,7 @@ def _seconds_of_step(task: nn.Module, batch: dict[str, Any]) -> float:
     return time.perf_counter() - started
 
 
-def _in_words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,39 @@ import torch
 
 from cldf_dist.config import Config
 from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixels import SeedPixels, gather_pixels
-from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.pixel_labels import (
+    BACKGROUND,
+    OBJECT,
+    MaskLabels,
+    PixelLabels,
+    SeedLabels,
+    count_labels,
+)
+from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gather_pixels
+from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
 from cldf_dist.fit import fit
 from cldf_dist.method.prototypes import class_prototypes
 from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
+from cldf_dist.processes import (
+    accelerator,
+    from_all,
+    from_main,
+    processes,
+    together,
+    wait_for_everyone,
+)
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
-from cldf_dist.stages.cache import STORE, Slices, cached_slices, check_same_slices
+from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.stages.loading import shard_set
 from cldf_dist.stages.masks import SUPERVISED
 from cldf_dist.tasks.contrast import Contrast
 from cldf_dist.weights import save_net
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
+PROTOTYPE_SLICES = 2048  # training slices of each class behind the prototypes, at most
 
 NET_CARD = NetCard(
     title="Pixel decoder",
@@ -54,38 +68,23 @@ SUPERVISED_CARD = dataclasses.replace(
     learnt_from="true masks of the training slices that have one: an upper bound, not the method",
 )
 
-Labels = npt.NDArray[np.int8]
-
-
-@dataclass(frozen=True)
-class TrainingPixels:
-    """The cache with a label for each pixel of its training slices, and where they came from."""
-
-    cache: FeatureCache
-    taps: tuple[str, ...]
-    rows: npt.NDArray[np.int64]  # cache rows of the training slices
-    labels: Labels  # (slices, height, width) 1 object, 0 background, -1 unknown
-
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     cache = FeatureCache(run.needs("cache") / STORE)
     shards = shard_set(config, run)
     slices = cached_slices(shards)
     check_same_slices(cache, slices)
-    rows = np.arange(len(slices.tables[0]))
-    seeds = np.stack([cache.read("seeds", int(row)) for row in rows])
-    pixels = TrainingPixels(cache, config.features.taps, rows, seeds)
+    table = slices.tables[0]
+    pixels = _training_pixels(config, cache, SeedLabels(cache), len(table))
     result = _train(config, run, pixels)
     if run.is_main:
         write_card(run, shards, NET_CARD)
-    truth = _true_labels(slices) if config.evaluate.upper_bound else None
-    if truth is not None:
-        masked = TrainingPixels(cache, config.features.taps, rows, truth)
-        _train_supervised(config, run, masked, shards)
+    if config.evaluate.upper_bound and _has_masks(table):
+        _train_supervised(config, run, cache, shards)
     return result
 
 
-def _train_supervised(config: Config, run: Run, pixels: TrainingPixels, shards: ShardSet) -> None:
+def _train_supervised(config: Config, run: Run, cache: FeatureCache, shards: ShardSet) -> None:
     """The reference row: its own folder below this stage's, resumed and finished like a stage."""
     reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections, run.inputs)
     if from_main(reference.is_finished):
@@ -94,6 +93,8 @@ def _train_supervised(config: Config, run: Run, pixels: TrainingPixels, shards: 
         reference.open()
     wait_for_everyone()
     try:
+        table = cached_slices(shards).tables[0]
+        pixels = _training_pixels(config, cache, MaskLabels(table), len(table))
         result = _train(config, reference, pixels)
         if run.is_main:
             write_card(reference, shards, SUPERVISED_CARD)
@@ -111,17 +112,14 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         tap_channels, settings.hidden, settings.embedding, settings.dropout, settings.noise
     )
     net.standardise(*feature_statistics(pixels, config.seed))
-    batch = settings.fit.batch_size
-    items = SeedPixels(
-        pixels.cache,
-        pixels.taps,
-        rows=pixels.rows,
-        seeds=pixels.labels,
-        num_foreground=settings.contrast.foreground_pixels // batch,
-        num_background=settings.contrast.background_pixels // batch,
-        seed=config.seed,
+    contrast, batch = settings.contrast, settings.fit.batch_size
+    numbers = PixelsPerItem(  # the rules of the configuration leave no remainder
+        num_foreground=contrast.foreground_pixels // batch,
+        num_background=contrast.background_pixels // batch,
+        hard_negatives=contrast.hard_negatives,
+        hard_pool=contrast.hard_pool,
     )
-    contrast = settings.contrast
+    items = SeedPixels(pixels, numbers, config.seed)
     task = Contrast(
         net,
         temperature=contrast.temperature,
@@ -153,6 +151,9 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
         count, total, squares = 0, np.zeros(_channels(pixels.cache, tap)), 0.0
         for row in rows:
             stored = pixels.cache.read(tap, int(row)).astype(np.float64)
+            scale = pixels.cache.scale(tap, int(row))
+            if scale is not None:
+                stored *= scale[:, None, None]
             flat = stored.transpose(1, 2, 0, 3).reshape(-1, total.size)
             count += len(flat)
             total = total + flat.sum(0)
@@ -170,10 +171,12 @@ def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> to
     """Mean embedding of a random choice of training seeds of each class, unit length (2, E)."""
     rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
     embeddings, labels = [], []
-    for label in (0, 1):
-        having = [row for row in pixels.rows if (pixels.labels[row] == label).any()]
-        per_slice = -(-config.decoder.prototype_pixels // len(having))
-        for row in having:
+    for label in (BACKGROUND, OBJECT):
+        rows = pixels.rows_with(label)
+        if len(rows) > PROTOTYPE_SLICES:
+            rows = np.sort(rng.permutation(rows)[:PROTOTYPE_SLICES])
+        per_slice = -(-config.decoder.prototype_pixels // len(rows))
+        for row in rows:
             features = _features_of(pixels, int(row), label, per_slice, rng)
             with torch.no_grad():
                 embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
@@ -184,24 +187,30 @@ def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> to
 def _features_of(
     pixels: TrainingPixels, row: int, label: int, limit: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    height, width = pixels.labels.shape[1:]
-    candidates = np.flatnonzero(pixels.labels[row] == label)
-    chosen = rng.permutation(candidates)[:limit]
+    labels = pixels.labels.labels(row)
+    height, width = labels.shape
+    chosen = rng.permutation(np.flatnonzero(labels == label))[:limit]
     places = np.stack(np.divmod(chosen, width), axis=1)
     return gather_pixels(pixels.cache, pixels.taps, row, places, (height, width))
 
 
-def _true_labels(slices: Slices) -> Labels | None:
-    """True masks of the training slices as pixel labels: -1 where a slice has no mask and outside
-    the subject; None where no slice has one."""
-    table = slices.tables[0]
-    labels, num_masks = [], 0
-    for row in range(len(table)):
-        inside = foreground(table.read_image(row))
-        mask = table.read_mask(row)
-        num_masks += mask is not None
-        known = inside & (mask is not None)
-        labels.append(np.where(known, 0 if mask is None else mask, -1).astype(np.int8))
+def _training_pixels(
+    config: Config, cache: FeatureCache, labels: PixelLabels, num_slices: int
+) -> TrainingPixels:
+    """The first `num_slices` rows of the cache; each process counts the labels of its share."""
+    rows, here = np.arange(num_slices), processes()
+    shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
+    with together():
+        mine = count_labels(labels, rows[shares[here.rank]])
+    counts = np.zeros((num_slices, 2), np.int64)
+    for share, found in zip(shares, from_all(mine), strict=True):
+        counts[share] = found
+    return TrainingPixels(cache, config.features.taps, labels, rows, counts)
+
+
+def _has_masks(table: SliceTable) -> bool:
+    """True where a training slice has a mask; says so where not all have one."""
+    num_masks = int(table.has_mask.sum())
     if num_masks < len(table) and processes().is_main:
         use = "is trained on those alone" if num_masks else "is left out"
         print(
@@ -209,7 +218,7 @@ def _true_labels(slices: Slices) -> Labels | None:
             f"reference row {SUPERVISED} {use}",
             file=sys.stderr,
         )
-    return np.stack(labels) if num_masks else None
+    return num_masks > 0
 
 
 def _channels(cache: FeatureCache, tap: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 from cldf_dist.data.cache import KEY_BYTES, FeatureCache
+from cldf_dist.data.mapped_shard import DamagedShardError
 
 NUM_SLICES, PER_SHARD = 7, 3  # the last shard is not full
 ARRAYS = {
@@ -16,11 +17,13 @@ ARRAYS = {
     "seeds": ((8, 8), "int8"),
     "label": ((), "int8"),
     "probability": ((), "float32"),
+    "whole": ((2, 4, 4, 3), "int8"),
+    "whole.scale": ((2, 3), "float32"),
 }
 
 
 def values(rows: range) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of some slices; slice 0 is all zeros, as zarr leaves such chunks out."""
+    """The arrays of some slices; slice 0 is all zeros, which zarr would not write."""
     result = {}
     for name, (shape, dtype) in ARRAYS.items():
         parts = []
@@ -32,17 +35,23 @@ def values(rows: range) -> dict[str, npt.NDArray[Any]]:
     return result
 
 
+def one(name: str, row: int) -> npt.NDArray[Any]:
+    result: npt.NDArray[Any] = values(range(row, row + 1))[name][0]
+    return result
+
+
 def keys(rows: range) -> list[str]:
     return [f"patient_é_{row:04d}" for row in rows]
 
 
-def empty(folder: Path) -> FeatureCache:
+def empty(folder: Path, compression: str = "none") -> FeatureCache:
     return FeatureCache.create(
         folder / "features.zarr",
         NUM_SLICES,
         ARRAYS,
         slices_per_shard=PER_SHARD,
         attributes={"taps": ["up0.1"]},
+        compression=compression,
     )
 
 
@@ -126,33 +135,35 @@ def test_a_slice_that_was_never_written_is_an_error_and_no_zeros(tmp_path: Path)
     np.testing.assert_array_equal(cache.read("seeds", 3), values(range(3, 4))["seeds"][0])
     for row in (0, 6):
         with pytest.raises(
-            RuntimeError, match=f"slice {row} of .* was never written; run: cldf cache"
+            RuntimeError, match=f"slices {row} to .* were never written; run: cldf cache CONFIG"
         ):
             cache.read("up0.1", row)
         assert not cache.verify(row)
+    assert cache.num_done(range(3)) == 3
+    assert cache.num_done(range(2, 3)) == 0
+    assert cache.keys[2:4] == ["", "patient_é_0003"]
     write(cache, 0)
     assert cache.read("up0.1", 0).max() == 0, "an all-zero slice is fine once it is signed"
 
 
 def test_a_lost_shard_file_is_found(cache: FeatureCache) -> None:
+    cache.read("up0.1", 4)
     shard_file(cache, "up0.1", 1).unlink()
-    fresh = FeatureCache(cache.folder)
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"up0\.1/c/1/0/0/0/0 is lost: its slices were not all zeros"
-        ):
-            fresh.read("up0.1", 4)
-    fresh.read("seeds", 4)
-    assert not fresh.verify(4)
-    assert fresh.verify(0)
+    for reader in (cache, FeatureCache(cache.folder)):
+        for _ in range(2):
+            with pytest.raises(DamagedShardError, match=r"up0\.1/c/1/0/0/0/0 is lost; run: cldf"):
+                reader.read("up0.1", 4)
+        reader.read("seeds", 4)
+        assert not reader.verify(4)
+        assert reader.verify(0)
 
 
-def test_a_shard_of_nothing_but_zeros_needs_no_file(tmp_path: Path) -> None:
+def test_slices_of_nothing_but_zeros_are_written(tmp_path: Path) -> None:
+    """A file that is not there never stands for zeros."""
     cache = empty(tmp_path)
     zeros = {name: np.zeros_like(value) for name, value in values(range(3)).items()}
-    cache.write_shard(0, keys(range(3)), {**zeros, "label": np.ones(3)})
-    assert not shard_file(cache, "up0.1", 0).exists()
-    assert cache.read("up0.1", 2).max() == 0
+    cache.write_shard(0, keys(range(3)), zeros)
+    assert shard_file(cache, "up0.1", 0).exists()
     assert all(cache.verify(row) for row in range(3))
 
 
@@ -164,7 +175,8 @@ def test_a_changed_byte_is_found_on_first_touch(cache: FeatureCache, name: str) 
     fresh = FeatureCache(cache.folder)
     fresh.read(name, 3)
     with pytest.raises(
-        ValueError, match=r"slice 1 of the file, is damaged; delete the cache stage"
+        DamagedShardError,
+        match=r"slice 1 of the file, is damaged; run: cldf cache CONFIG cache.ver",
     ):
         fresh.read(name, 4)
     assert not fresh.verify(4)
@@ -205,16 +217,16 @@ def test_a_spawned_process_reads_the_same(cache: FeatureCache) -> None:
     assert key == cache.keys[5]
 
 
-def test_leftovers_of_killed_writers_are_swept(cache: FeatureCache) -> None:
-    leftovers = [
-        cache.folder / "seeds" / "c" / "0" / "x.partial",
-        cache.folder / "zarr.json.1.partial",
-    ]
+def test_leftovers_of_killed_writers_of_these_shards_are_swept(cache: FeatureCache) -> None:
+    """Another process may be writing its own shards right now."""
+    mine, other = (shard_file(cache, "seeds", shard) for shard in (1, 2))
+    leftovers = [path.with_name(f".{path.name}.123.partial") for path in (mine, other)]
+    leftovers.append(cache.folder / "done" / "c" / ".1.123.partial")
     for path in leftovers:
         path.write_text("")
-    assert cache.sweep() == 2
-    assert cache.sweep() == 0
-    assert not any(path.exists() for path in leftovers)
+    assert cache.sweep([1]) == 2
+    assert cache.sweep([1]) == 0
+    assert [path.exists() for path in leftovers] == [False, True, False]
     assert all(cache.verify(row) for row in range(NUM_SLICES))
 
 
@@ -264,12 +276,76 @@ def test_an_unknown_array_is_named(cache: FeatureCache) -> None:
         cache.read("up9.9", 0)
 
 
-def test_a_creation_that_was_killed_is_made_anew(tmp_path: Path) -> None:
-    """The store is not there before all its arrays are."""
-    left_behind = tmp_path / ".features.zarr.partial"
-    left_behind.mkdir()
-    (left_behind / "zarr.json").write_text("half of it")
-    cache = empty(tmp_path)
-    assert not left_behind.exists()
-    assert cache.keys == [""] * NUM_SLICES
-    assert not cache.is_done(0)
+def test_whole_numbers_have_a_scale(cache: FeatureCache) -> None:
+    assert cache.scale("up0.1", 4) is None
+    np.testing.assert_array_equal(cache.scale("whole", 4), values(range(4, 5))["whole.scale"][0])
+
+
+def test_a_store_that_another_process_writes_anew_is_read_anew(cache: FeatureCache) -> None:
+    held = cache.read("up0.1", 4)
+    before = held.copy()
+    other = {name: -value for name, value in values(range(3, 6)).items()}
+    writer = FeatureCache(cache.folder)
+    writer.discard(1)
+    with pytest.raises(RuntimeError, match="were never written"):
+        cache.read("up0.1", 4)
+    writer.write_shard(1, keys(range(3, 6)), other)
+    np.testing.assert_array_equal(cache.read("up0.1", 4), other["up0.1"][1])
+    np.testing.assert_array_equal(cache.read("seeds", 5), other["seeds"][2])
+    np.testing.assert_array_equal(held, before)
+
+
+def test_damage_that_was_repaired_is_read(cache: FeatureCache) -> None:
+    change_byte(shard_file(cache, "seeds", 1), 3)
+    with pytest.raises(DamagedShardError):
+        cache.read("seeds", 3)
+    write(FeatureCache(cache.folder), 1)
+    np.testing.assert_array_equal(cache.read("seeds", 3), values(range(3, 4))["seeds"][0])
+
+
+def test_no_more_files_are_mapped_than_the_system_allows(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cldf_dist.data.cache.MOST_MAPPED", 2)
+    for row in (*range(NUM_SLICES), 0):
+        np.testing.assert_array_equal(
+            cache.read("up0.1", row), values(range(row, row + 1))["up0.1"][0]
+        )
+        assert len(cache._mapped) <= 2
+
+
+def test_a_compressed_store_is_read_by_zarr_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = empty(tmp_path, "zstd")
+    write(written, 0, 1, 2)
+    capsys.readouterr()
+    cache = FeatureCache(written.folder)
+    assert "is compressed: zarr reads it" in capsys.readouterr().err
+    for row in range(NUM_SLICES):
+        np.testing.assert_array_equal(
+            cache.read("up0.1", row), values(range(row, row + 1))["up0.1"][0]
+        )
+        assert cache.verify(row)
+    assert not cache.read("up0.1", 3).flags.writeable
+    change_byte(shard_file(cache, "up0.1", 1), 7)
+    with pytest.raises(DamagedShardError, match=r"slice 3, is damaged: .*; run: cldf cache"):
+        cache.read("up0.1", 3)
+    shard_file(cache, "up0.1", 1).unlink()
+    with pytest.raises(DamagedShardError, match="is lost; run: cldf cache"):
+        cache.read("up0.1", 4)
+    with pytest.raises(ValueError, match=r"cache\.compression must be one of none, zstd, got 'lz'"):
+        empty(tmp_path / "other", "lz")
+
+
+def test_who_comes_second_gets_the_store_of_the_first(cache: FeatureCache) -> None:
+    second = empty(cache.folder.parent)
+    assert second.keys == keys(range(NUM_SLICES))
+    assert [path.name for path in cache.folder.parent.iterdir()] == ["features.zarr"]
+
+
+def test_a_store_of_another_version_is_refused(cache: FeatureCache) -> None:
+    about = cache.folder / "zarr.json"
+    about.write_text(about.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="is of version 1, this program reads version 2; delete"):
+        FeatureCache(cache.folder)

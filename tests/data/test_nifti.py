@@ -1,5 +1,8 @@
 import gzip
+import io
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -42,6 +45,57 @@ def test_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii.gz"):
         write_nifti(tmp_path / name, values, AFFINE)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def packed_in_one_piece(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> bytes:
+    """The file by nibabel itself, which holds it in memory several times over."""
+    kind = np.uint8 if array.dtype in (np.bool_, np.uint8) else np.float32
+    image = nib.Nifti1Image(array.astype(kind), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", compresslevel=6, fileobj=packed, mtime=0) as file:
+        file.write(image.to_bytes())
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (3, 1, 9), (128, 96, 11)])
+@pytest.mark.parametrize("kind", ["bool", "uint8", "int16", "float16", "float32", ">f4", "float64"])
+def test_file_in_slices_has_the_bytes_of_the_file_in_one_piece(
+    tmp_path: Path, shape: tuple[int, int, int], kind: str
+) -> None:
+    """In every memory order; a NaN in a map is kept."""
+    noise = np.random.default_rng(0).normal(size=shape) * 50
+    values = noise > 40 if kind == "bool" else np.abs(noise).astype(kind)
+    if values.dtype.kind == "f":
+        values[0, 0, 0] = np.nan
+    expected = packed_in_one_piece(values, AFFINE)
+    padded = np.pad(values, 1)
+    orders = (
+        values,
+        np.asfortranarray(values),
+        padded[1:-1, 1:-1, 1:-1],
+        values[::-1].copy()[::-1],
+    )
+    for number, array in enumerate(orders):
+        write_nifti(tmp_path / f"{number}.nii.gz", array, AFFINE)
+        assert (tmp_path / f"{number}.nii.gz").read_bytes() == expected
+
+
+def test_writing_holds_no_copy_of_the_volume(tmp_path: Path) -> None:
+    """As Python counts memory, numpy's included; the compressor's own is the same for any size."""
+    slices = np.random.default_rng(0).random((128, 128, 4)) < 0.1
+    volumes = [np.tile(slices, (1, 1, count)) for count in (1, 40)]
+    write_nifti(tmp_path / "imports.nii.gz", volumes[0], AFFINE)
+    peaks = []
+    for volume in volumes:
+        tracemalloc.start()
+        write_nifti(tmp_path / "mask.nii.gz", volume, AFFINE)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert volumes[1].nbytes > 2_500_000
+    assert peaks[1] < peaks[0] + 50_000
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:

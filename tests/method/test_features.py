@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from cldf_dist.config import Features, UNet
-from cldf_dist.method.features import FeatureTaps, extract_features, tap_shapes
+from cldf_dist.method.features import (
+    FeatureTaps,
+    extract_features,
+    features_dtype,
+    tap_shapes,
+)
 from cldf_dist.method.noise import Schedule, key_noise
 from cldf_dist.nets.unet import build_unet
 
@@ -154,3 +159,49 @@ def test_unknown_condition_is_refused(net, images):
         extract_features(
             net, SCHEDULE, images, KEYS, dataclasses.replace(SETTINGS, condition="tumour")
         )
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+@pytest.mark.parametrize("levels", ["stack", "average"])
+@pytest.mark.parametrize("draws", ["stack", "average"])
+def test_levels_and_draws_are_stacked_or_averaged(net, images, contrast, levels, draws):
+    """Against every map by itself: level by level, and within a level draw by draw."""
+    settings = dataclasses.replace(
+        SETTINGS, draws=2, contrast=contrast, combine_levels=levels, combine_draws=draws
+    )
+    every = dataclasses.replace(settings, combine_levels="stack", combine_draws="stack")
+    found = extract_features(net, SCHEDULE, images, KEYS, settings)
+    single = extract_features(net, SCHEDULE, images, KEYS, every)
+    for tap, shape in tap_shapes(net, 16, settings).items():
+        maps = single[tap].unflatten(1, (-1, 2, 2))  # (batch, plain or contrast, level, draw, ...)
+        if draws == "average":
+            maps = maps.mean(3, keepdim=True)
+        if levels == "average":
+            maps = maps.mean(2, keepdim=True)
+        assert found[tap].shape == (3, *shape)
+        torch.testing.assert_close(found[tap], maps.flatten(1, 3), atol=1e-5, rtol=1e-5)
+    different = single["up2.1"].flatten(2)
+    assert (different[:, 0] - different[:, 1]).abs().max() > 1e-2, "draws differ"
+
+
+def test_bf16_passes_give_float32_features_within_its_rounding(net, images):
+    exact = extract_features(net, SCHEDULE, images, KEYS, SETTINGS)
+    rounded = extract_features(net, SCHEDULE, images, KEYS, SETTINGS, torch.bfloat16)
+    for tap in SETTINGS.taps:
+        assert rounded[tap].dtype == torch.float32
+        error = (rounded[tap] - exact[tap]).norm() / exact[tap].norm()
+        assert 1e-4 < error < 5e-2
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype"),
+    [
+        ("auto", "cpu", None),
+        ("auto", "cuda", torch.bfloat16),
+        ("bf16", "cpu", torch.bfloat16),
+        ("fp32", "cuda", None),
+    ],
+)
+def test_precision_is_bf16_on_gpus_unless_it_says_otherwise(precision, device, dtype):
+    settings = Features(precision=precision)
+    assert features_dtype(settings, torch.device(device)) == dtype

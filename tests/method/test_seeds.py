@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cldf_dist.method.seeds import RULES, scale_to_unit, seed_labels, seed_quality
+from cldf_dist.method.seeds import RULES, SeedCount, scale_to_unit, seed_labels
 
 CUTS = {"foreground_cut": 0.5, "background_cut": 0.2, "negative_slices": True}
 
@@ -80,9 +80,11 @@ def test_constant_or_empty_slices_scale_to_zero():
 
 
 def test_quality_by_hand():
-    seeds = torch.tensor([[[1, 1, 0, 0, -1]]], dtype=torch.int8)
-    masks = torch.tensor([[[1, 0, 1, 0, 1]]])
-    assert seed_quality(seeds, masks) == {
+    count = SeedCount()
+    count.add(torch.tensor([[1, 1, 0]], dtype=torch.int8), torch.tensor([[1, 0, 1]]))
+    count.add(torch.tensor([[0, -1]], dtype=torch.int8), torch.tensor([[0, 1]]))
+    assert count.slices == 2
+    assert count.quality() == {
         "object_precision": 0.5,
         "object_recall": pytest.approx(1 / 3),
         "background_precision": 0.5,
@@ -90,6 +92,7 @@ def test_quality_by_hand():
         "background_seeds": 2,
         "object_pixels": 3,
     }
-    nothing = seed_quality(torch.full((1, 2, 2), -1, dtype=torch.int8), torch.zeros(1, 2, 2))
-    assert math.isnan(nothing["object_precision"])
-    assert math.isnan(nothing["object_recall"])
+    nothing = SeedCount()
+    nothing.add(torch.full((2, 2), -1, dtype=torch.int8), torch.zeros(2, 2))
+    assert math.isnan(nothing.quality()["object_precision"])
+    assert math.isnan(nothing.quality()["object_recall"])

@@ -1,3 +1,7 @@
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ from cldf_dist.config import Config, load
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import foreground
+from cldf_dist.locks import FolderLock
 from cldf_dist.run import Run
 from cldf_dist.stages.cache import FrozenNets, cached_slices, compute_shard
+from cldf_dist.stages.cache_parts import COUNT_FILE
 
 STORE = Path("cache") / "features.zarr"
 
@@ -91,9 +97,191 @@ def test_an_interrupted_extraction_goes_on_with_the_shards_that_are_missing(
         (store / "done" / "c" / shard).unlink()
     half = store / "up1.1" / "c" / "2" / "0" / "0" / "0" / "0"
     half.write_bytes(half.read_bytes()[:100])
-    (store / "seeds" / "c" / "2" / "0" / "0.partial").write_text("")
+    (store / "seeds" / "c" / "2" / "0" / ".0.99.partial").write_text("")
     untouched = store / "up1.1" / "c" / "1" / "0" / "0" / "0" / "0"
     before = untouched.stat().st_mtime_ns
     assert main(["cache", *run.words]) == 0
     assert untouched.stat().st_mtime_ns == before
     assert files(store) == files(debug_run.folder / STORE)
+
+
+@pytest.fixture
+def inputs(debug_run: Any, tmp_path: Path) -> Any:
+    """A run with everything that the cache stage needs, and no cache."""
+    return debug_run.copy_to(
+        tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam"
+    )
+
+
+def test_kills_ranks_and_parts_change_nothing(
+    debug_run: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """One test, because torch is imported once: the same store, bit by bit, from one process, from
+    two, and from one that was killed twenty times."""
+    runs = [
+        debug_run.copy_to(
+            tmp_path / name, "prepare", "train-diffusion", "train-classifier", "train-cam"
+        )
+        for name in ("one", "two", "killed")
+    ]
+    one, two, killed = ([*run.words, "cache.slices_per_shard=1"] for run in runs)
+    stores = [run.folder / STORE for run in runs]
+    plan = [
+        {"words": one},
+        {"words": two, "ranks": 2},
+        {"words": killed, "kills": 20, "store": str(stores[2])},
+    ]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "forked_cache.py"), json.dumps(plan)],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["codes"] for result in results] == [[0], [0, 0], [0]], done.stderr[-5000:]
+    assert results[2]["killed"] == 20
+    expected = files(stores[0])
+    assert any(name.startswith("up1.1/c/53/") for name in expected)
+    for store in stores[1:]:
+        assert files(store) == expected
+
+
+def test_parts_make_the_cache_together_and_the_last_one_finishes_the_stage(
+    debug_run: Any, inputs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = inputs.folder / "cache"
+    assert main(["cache", *inputs.words, "cache.part=2/3"]) == 0
+    assert (stage / "parts" / "2-of-3" / "DONE").exists()
+    assert not (stage / "DONE").exists()
+    assert sorted(path.name for path in (stage / "features.zarr/done/c").iterdir()) == ["2", "3"]
+    assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
+    assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert main(["cache", *inputs.words, "cache.part=3/3"]) == 0
+    assert (stage / "DONE").exists()
+    assert files(stage / "features.zarr") == files(debug_run.folder / STORE)
+    assert json.loads((stage / "DONE").read_text())["slices"] == 54
+
+
+def test_the_whole_stage_makes_what_parts_left_out(debug_run: Any, inputs: Any) -> None:
+    assert main(["cache", *inputs.words, "cache.part=2/4"]) == 0
+    assert main(["cache", *inputs.words]) == 0
+    assert files(inputs.folder / STORE) == files(debug_run.folder / STORE)
+
+
+def test_two_jobs_never_make_the_same_part(inputs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = inputs.folder / "cache"
+    stage.mkdir()
+    alone = FolderLock(stage)
+    assert main(["cache", *inputs.words, "cache.part=1/2"]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    alone.release()
+    (stage / COUNT_FILE).write_text('{"parts": 3}')
+    others, _ = FolderLock.shared(stage)
+    assert main(["cache", *inputs.words, "cache.part=1/2"]) == 1
+    assert "jobs that make parts of 3 are at work" in capsys.readouterr().err
+    assert main(["cache", *inputs.words]) == 1
+    assert "is in use by" in capsys.readouterr().err
+    assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
+    others.release()
+    assert main(["cache", *inputs.words, "cache.part=1/2"]) == 0, "nobody is at work any more"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cache.part=3/2"], "cache.part must be i/n with 1 <= i <= n, such as 1/4, got '3/2'"),
+        (["cache.part=0/2"], "cache.part must be i/n"),
+        (["cache.part=half"], "cache.part must be i/n"),
+        (["cache.part=1/2", "cache.verify=true"], "leave cache.part=1/2 out"),
+        (["features.storage=fp4"], "features.storage must be one of float16, int8, got 'fp4'"),
+        (["features.combine_draws=sum"], "features.combine_draws must be one of stack, average"),
+    ],
+)
+def test_a_wrong_setting_is_refused(
+    inputs: Any, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["cache", *inputs.words, *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_part_is_for_the_cache_stage_alone(
+    inputs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *inputs.words, "cache.part=1/2"]) == 1
+    assert "cache.part is for the cache stage, not for run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_verification_makes_again_what_is_damaged_and_nothing_else(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_processes: int
+) -> None:
+    run = debug_run.copy_to(
+        tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam", "cache"
+    )
+    store = run.folder / STORE
+    features, lost, done, intact = (
+        store / name
+        for name in ("up1.1/c/2/0/0/0/0", "seeds/c/4/0/0", "done/c/5", "up0.1/c/1/0/0/0/0")
+    )
+    content = bytearray(features.read_bytes())
+    content[1000] ^= 4
+    features.write_bytes(bytes(content))
+    lost.unlink()
+    done.write_bytes(b"short")
+    before = intact.stat().st_mtime_ns
+    words = [*run.words, "cache.verify=true", f"cache.verify_processes={num_processes}"]
+    assert main(["cache", *words]) == 0
+    said = capsys.readouterr().err
+    # one slice of shard 2, and all of shards 4 and 5
+    assert "17 of 54 slices are damaged or missing" in said
+    assert "3 shards are made again" in said
+    assert intact.stat().st_mtime_ns == before
+    assert files(store) == files(debug_run.folder / STORE)
+    assert len(json.loads((run.folder / "cache" / "DONE").read_text())["damaged"]) == 17
+    assert main(["cache", *words]) == 0
+    assert "0 of 54 slices are damaged" in capsys.readouterr().err
+
+
+def test_a_cache_begun_with_other_settings_is_not_gone_on_with(
+    inputs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", *inputs.words, "cache.part=1/2"]) == 0
+    assert main(["cache", *inputs.words, "cache.part=2/2", "features.noise_levels=[50]"]) == 1
+    assert "was begun with features.noise_levels=[100], not [50]" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    inputs: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(inputs.folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert main(["cache", *inputs.words]) == 1
+    assert "the cache needs 0.00 GB more" in capsys.readouterr().err
+    assert not (inputs.folder / STORE).exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["features.storage=int8"], ["features.combine_levels=average", "features.draws=2"]],
+    ids=["int8", "average"],
+)
+def test_every_form_of_features_trains_and_segments(inputs: Any, words: list[str]) -> None:
+    words = [*inputs.words, *words, "features.noise_levels=[50,100]", "cg_diff.enabled=false",
+             "cg_cdm.enabled=false"]  # fmt: skip
+    for stage in ("cache", "train-decoder", "segment"):
+        assert main([stage, *words]) == 0
+    cache = FeatureCache(inputs.folder / STORE)
+    is_int8 = "features.storage=int8" in words
+    assert cache.row_shape("up0.1")[0] == (2 if is_int8 else 1)
+    assert cache.read("up0.1", 3).dtype == (np.int8 if is_int8 else np.float16)
+    assert all(cache.verify(row) for row in range(len(cache)))
+
+
+def test_the_estimate_names_bytes_and_time(inputs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", *inputs.words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "slices: 54, together 0.00 GB; the disk has" in told
+    assert "s per slice on this machine's cpu" in told
+    assert not (inputs.folder / "cache").exists()

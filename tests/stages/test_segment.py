@@ -13,11 +13,12 @@ from cldf_dist.config import load
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.stored_features import to_stored
 from cldf_dist.method.features import extract_features
 from cldf_dist.run import Run
-from cldf_dist.stages.cache import FrozenNets, half_pixel_major
+from cldf_dist.stages.cache import FrozenNets
 from cldf_dist.stages.masks import METHODS, SUPERVISED, PatientScores
-from cldf_dist.stages.segment import Segmenter
+from cldf_dist.stages.segment import Segmenter, my_share, score_maps
 
 EARLIER = (
     "prepare", "train-diffusion", "train-classifier", "train-cam", "cache", "train-decoder",
@@ -40,10 +41,107 @@ def test_features_of_new_slices_are_those_of_the_cache(debug_run: Any) -> None:
         assert set(found) == {"up0.1", "up1.1"}
         for tap, features in found.items():
             stored = cache.read(tap, first + row)
-            new = half_pixel_major(features)[0].numpy()
+            new = to_stored(tap, features, "float16")[tap][0].numpy()
             assert new.dtype == stored.dtype == np.float16
             # another batch size may round the last bit of a float16 otherwise
             np.testing.assert_allclose(new, stored, rtol=2e-3, atol=2e-3)
+
+
+def segmenter_of(run: Any, *words: str) -> Segmenter:
+    config = load([run.words[0]], [*run.words[1:], *words])
+    return Segmenter.load(config, Run(config, "segment", ()))
+
+
+def cached_slices_of(run: Any, rows: range) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Keys and images of these rows of the cache."""
+    prepared = ShardSet(run.folder / "prepare")
+    train, validation = (prepared.split(name) for name in ("train", "validation"))
+    placed = [(train, row) if row < len(train) else (validation, row - len(train)) for row in rows]
+    images = np.stack([table.read_image(row) for table, row in placed])
+    return [table.keys[row] for table, row in placed], images
+
+
+def cached_taps(run: Any, rows: range) -> dict[str, torch.Tensor]:
+    """{tap: (slices, levels x channels, h, w)} as the decoder's training reads them."""
+    cache = FeatureCache(run.folder / "cache" / "features.zarr")
+    taps = {}
+    for tap in ("up0.1", "up1.1"):
+        stored = np.stack([cache.read(tap, row) for row in rows])  # levels, h, w, channels
+        taps[tap] = torch.from_numpy(stored).float().permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return taps
+
+
+def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
+    """Bit for bit where the batch is that of the cache, else to within batching's round-off."""
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    segmenter = segmenter_of(debug_run)
+    for shard in (0, cache.num_shards - 1):
+        rows = cache.rows_of(shard)
+        keys, images = cached_slices_of(debug_run, rows)
+        stored = cached_taps(debug_run, rows)
+        found = segmenter.decoder_taps(torch.from_numpy(images), keys)
+        assert set(found) == set(stored)
+        alone = segmenter.decoder_taps(torch.from_numpy(images[-1:]), keys[-1:])
+        for tap, features in found.items():
+            assert features.dtype == torch.float32
+            assert torch.equal(features, stored[tap]), tap
+            torch.testing.assert_close(alone[tap][0], stored[tap][-1], rtol=2e-3, atol=2e-3)
+            assert torch.equal(alone[tap], alone[tap].half().float()), "rounded as the cache is"
+
+
+def test_scores_are_those_of_cached_features_decoded_in_the_naive_order(debug_run: Any) -> None:
+    segmenter = segmenter_of(debug_run, "segment.tile_pixels=300")
+    rows = FeatureCache(debug_run.folder / "cache" / "features.zarr").rows_of(0)
+    keys, images = cached_slices_of(debug_run, rows)
+    found = segmenter.score("someone", keys, images, rows=("cldf", SUPERVISED)).scores
+    upsampled = [
+        torch.nn.functional.interpolate(tap, size=images.shape[2:], mode="bilinear")
+        for tap in cached_taps(debug_run, rows).values()
+    ]
+    pixels = torch.cat(upsampled, 1).movedim(1, -1).flatten(0, 2)
+    for row, (decoder, prototypes) in segmenter.decoders.items():
+        with torch.no_grad():
+            cosines = decoder(pixels) @ prototypes.T
+        expected = ((cosines[:, 1] - cosines[:, 0]) / 2 + 1) / 2
+        np.testing.assert_allclose(found[row].ravel(), expected, atol=2e-5, err_msg=row)
+        assert found[row].std() > 1e-3, "or nothing was compared"
+
+
+def test_scores_do_not_depend_on_the_tiles(debug_run: Any) -> None:
+    rows = range(5)
+    taps = cached_taps(debug_run, rows)
+    decoder, prototypes = segmenter_of(debug_run).decoders["cldf"]
+    with torch.no_grad():
+        whole = score_maps(decoder, prototypes, taps, (32, 32), tile_pixels=10**6)
+        assert whole.shape == (5, 32, 32)
+        for tile_pixels in (7, 100, 1024, 2500):  # parts of a row, rows, a slice, slices
+            tiled = score_maps(decoder, prototypes, taps, (32, 32), tile_pixels=tile_pixels)
+            torch.testing.assert_close(tiled, whole, atol=2e-6, rtol=0)
+
+
+def test_several_decoders_share_one_extraction(debug_run: Any) -> None:
+    segmenter = segmenter_of(debug_run)
+    keys, images = cached_slices_of(debug_run, range(3))
+    passes = []
+    hook = segmenter.nets.diffusion.register_forward_pre_hook(lambda *_: passes.append(1))
+    for decoders in (("cldf",), ("cldf", SUPERVISED)):
+        segmenter.score("someone", keys, images, rows=decoders)
+    hook.remove()
+    assert len(passes) == 2 * len(segmenter.config.features.noise_levels)
+
+
+def test_patients_are_dealt_out_by_their_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_slices = {"b": 1, "a": 10, "c": 1, "d": 8, "e": 1}
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        shares.append(my_share(num_slices))
+    assert shares == [["a", "e"], ["d", "b", "c"]]
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    assert my_share(num_slices) == ["d"]
+    monkeypatch.setenv("RANK", "6")
+    assert my_share(num_slices) == []
 
 
 def test_scores_are_kept_for_validation_and_test_patients(debug_run: Any) -> None:

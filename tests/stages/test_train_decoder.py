@@ -10,21 +10,28 @@ import torch
 from safetensors.torch import load_file
 
 from cldf_dist.__main__ import main
+from cldf_dist.config import load
 from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.pixel_labels import MaskLabels, SeedLabels, count_labels
+from cldf_dist.data.pixels import TrainingPixels
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.slices import foreground
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.stages import train_decoder
 from cldf_dist.stages.loading import load_decoder
 from cldf_dist.stages.masks import SUPERVISED
-from cldf_dist.stages.train_decoder import TrainingPixels, feature_statistics
+from cldf_dist.stages.train_decoder import feature_statistics
 
 EARLIER = ("prepare", "cache")
+DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 
 
 @pytest.fixture
 def pixels(debug_run: Any) -> TrainingPixels:
     cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
     rows = np.arange(len(ShardSet(debug_run.folder / "prepare").split("train")))
-    labels = np.stack([cache.read("seeds", int(row)) for row in rows])
-    return TrainingPixels(cache, ("up0.1", "up1.1"), rows, labels)
+    labels = SeedLabels(cache)
+    return TrainingPixels(cache, ("up0.1", "up1.1"), labels, rows, count_labels(labels, rows))
 
 
 def test_statistics_are_those_of_the_training_slices(pixels: TrainingPixels) -> None:
@@ -36,6 +43,61 @@ def test_statistics_are_those_of_the_training_slices(pixels: TrainingPixels) -> 
         expected.append(flat.reshape(-1, flat.shape[-2] * flat.shape[-1]))
     np.testing.assert_allclose(mean, np.concatenate([e.mean(0) for e in expected]), atol=1e-4)
     np.testing.assert_allclose(spread, np.concatenate([e.std(0) for e in expected]), rtol=1e-3)
+
+
+def test_labels_of_masks_are_the_masks_within_the_subject(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, "prepare")
+    prepared = ShardSet(run.folder / "prepare")
+    forget_masks(run.folder / "prepare", prepared.patients["train"][:1])
+    table, intact = (
+        ShardSet(folder / "prepare").split("train") for folder in (run.folder, debug_run.folder)
+    )
+    assert 0 < table.has_mask.sum() < len(table)
+    labels = MaskLabels(table)
+    for row in range(len(table)):
+        found, mask = labels.labels(row), intact.read_mask(row)
+        assert mask is not None
+        assert found.dtype == np.int8
+        inside = foreground(table.read_image(row))
+        assert (found[~inside] == -1).all()
+        expected = mask[inside] if table.has_mask[row] else -1
+        assert (found[inside] == expected).all()
+    counts = count_labels(labels, np.arange(len(table)))
+    assert not counts[~table.has_mask].any()
+    assert counts[table.has_mask].all(axis=1).any()
+
+
+def test_prototypes_of_many_slices_look_at_some_of_them(
+    pixels: TrainingPixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both classes have more slices than are looked at; the seeds per class are as configured."""
+    monkeypatch.setattr(train_decoder, "PROTOTYPE_SLICES", 2)
+    assert all(len(pixels.rows_with(label)) > 2 for label in (0, 1))
+    gathered = []
+    gather = train_decoder.gather_pixels
+
+    def remembered(cache: Any, taps: Any, row: int, places: Any, size: Any) -> Any:
+        gathered.append((row, len(places)))
+        return gather(cache, taps, row, places, size)
+
+    monkeypatch.setattr(train_decoder, "gather_pixels", remembered)
+    net = PixelDecoder(
+        {tap: train_decoder._channels(pixels.cache, tap) for tap in pixels.taps}, 8, 4
+    )
+    config = load([DEBUG], ["decoder.prototype_pixels=6"])
+    prototypes = train_decoder._prototypes(config, net, pixels)
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(2))
+    assert len(gathered) == 4
+    assert sum(count for _, count in gathered) <= 12
+
+
+def test_hard_negatives_train_other_decoders(debug_run: Any, tmp_path: Path) -> None:
+    """That of the method and the reference alike."""
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    assert main(["train-decoder", *run.words, "decoder.contrast.hard_negatives=0.5"]) == 0
+    for row in (".", SUPERVISED):
+        name = f"train-decoder/{row}/net.safetensors"
+        assert (run.folder / name).read_bytes() != (debug_run.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("row", [".", SUPERVISED])

@@ -1,10 +1,15 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cldf_kernels import supcon_reference
 from torch import Tensor, distributed, multiprocessing
 
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels
+from cldf_dist.data.stream import Stream
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.tasks.contrast import Contrast
 
@@ -83,6 +88,68 @@ def test_training_separates_the_classes():
         optimizer.step()
     assert before > 0.8
     assert class_similarity(net, data) < 0.6
+
+
+SIZE = 16
+TAPS = {"up0.1": (2, 4, 4, 5), "up1.1": (2, 8, 8, 3)}
+
+
+def seed_pixels(folder: Path, hard_negatives: float) -> SeedPixels:
+    """Two positive and two negative slices with random features, maps and seeds."""
+    rng = np.random.default_rng(0)
+    square = (SIZE, SIZE)
+    shapes = {tap: (shape, "float16") for tap, shape in TAPS.items()}
+    shapes |= dict.fromkeys(("cam", "gradient_map"), (square, "float16"))
+    shapes["seeds"] = (square, "int8")
+    values = {name: rng.normal(size=(4, *shape)) for name, (shape, _) in shapes.items()}
+    values["seeds"] = rng.integers(-1, 2, (4, *square))
+    values["seeds"][2:] = np.minimum(values["seeds"][2:], 0)
+    cache = FeatureCache.create(folder, 4, shapes, slices_per_shard=4, attributes={})
+    cache.write_shard(0, ["a", "b", "c", "d"], values)
+    labels, rows = SeedLabels(cache), np.arange(4)
+    pixels = TrainingPixels(cache, tuple(TAPS), labels, rows, count_labels(labels, rows))
+    return SeedPixels(pixels, PixelsPerItem(6, 10, hard_negatives, 0.2), seed=0)
+
+
+def embeddings_of_whole_maps(net: PixelDecoder, items: SeedPixels, stream: Stream) -> Tensor:
+    """The naive form for sample numbers 0 to 3, in float64: every slice upsampled, concatenated
+    and embedded whole, then indexed."""
+    embedded = []
+    for number in range(4):
+        for row, places, size in items.choose(stream.position(number), number):
+            maps = [torch.from_numpy(items.pixels.cache.read(tap, row).copy()) for tap in TAPS]
+            large = [
+                torch.nn.functional.interpolate(
+                    stored.double().permute(0, 3, 1, 2), size, mode="bilinear"
+                ).flatten(0, 1)
+                for stored in maps
+            ]
+            whole = net(torch.cat(large).movedim(0, -1))  # (height, width, embedding)
+            embedded.append(whole[places[:, 0], places[:, 1]])
+    return torch.cat(embedded)
+
+
+@pytest.mark.parametrize("hard_negatives", [0.0, 0.5])
+def test_gradients_agree_with_the_naive_full_map_form(
+    tmp_path: Path, hard_negatives: float
+) -> None:
+    torch.manual_seed(0)
+    num_features = {tap: shape[0] * shape[3] for tap, shape in TAPS.items()}
+    net = PixelDecoder(num_features, 8, 6)
+    net.standardise(torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16))
+    task = Contrast(net.double(), temperature=0.2, backend="torch")
+    items = seed_pixels(tmp_path / "features.zarr", hard_negatives)
+    stream = Stream(items, items.shard_of, seed=0)
+    gathered = next(stream.batches(0, batch_size=4))
+    assert gathered["features"].shape == (4, 16, 16)
+    loss = task(gathered)["loss"]
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    naive = task.loss(embeddings_of_whole_maps(net, items, stream), gathered["labels"].flatten())
+    expected = torch.autograd.grad(naive, list(net.parameters()))
+    torch.testing.assert_close(loss, naive, rtol=1e-6, atol=0)
+    for name, found, wanted in zip(dict(net.named_parameters()), gradients, expected, strict=True):
+        assert wanted.abs().max() > 1e-3, name
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_temperature_must_be_positive():

@@ -1,0 +1,111 @@
+"""Who makes which shards of the feature cache, and which of them must be made again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+from cldf_dist.config import Config
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.locks import FolderLock
+from cldf_dist.processes import from_all, processes, together
+from cldf_dist.run import write_atomically
+
+STAGE = "cache"
+STORE = "features.zarr"
+COUNT_FILE = ".parts.json"
+SHARDS_AT_ONCE = 64  # that one reading process is given, at most
+SHOWN = 20  # damaged slices that are named
+
+
+def store_folder(config: Config) -> Path:
+    return config.run_folder / STAGE / STORE
+
+
+def part_of(shards: range, part: str) -> range:
+    """The contiguous share "i/n" of shards, 1 <= i <= n; all of them for ""."""
+    if not part:
+        return shards
+    number, count = (int(word) for word in part.split("/"))
+    return _share(shards, number - 1, count)
+
+
+def rank_share(shards: range) -> range:
+    """This process's contiguous share."""
+    return _share(shards, processes().rank, processes().world_size)
+
+
+def _share(shards: range, number: int, count: int) -> range:
+    return shards[len(shards) * number // count : len(shards) * (number + 1) // count]
+
+
+@contextmanager
+def shared_stage(config: Config) -> Iterator[None]:
+    """Hold the stage's folder together with the other parts, for one job of an array.
+
+    RuntimeError where a job that makes the whole cache is at work, or parts of another number:
+    two of them would write the same files.
+    """
+    folder, count = config.run_folder / STAGE, config.cache.part.split("/")[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, alone = FolderLock.shared(folder)
+    try:
+        file = folder / COUNT_FILE
+        if alone:
+            write_atomically(file, json.dumps({"parts": int(count)}))
+        at_work = json.loads(file.read_text())["parts"]
+        if at_work != int(count):
+            raise RuntimeError(
+                f"cache.part={config.cache.part}: jobs that make parts of {at_work} are at work in "
+                f"{folder}; wait for them, or take i/{at_work}"
+            )
+        yield
+    finally:
+        lock.release()
+
+
+def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str]:
+    """Look at every byte, each process at its share; what is damaged is discarded, and so made
+    again. `keys` name the slices; those of the damaged ones, for all processes."""
+    with together():
+        mine = damaged_rows(
+            cache.folder, rank_share(range(cache.num_shards)), config.cache.verify_processes
+        )
+        for shard in mine:
+            cache.discard(shard)
+    found = {shard: rows for part in from_all(mine) for shard, rows in part.items()}
+    damaged = [keys[row] for shard in sorted(found) for row in found[shard]]
+    if processes().is_main:
+        said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"
+        shown = ", ".join(damaged[:SHOWN]) + (", ..." if len(damaged) > SHOWN else "")
+        shards = f" ({shown}); {len(found)} shards are made again" if damaged else ""
+        print(f"cache: {said}{shards}", file=sys.stderr, flush=True)
+    return damaged
+
+
+def damaged_rows(folder: Path, shards: range, num_processes: int) -> dict[int, list[int]]:
+    """{shard: rows} whose bytes are missing or not those that were signed, read by several
+    processes at once."""
+    size = max(min(len(shards) // (2 * num_processes), SHARDS_AT_ONCE), 1)
+    pieces = [shards[start : start + size] for start in range(0, len(shards), size)]
+    workers = min(num_processes, len(pieces))
+    if workers < 2:
+        return {shard: rows for piece in pieces for shard, rows in _damaged(folder, piece).items()}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        parts = pool.map(_damaged, [folder] * len(pieces), pieces)
+        return {shard: rows for part in parts for shard, rows in part.items()}
+
+
+def _damaged(folder: Path, shards: range) -> dict[int, list[int]]:
+    cache = FeatureCache(folder)
+    found = {}
+    for shard in shards:
+        rows = [row for row in cache.rows_of(shard) if not cache.verify(row)]
+        if rows:
+            found[shard] = rows
+    return found
