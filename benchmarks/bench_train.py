@@ -94,6 +94,10 @@ def _parse_arguments() -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default %(default)s"
         )
+    rungs = [rung.name for rung in train_ladder.RUNGS]
+    parser.add_argument(
+        "--rungs", choices=rungs, nargs="+", metavar="NAME", help=f"default all: {', '.join(rungs)}"
+    )
     parser.add_argument("--tiny", action="store_true", help="the debug net: does it run?")
     parser.add_argument("--folder", type=Path, help="where slices are written, then removed")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
@@ -168,15 +172,18 @@ def _ladder(arguments: argparse.Namespace, about: Circumstances, words: list[str
     )
     plan = train_ladder.Plan(device, arguments.warmup, arguments.steps, arguments.rounds)
     for rung in train_ladder.RUNGS:
+        if arguments.rungs and rung.name not in arguments.rungs:
+            continue
         speed = train_ladder.measure_rung(rung, config, plan)
         if isinstance(speed, str):
             print(f"{rung.name}: left out, {speed}")
         else:
             yield _speed_row(_row(about, case, config, rung.name), speed, plan, peaks)
     train_setup.prepare_slices(config)
-    speed = train_ladder.measure_loaded(config, plan, arguments.workers)
-    name = f"fit, {arguments.workers} loader processes"
-    yield _speed_row(_row(about, case, config, name), speed, plan, peaks)
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        speed = train_ladder.measure_loaded(config, plan, arguments.workers, compiled=compiled)
+        name = f"fit, {arguments.workers} loader processes" + (", compile" if compiled else "")
+        yield _speed_row(_row(about, case, config, name), speed, plan, peaks)
 
 
 def _row(

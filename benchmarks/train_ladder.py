@@ -46,22 +46,17 @@ RUNGS = (
     Rung("TF32", "tf32"),
     Rung("bf16", "bf16"),
     Rung("bf16, channels_last", "bf16", channels_last=True),
-    Rung("bf16, channels_last, xformers", "bf16", channels_last=True, attention="xformers"),
-    Rung("bf16, channels_last, compile", "bf16", channels_last=True, compile_mode="default"),
+    Rung("bf16, xformers", "bf16", attention="xformers"),
+    Rung("bf16, fused AdamW", "bf16", fused=True),
+    Rung("bf16, compile", "bf16", compile_mode="default"),
+    Rung("bf16, compile, fused AdamW", "bf16", compile_mode="default", fused=True),
     Rung(
-        "bf16, channels_last, compile, fused AdamW",
+        "bf16, compile, fused AdamW, CUDA graphs",
         "bf16",
-        channels_last=True,
-        compile_mode="default",
-        fused=True,
-    ),
-    Rung(
-        "bf16, channels_last, compile, fused AdamW, CUDA graphs",
-        "bf16",
-        channels_last=True,
         compile_mode="reduce-overhead",
         fused=True,
     ),
+    Rung("bf16, channels_last, compile", "bf16", channels_last=True, compile_mode="default"),
 )
 
 
@@ -103,14 +98,14 @@ def measure_rung(rung: Rung, config: Config, plan: Plan) -> Speed | str:
         _free(plan.device)
 
 
-def measure_loaded(config: Config, plan: Plan, num_workers: int) -> Speed:
+def measure_loaded(config: Config, plan: Plan, num_workers: int, *, compiled: bool) -> Speed:
     """`fit` with loader processes, from its own log: the median of its lines after the warm-up."""
     settings = replace(
         config.diffusion.fit,
         steps=plan.warmup + plan.rounds * plan.steps,
         log_every=plan.steps,
         num_workers=num_workers,
-        compile=plan.device.type == "cuda",
+        compile=compiled,
         checkpoint_every=0,
         validate_every=0,
         preview_every=0,
