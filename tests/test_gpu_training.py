@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,9 +138,11 @@ def test_the_gpu_files_train_stop_and_resume(tmp_path: Path, file: str) -> None:
     count = 1 if file == "one_gpu.yaml" else min(torch.cuda.device_count(), 2)
     words = ["--config_file", str(ROOT / "configs" / "accelerate" / file)]
     words += ["--num_processes", str(count)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words += ["--main_process_port", str(free.getsockname()[1])]
     if file == "multi_node.yaml":
         words += ["--num_machines", "1", "--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
-        words += ["--main_process_port", "29531"]
     same = 'precision="bf16"'
     scenarios = (f"whole {same}", f"stopped term=4 {same}", f"stopped {same}")
     given = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
