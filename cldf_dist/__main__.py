@@ -13,10 +13,12 @@ from cldf_dist import __version__
 from cldf_dist.config import Config, load
 from cldf_dist.stages import STAGES, Stage, stage_named
 
+DOCTOR = "doctor"
 EPILOG = """\
 stages, in order:
 {stages}
   run                all of them; finished ones are skipped
+  doctor             does what a run needs work here, on all processes of the launch?
 
 examples:
   cldf run configs/demo.yaml
@@ -24,13 +26,18 @@ examples:
   cldf segment configs/brats.yaml input=/data/new_scans output=masks
   accelerate launch --config_file configs/accelerate/ddp.yaml -m cldf_dist run configs/brats.yaml
 
+  cldf doctor configs/brats.yaml data.root=/data/brats
+
 Later files override earlier ones, words override files. To resume, run the same command again.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line says; the process's exit code."""
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if not options.words and options.stage != DOCTOR:
+        parser.error("the following arguments are required: CONFIG|key=value")
     try:
         return _run(options.stage, options.words, options.dry_run)
     except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
@@ -52,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG.format(stages=stages),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", metavar="STAGE", help="a stage's name, or run")
+    parser.add_argument("stage", metavar="STAGE", help="a stage's name, run, or doctor")
     parser.add_argument(
-        "words", metavar="CONFIG|key=value", nargs="+", help="YAML files, then settings"
+        "words", metavar="CONFIG|key=value", nargs="*", help="YAML files, then settings"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, inputs, outputs and sizes; exit"
@@ -64,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, words: Sequence[str], dry: bool) -> int:
+    if name == DOCTOR:
+        from cldf_dist.doctor.examination import run
+
+        return run(_config_of_doctor(words))
     stages = STAGES if name == "run" else (stage_named(name),)
     files = [word for word in words if "=" not in word]
     settings = [word for word in words if "=" in word]
@@ -82,6 +93,15 @@ def _run(name: str, words: Sequence[str], dry: bool) -> int:
     if config.input:
         return _segment_new(config, parts)
     return _run_parts(config, parts, stages, name)
+
+
+def _config_of_doctor(words: Sequence[str]) -> Config:
+    """The settings; without any the defaults, with the phantom for data."""
+    files = [word for word in words if "=" not in word]
+    settings = [word for word in words if "=" in word]
+    if not files:
+        settings = ["data.dataset=phantom", *settings]
+    return load(files, settings)
 
 
 def _segment_new(config: Config, parts: Sequence[Config]) -> int:

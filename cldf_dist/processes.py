@@ -39,7 +39,9 @@ def processes() -> Processes:
     )
 
 
-TIMEOUT = timedelta(hours=24)  # others may wait long for work of the main process alone
+# seconds that a collective may take; long, because others may wait for work of the main process
+TIMEOUT = "CLDF_TIMEOUT_SECONDS"
+LONGEST = timedelta(hours=24)
 ZERO_STAGES = (1, 2)
 
 
@@ -59,7 +61,7 @@ def accelerator() -> Accelerator:
     if _uses_deepspeed():
         _prepare_deepspeed(on_gpu)
     # without the backend DeepSpeed's ranks would each be rank 0 of 1 on CPUs
-    group = InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    group = InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=_timeout())
     # mixed precision is fit()'s own autocast: a task may refuse it
     several = processes().world_size > 1 or _uses_deepspeed()
     result = Accelerator(mixed_precision="no", kwargs_handlers=[group] if several else [])
@@ -72,6 +74,11 @@ def accelerator() -> Accelerator:
         )
     _check_sharding(kind, result)
     return result
+
+
+def _timeout() -> timedelta:
+    given = os.environ.get(TIMEOUT)
+    return timedelta(seconds=float(given)) if given else LONGEST
 
 
 def zero_stage() -> int:
@@ -170,7 +177,7 @@ def control_group() -> Any:
     import torch
 
     accelerator()
-    return torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    return torch.distributed.new_group(backend="gloo", timeout=_timeout())
 
 
 def wait_for_everyone() -> None:

@@ -124,7 +124,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                 held.enter_context(shared_stage(config))
             if run.is_main:
                 _check_keys(slices)
-                _check_space(config, nets.diffusion, len(slices))
+                _check_space(config, slices)
                 _create(config, run, nets.diffusion, len(slices))
         cache = FeatureCache(store_folder(config))
         check_same_slices(cache, slices)
@@ -391,15 +391,22 @@ def _check_keys(slices: Slices) -> None:
         encoded_key(key)
 
 
-def _check_space(config: Config, net: nn.Module, num_slices: int) -> None:
-    """Raise ValueError where the slices that are still to be made do not fit on the disk."""
-    folder = store_folder(config)
-    done = 0
+def bytes_to_come(config: Config, slices: Slices) -> int:
+    """What the slices that are not in the cache yet will take on the disk."""
+    folder, done = store_folder(config), 0
     if (folder / "zarr.json").exists():
         cache = FeatureCache(folder)
         done = cache.num_done(range(cache.num_shards))
+    with torch.device("meta"):
+        net = build_unet(config.diffusion.net, len(datasets.channels(config.data)))
     size = bytes_per_slice(row_shapes(net, config.data.image_size, config.features))
-    needed, free = size * (num_slices - done), shutil.disk_usage(_existing(folder)).free
+    return size * (len(slices) - done)
+
+
+def _check_space(config: Config, slices: Slices) -> None:
+    """Raise ValueError where the slices that are still to be made do not fit on the disk."""
+    folder, needed = store_folder(config), bytes_to_come(config, slices)
+    free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ValueError(
             f"the cache needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB "

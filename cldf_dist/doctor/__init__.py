@@ -1,0 +1,1 @@
+"""`cldf doctor`: does all that a run needs work here? Each line is ok, warning or error."""
