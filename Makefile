@@ -13,7 +13,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 DEMO ?= configs/demo.yaml
 
-.PHONY: install check test test-gpu demo bench phantom-check clean
+.PHONY: install check test test-gpu test-slurm demo bench phantom-check clean
 
 install: $(STAMP)
 
@@ -36,6 +36,9 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-slurm: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 # two single-thread processes beat one process of two threads on small CPUs
 demo: $(STAMP)

@@ -16,7 +16,7 @@ from typing import Any
 from cldf_dist.config import Config, to_yaml
 from cldf_dist.processes import from_main, processes, wait_for_everyone
 from cldf_dist.run import Run, command_for, room_explained, seconds_of, write_atomically
-from cldf_dist.stages import STAGES, Stage, stage_named
+from cldf_dist.stages import STAGES, Stage, part_folder, stage_named
 from cldf_dist.stopping import Stopped
 
 BEAT_SECONDS = 5.0
@@ -59,9 +59,7 @@ def run_stage(config: Config, stage: Stage) -> int:
 
 
 def _run_of(config: Config, stage: Stage) -> Run:
-    part = config.cache.part if stage.name == "cache" else ""
-    folder = f"{stage.name}/parts/{part.replace('/', '-of-')}" if part else stage.name
-    return Run(config, folder, stage.all_sections, stage.needs)
+    return Run(config, part_folder(stage, config), stage.all_sections, stage.needs)
 
 
 def _finish_parts(config: Config, stage: Stage) -> None:

@@ -21,32 +21,23 @@ if [[ -z ${CLDF_PYTHON:-} ]]; then
     if [[ -x .venv/bin/python ]]; then CLDF_PYTHON=$PWD/.venv/bin/python; fi
 fi
 
-# one line a stage: name, finished or to-do, all-nodes or one-node, stages it needs
-table=$("$CLDF_PYTHON" - "$@" <<'PY'
-import sys
-
-from cldf_dist.config import load
-from cldf_dist.stages import STAGES
-
-words = sys.argv[1:]
-config = load([w for w in words if "=" not in w], [w for w in words if "=" in w])
-if config.input:
-    raise SystemExit("pipeline.sh: input= is for one stage: sbatch slurm/stage.sbatch segment ...")
-for stage in STAGES:
-    state = "finished" if (config.run_folder / stage.name / "DONE").is_file() else "to-do"
-    print(stage.name, state, "all-nodes" if stage.distributed else "one-node", *stage.needs)
-PY
-)
+# one line a stage: name, finished or to-do, all-nodes or one-node, array, stages it needs
+parts=${CLDF_CACHE_PARTS:-1}
+table=$("$CLDF_PYTHON" -m cldf_dist.batch chain "$parts" "$@")
 
 declare -A job
 printf '%-17s %-9s %-17s %-34s %s\n' stage state job options after
-while read -r stage state nodes needs; do
-    options=() after='' id=-
+while read -r stage state nodes array needs; do
+    options=() words=("$@") after='' id=-
     if [[ $state == to-do ]]; then
         if [[ $nodes == all-nodes ]]; then
             read -ra options <<<"${CLDF_SBATCH:-}"
         else
             read -ra options <<<"${CLDF_SBATCH_ONE_NODE:-}"
+        fi
+        if [[ $array != - ]]; then
+            options+=(--array="$array")
+            words+=("cache.part=task/$parts")
         fi
         for need in $needs; do after+=${job[$need]:+:${job[$need]}}; done
         after=${after:+afterok$after}
@@ -55,7 +46,7 @@ while read -r stage state nodes needs; do
         else
             id=$(sbatch --parsable --job-name="cldf-$stage" \
                 ${after:+--dependency="$after" --kill-on-invalid-dep=yes} \
-                "${options[@]}" slurm/stage.sbatch "$stage" "$@")
+                "${options[@]}" slurm/stage.sbatch "$stage" "${words[@]}")
             id=${id%%;*} # clusters of a federation add their name
         fi
         job[$stage]=$id

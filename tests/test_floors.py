@@ -40,6 +40,7 @@ FLOORS = {
     "cldf_dist.stages": 3,
     "cldf_dist.pipeline": 4,
     "cldf_dist.joint": 4,
+    "cldf_dist.batch": 4,
     "cldf_dist.doctor": 4,
     "cldf_dist.__main__": 4,
 }

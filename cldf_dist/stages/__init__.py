@@ -116,3 +116,9 @@ def stage_named(name: str) -> Stage:
             return stage
     known = ", ".join(stage.name for stage in STAGES)
     raise ValueError(f"unknown stage {name!r}; stages, in order: {known}; or run, for all of them")
+
+
+def part_folder(stage: Stage, config: Config) -> str:
+    """The folder of a stage, or of the part of it that `cache.part` asks for, below the run's."""
+    part = config.cache.part if stage.name == "cache" else ""
+    return f"{stage.name}/parts/{part.replace('/', '-of-')}" if part else stage.name

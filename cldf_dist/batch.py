@@ -1,0 +1,77 @@
+"""What the batch scripts ask, one answer a line: `python -m cldf_dist.batch done|chain WORDS`.
+
+`done STAGE CONFIG [...]` prints the file that says that a stage (or a part of it) is finished;
+nothing where only the exit code counts. `chain PARTS CONFIG [...]` prints a line for each stage:
+its name, finished or to-do, all-nodes or one-node, the array of its parts (or -), and the stages
+that it needs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cldf_dist.config import Config, load
+from cldf_dist.run import DONE
+from cldf_dist.stages import STAGES, part_folder, stage_named
+
+
+def main(words: Sequence[str]) -> int:
+    """Answer on stdout; 1, with the reason, where the question is wrong."""
+    try:
+        kind, what, *rest = words
+        print(done_file(what, rest) if kind == "done" else chain(int(what), rest))
+    except (ValueError, OSError) as error:
+        print(f"cldf: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def done_file(name: str, words: Sequence[str]) -> str:
+    """The file that a finished stage leaves; "" for the doctor and for new scans."""
+    if name == "doctor":
+        return ""
+    stage = STAGES[-1] if name == "run" else stage_named(name)
+    config = _config(words, "" if name == "run" else stage.fit_section)
+    if config.input:
+        return ""
+    return str(config.run_folder / part_folder(stage, config) / DONE)
+
+
+def chain(num_parts: int, words: Sequence[str]) -> str:
+    """One line for each stage; the cache is made in `num_parts` parts, of which those that are not
+    finished are listed."""
+    config = _config(words, "")
+    if config.input:
+        raise ValueError("input= is for one stage: sbatch slurm/stage.sbatch segment ...")
+    lines = []
+    for stage in STAGES:
+        finished = (config.run_folder / stage.name / DONE).is_file()
+        state = "finished" if finished else "to-do"
+        nodes = "all-nodes" if stage.distributed else "one-node"
+        array = "-"
+        if stage.name == "cache" and num_parts > 1 and not finished:
+            array = _missing_parts(config, num_parts)
+        lines.append(" ".join((stage.name, state, nodes, array, *stage.needs)))
+    return "\n".join(lines)
+
+
+def _missing_parts(config: Config, num_parts: int) -> str:
+    """The numbers of the parts that are not finished, as sbatch --array takes them."""
+    folder = config.run_folder / "cache" / "parts"
+    missing = [
+        str(number)
+        for number in range(1, num_parts + 1)
+        if not (folder / f"{number}-of-{num_parts}" / DONE).is_file()
+    ]
+    return ",".join(missing) or "-"
+
+
+def _config(words: Sequence[str], fit_section: str) -> Config:
+    files = [word for word in words if "=" not in word]
+    settings = [word for word in words if "=" in word]
+    return load(files, settings, fit_section=fit_section)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
