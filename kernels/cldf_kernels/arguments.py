@@ -1,7 +1,7 @@
 """Checks of what a caller hands to the loss; every message has value, rule and remedy."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,10 @@ def check_temperature(temperature: float | Tensor) -> float:
 
 
 def check_pixels(z: Tensor, labels: Tensor, weight: Tensor | None, group: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the per-pixel tensors fit together."""
+    """Raise TypeError or ValueError unless the per-pixel tensors fit together.
+
+    Nothing is read from the device: the values of `weight` are for `weight_breaks_rule`.
+    """
     _check_tensor("z", z)
     if z.dtype not in FLOAT_TYPES:
         raise TypeError(f"supcon_loss: z must be floating point, got {z.dtype}; use z.float()")
@@ -105,6 +108,19 @@ def check_bank(z: Tensor, bank: Tensor | None, bank_labels: Tensor | None) -> No
     _check_device("bank", bank, z)
 
 
+def weight_breaks_rule(weight: Tensor) -> Tensor:
+    """Which weights are negative or not finite: true or false, on the device."""
+    return ~((weight >= 0) & (weight < math.inf))  # NaN too
+
+
+def refuse_weight(weight: Tensor) -> NoReturn:
+    """Raise ValueError for a weight that breaks its rule."""
+    raise ValueError(
+        f"supcon_loss: weight must be finite and >= 0, got {weight.min():g} to "
+        f"{weight.max():g}; use weight.clamp_min(0)"
+    )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
@@ -139,11 +155,6 @@ def _check_weight(weight: Tensor, z: Tensor) -> None:
     _check_device("weight", weight, z)
     if weight.requires_grad:
         raise ValueError("supcon_loss: weight gets no gradient; pass weight.detach()")
-    if not bool(((weight >= 0) & weight.isfinite()).all()):
-        raise ValueError(
-            f"supcon_loss: weight must be finite and >= 0, got {weight.min():g} to "
-            f"{weight.max():g}; use weight.clamp_min(0)"
-        )
 
 
 def _check_length(name: str, values: Tensor, rows: Tensor) -> None:

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cldf_kernels.arguments import Negatives, Reduction
-from cldf_kernels.gather import Ranks, meet_ranks
+from cldf_kernels.gather import Ranks
 from cldf_kernels.pairs import Bank, Pairs, Pixels, pair_up, sum_rows
+from cldf_kernels.survey import survey
 from cldf_kernels.tile_passes import NEVER
 
 
@@ -93,26 +94,29 @@ def exact_supcon(
     """
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
-    kept = (labels >= 0).nonzero().squeeze(1)
-    kept_z = z if len(kept) == len(z) else z.index_select(0, kept)
+    facts, ranks = survey(z.detach(), labels, weight, process_group)
+    kept, kept_z = None, z
+    if facts.num_unknown:
+        kept = torch.nonzero_static(labels >= 0, size=len(z) - facts.num_unknown).squeeze(1)
+        kept_z = z.index_select(0, kept)
+    if weight is None and facts.weighted:
+        weight = torch.ones_like(labels, dtype=torch.float64)
     pixels = Pixels(
         z=kept_z.detach(),
-        labels=labels[kept].long(),
-        groups=None if group is None else group[kept].long(),
-        weights=torch.ones_like(kept, dtype=torch.float64)
-        if weight is None
-        else weight[kept].double(),
+        labels=_rows(labels, kept).to(torch.int64, copy=True),  # backward reads them too
+        groups=None if group is None else _rows(group, kept).long(),
+        weights=None if weight is None else _rows(weight, kept).double(),
     )
-    constants = Bank(z[:0].detach(), labels[:0].long())
+    constants = None
     if bank is not None and bank_labels is not None:
         listed = bank_labels >= 0
         constants = Bank(bank[listed].to(z.dtype), bank_labels[listed].long())
-    ranks = None if process_group is None else meet_ranks(process_group, len(kept), z.device)
     settings = Settings(temperature, negatives, reduction, deterministic)
     pairs = pair_up(
         pixels,
         constants,
         ranks,
+        facts,
         negatives=negatives,
         reduction=reduction,
         deterministic=deterministic,
@@ -121,7 +125,7 @@ def exact_supcon(
     loss: Tensor = FUNCTIONS[passes.name].apply(
         kept_z, learnable, _Work(pairs, passes, ranks, settings)
     )
-    if reduction == "none":
+    if reduction == "none" and kept is not None:
         return z.new_zeros(len(z)).index_copy(0, kept, loss)
     return loss
 
@@ -180,43 +184,48 @@ class TritonSupCon(_ExactSupCon):
 FUNCTIONS: dict[str, Any] = {"torch": TiledSupCon, "triton": TritonSupCon}
 
 
-def _forward_passes(z: Tensor, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every anchor: LSE (or B) and mean sigmoid pull (zeros unless negatives="other").
+def _forward_passes(z: Tensor, work: _Work) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of every anchor: LSE (or B) and mean sigmoid pull (None unless negatives="other").
     Of the own anchors: L_i, 0 where the share is 0. All float64."""
     pairs, passes, ranks = work.pairs, work.passes, work.ranks
     lse = _of_every_anchor(passes.log_sum_exp(z), ranks)
-    num_positives = pairs.num_positives[: len(z)].clamp_min(1)
+    num_positives = pairs.num_positives[: len(z)]
+    pulls: Tensor | None = None
     if pairs.negatives == "other":
         losses, pulls = passes.positive_terms(z, _finite_per_key(pairs, lse))
         pulls = _of_every_anchor(pulls / num_positives, ranks)
         losses = losses / num_positives
     else:
-        pulls = torch.zeros_like(lse)
-        positive_sums = pairs.cell_sums[pairs.cells[: len(z)]]
-        attraction = positive_sums.sub_(z).mul_(z).sum(1).double()
-        losses = lse[: len(z)] - attraction / work.settings.temperature / num_positives
+        positive_sums = pairs.cell_sums.index_select(0, pairs.cells[: len(z)])
+        attraction = positive_sums.sub_(z).mul_(z).sum(1, dtype=torch.float64)
+        scale = -1 / work.settings.temperature
+        losses = torch.addcdiv(lse[: len(z)], attraction, num_positives, value=scale)
     return lse, pulls, losses.masked_fill(pairs.shares[: len(z)] == 0, 0)
 
 
 def _grad_against_all(
-    z: Tensor, work: _Work, lse: Tensor, upstream: Tensor, _pulls: Tensor, *, bank: bool
+    z: Tensor, work: _Work, lse: Tensor, upstream: Tensor, _pulls: Tensor | None, *, bank: bool
 ) -> Tensor:
     """temperature * dz for negatives="all"."""
     pairs, num_own = work.pairs, len(z)
     dz = _repulsion(z, work, lse, upstream, bank=bank)
-    anchors = pairs.keys(z)[: pairs.num_anchors]
+    cells, coefficients = pairs.cells[:num_own], upstream[:num_own]
+    coefficients = (coefficients / pairs.num_positives[:num_own]).to(z.dtype)[:, None]
+    if pairs.uniform and pairs.num_keys == pairs.num_anchors:  # G = u_i S
+        pull = pairs.cell_sums.index_select(0, cells).sub_(z)
+        return dz.addcmul_(pull, coefficients, value=-2)
     sum_cells = functools.partial(
         sum_rows,
-        anchors,
+        pairs.keys(z)[: pairs.num_anchors],
         pairs.cells,
         len(pairs.cell_sums),
         deterministic=work.settings.deterministic,
     )
-    weighted_sums = sum_cells(weights=upstream)  # G
     sums = pairs.cell_sums if bank else sum_cells()  # S
-    cells, own = pairs.cells[:num_own], upstream[:num_own, None].to(z.dtype)
-    pull = sums[cells].sub_(z, alpha=2).mul_(own).add_(weighted_sums[cells])
-    return dz.sub_(pull.div_(pairs.num_positives[:num_own, None].clamp_min(1)))
+    pull = sums.index_select(0, cells).sub_(z, alpha=2)
+    dz.addcmul_(pull, coefficients, value=-1)
+    weighted_sums = sum_cells(weights=upstream).index_select(0, cells)  # G
+    return dz.sub_(weighted_sums.div_(pairs.num_positives[:num_own, None]))
 
 
 def _grad_against_other_classes(
@@ -225,7 +234,7 @@ def _grad_against_other_classes(
     """temperature * dz for negatives="other"."""
     pairs = work.pairs
     dz = _repulsion(z, work, lse, upstream * pulls, bank=bank)
-    upstream = pairs.per_key(upstream / pairs.num_positives.clamp_min(1), of_bank=0)
+    upstream = pairs.per_key(upstream / pairs.num_positives, of_bank=0)
     return dz.sub_(work.passes.sigmoid_keys(z, _finite_per_key(pairs, lse), upstream, bank=bank))
 
 
@@ -239,6 +248,10 @@ def _repulsion(z: Tensor, work: _Work, lse: Tensor, upstream: Tensor, *, bank: b
 def _finite_per_key(pairs: Pairs, lse: Tensor) -> Tensor:
     """B of every key; any finite number for one that has no negative, its share is 0."""
     return pairs.per_key(lse.masked_fill(lse == NEVER, 0), of_bank=0)
+
+
+def _rows(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else values.index_select(0, kept)
 
 
 def _of_every_anchor(own: Tensor, ranks: Ranks | None) -> Tensor:

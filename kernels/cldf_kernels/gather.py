@@ -38,12 +38,3 @@ class Ranks:
         total = value.clone()
         dist.all_reduce(total, group=self.process_group)
         return total
-
-
-def meet_ranks(process_group: dist.ProcessGroup, num_rows: int, device: torch.device) -> Ranks:
-    """Tell all ranks how many rows this one holds, and learn theirs."""
-    own = torch.tensor([num_rows], dtype=torch.int64, device=device)
-    received = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(received, own, group=process_group)
-    counts = tuple(torch.cat(received).tolist())
-    return Ranks(process_group, dist.get_rank(process_group), counts)

@@ -6,13 +6,17 @@ belongs together: everything, a group, or a cell. Its own anchors are cut into b
 (see `triton_kernels.tiles`), so that no tile mixes classes and none needs a comparison of labels.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cldf_kernels.pairs import Pairs
+
+NUM_REMEMBERED = 16  # layouts without an order, of as many numbers of pixels
 
 Range = tuple[Tensor, Tensor]  # first key and end, of each block
 
@@ -28,9 +32,9 @@ class Met(Enum):
     OTHER_CLASSES = "the bank entries of other classes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Positions below are those in the new order; the tables of segments are on the CPU."""
+    """Positions below are those in the new order; these numbers of segments are on the CPU."""
 
     key_order: Tensor | None  # position -> key of `Pairs`; None: unchanged
     query_order: Tensor | None  # position -> own anchor
@@ -43,12 +47,21 @@ class Layout:
     bank_stops: Tensor
     num_anchors: int
     num_keys: int
+    tables: dict[Any, Tensor] = field(default_factory=dict)  # what `blocks` has returned
 
     def blocks(
         self, met: Met, num_rows: int, num_columns: int, num_parts: int, device: torch.device
     ) -> Tensor:
         """`BLOCK_FIELDS` int32 numbers for each block of at most `num_rows` queries and each of
         the parts, in whole tiles of `num_columns`, into which its keys are divided."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (met, num_rows, num_columns, num_parts, device, stream)
+        if key not in self.tables:
+            table = self._table(met, num_rows, num_columns, num_parts)
+            self.tables[key] = _sent(table, device)
+        return self.tables[key]
+
+    def _table(self, met: Met, num_rows: int, num_columns: int, num_parts: int) -> Tensor:
         counts = (self.num_own + num_rows - 1) // num_rows
         segment = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
         number = torch.arange(len(segment), device="cpu") - (counts.cumsum(0) - counts)[segment]
@@ -63,7 +76,7 @@ class Layout:
             ranges = (*_cut(left, part, num_parts, num_columns),
                       *_cut(right, part, num_parts, num_columns), *own)  # fmt: skip
             parts.append(torch.stack([first, last, *ranges, first + part * num_queries], dim=1))
-        return torch.cat(parts).to(torch.int32).to(device)
+        return torch.cat(parts).to(torch.int32)
 
     def _ranges(
         self, met: Met, segment: Tensor, offset: Tensor, num_rows: Tensor
@@ -89,12 +102,17 @@ class Layout:
 def lay_out(pairs: Pairs) -> Layout:
     """The order that these pairs need."""
     if pairs.negatives == "other":
-        return _sorted_layout(pairs, pairs.cells, len(pairs.group_of_cell), by_class=True)
+        return _sorted_layout(pairs, pairs.cells, len(pairs.label_of_cell), by_class=True)
     if pairs.groups is not None:
         num_groups = int(pairs.groups.max()) + 1 if pairs.num_anchors else 0
         return _sorted_layout(pairs, pairs.groups, num_groups, by_class=False)
-    everything = torch.tensor([0, pairs.num_anchors, pairs.num_own], device="cpu")
-    first, last, own = everything[:, None]
+    return _unsorted_layout(pairs.num_own, pairs.num_anchors, pairs.num_keys)
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _unsorted_layout(num_own: int, num_anchors: int, num_keys: int) -> Layout:
+    """One segment; remembered with its tables, since steps of training repeat their shapes."""
+    first, last, own = torch.tensor([0, num_anchors, num_own], device="cpu")[:, None]
     return Layout(
         key_order=None,
         query_order=None,
@@ -105,8 +123,8 @@ def lay_out(pairs: Pairs) -> Layout:
         group_stops=last,
         bank_starts=last,
         bank_stops=last,
-        num_anchors=pairs.num_anchors,
-        num_keys=pairs.num_keys,
+        num_anchors=num_anchors,
+        num_keys=num_keys,
     )
 
 
@@ -126,7 +144,9 @@ def _sorted_layout(pairs: Pairs, ids: Tensor, num_ids: int, *, by_class: bool) -
     group_starts, group_stops = starts, stops
     bank_starts = bank_stops = torch.full_like(starts, num_anchors)
     if by_class:
-        group = pairs.group_of_cell.cpu()  # ascending
+        group = torch.zeros(num_ids, dtype=torch.int64, device="cpu")
+        if pairs.group_of_cell is not None:
+            group = pairs.group_of_cell.cpu()  # ascending
         group_sizes = torch.bincount(group, weights=sizes.double()).long()
         group_stops = group_sizes.cumsum(0)[group]
         group_starts = group_stops - group_sizes[group]
@@ -148,6 +168,13 @@ def _sorted_layout(pairs: Pairs, ids: Tensor, num_ids: int, *, by_class: bool) -
         num_anchors=num_anchors,
         num_keys=pairs.num_keys,
     )
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait for it."""
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _cut(keys: Range, part: int, num_parts: int, num_columns: int) -> Range:

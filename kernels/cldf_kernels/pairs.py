@@ -4,6 +4,7 @@ Keys stand in the order: own anchors, other ranks' anchors, bank. A cell is one 
 the anchors that are each other's positives. The bank belongs to every group.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from cldf_kernels.arguments import Negatives, Reduction
 from cldf_kernels.gather import Ranks
+from cldf_kernels.survey import Facts
 
-MAX_MATRIX_CLASSES = 64  # up to here, class sums on a GPU are a product with a 0/1 matrix
+# up to here, labels number the classes themselves, and sums on a GPU are a 0/1 matrix product
+MAX_MATRIX_CLASSES = 64
 GPU_CHUNK, CPU_CHUNK = 65536, 1024  # rows that are taken to float64 at a time
+SPREAD, SPREAD_SUMS = 512, 16384  # places of one sum, and of all of them, in deterministic sums
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Pixels:
     z: Tensor
     labels: Tensor
     groups: Tensor | None
-    weights: Tensor
+    weights: Tensor | None  # None: all 1
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Pairs:
     foreign_keys: Tensor  # (other anchors + bank, features)
     key_labels: Tensor  # of every key, 0, 1, ...
     groups: Tensor | None  # of every anchor, 0, 1, ...; None: all meet
-    cells: Tensor  # of every anchor; numbered by group, then by label
-    group_of_cell: Tensor
+    cells: Tensor  # of every anchor; numbered by group, then by label; one may be empty
+    group_of_cell: Tensor | None  # None: all meet
     label_of_cell: Tensor
     cell_sums: Tensor  # (cells, features), bank included
-    num_positives: Tensor  # of every anchor
+    num_positives: Tensor  # of every anchor, at least 1, float64
     shares: Tensor  # of every anchor: d loss / d L_i, float64, 0 for one that does not count
+    uniform: bool  # whether all anchors of a cell surely have the same share
+    largest: float | None  # |z|^2 of all keys; None: not known yet
     negatives: Negatives
 
     @property
@@ -65,13 +71,16 @@ class Pairs:
     def per_key(self, of_anchors: Tensor, *, of_bank: float) -> Tensor:
         """One value per key: those of the anchors, then `of_bank` for every bank entry."""
         num_bank = self.num_keys - self.num_anchors
+        if num_bank == 0:
+            return of_anchors
         return torch.cat([of_anchors, of_anchors.new_full((num_bank,), of_bank)])
 
 
 def pair_up(
     pixels: Pixels,
-    bank: Bank,
+    bank: Bank | None,
     ranks: Ranks | None,
+    facts: Facts,
     *,
     negatives: Negatives,
     reduction: Reduction,
@@ -81,41 +90,46 @@ def pair_up(
     num_own = len(pixels.z)
     anchors = pixels if ranks is None else _with_other_ranks(pixels, ranks)
     num_anchors = len(anchors.labels)
-    label_ids, key_labels = torch.unique(
-        torch.cat([anchors.labels, bank.labels]), return_inverse=True
-    )
-    num_labels = len(label_ids)
-    labels, bank_labels = key_labels.split([num_anchors, len(bank.labels)])
-    if anchors.groups is None:
-        groups, cells = None, labels
-        cell_ids = torch.arange(num_labels, device=labels.device)
-        cell_sizes = torch.bincount(labels, minlength=num_labels)
-    else:
+    num_labels, key_labels = _number_labels(anchors.labels, bank, facts)
+    labels = key_labels[:num_anchors]
+    label_names = torch.arange(num_labels, device=labels.device)
+    groups, cells, group_of_cell, label_of_cell = None, labels, None, label_names
+    if anchors.groups is not None:
         _, groups = torch.unique(anchors.groups, return_inverse=True)
-        cell_ids, cells, cell_sizes = torch.unique(
-            groups * num_labels + labels, return_inverse=True, return_counts=True
-        )
-    label_of_cell = cell_ids % max(num_labels, 1)
-
-    bank_sizes = torch.bincount(bank_labels, minlength=num_labels)
-    num_positives = (cell_sizes - 1 + bank_sizes[label_of_cell])[cells]
-    counted = num_positives > 0
+        cell_ids, cells = torch.unique(groups * num_labels + labels, return_inverse=True)
+        group_of_cell = cell_ids // max(num_labels, 1)
+        label_of_cell = cell_ids % max(num_labels, 1)
+    num_cells = len(label_of_cell)
+    cell_sizes = _count(cells, num_cells)
+    cell_sums = sum_rows(anchors.z, cells, num_cells, deterministic=deterministic)
+    positives = cell_sizes - 1  # of an anchor of each cell
+    foreign_keys, num_bank = anchors.z[num_own:], 0
+    if bank is not None:
+        num_bank, bank_labels = len(bank.labels), key_labels[num_anchors:]
+        positives = positives + _count(bank_labels, num_labels)[label_of_cell]
+        bank_sums = sum_rows(bank.z, bank_labels, num_labels, deterministic=deterministic)
+        cell_sums = cell_sums + bank_sums[label_of_cell]
+        foreign_keys = torch.cat([foreign_keys, bank.z])
+    counted = positives > 0
     if negatives == "other":
-        num_anchors_met = num_anchors if groups is None else torch.bincount(groups)[groups]
-        counted = counted & (num_anchors_met - 1 + len(bank.labels) > num_positives)
-    bank_sums = sum_rows(bank.z, bank_labels, num_labels, deterministic=deterministic)
-    cell_sums = sum_rows(anchors.z, cells, len(cell_ids), deterministic=deterministic)
+        met: int | Tensor = num_anchors
+        if groups is not None and group_of_cell is not None:
+            num_groups = int(group_of_cell.max()) + 1 if num_cells else 0
+            met = _count(groups, num_groups)[group_of_cell]
+        counted = counted & (met - 1 + num_bank > positives)
     return Pairs(
         num_own=num_own,
-        foreign_keys=torch.cat([anchors.z[num_own:], bank.z]),
+        foreign_keys=foreign_keys,
         key_labels=key_labels,
         groups=groups,
         cells=cells,
-        group_of_cell=cell_ids // max(num_labels, 1),
+        group_of_cell=group_of_cell,
         label_of_cell=label_of_cell,
-        cell_sums=cell_sums + bank_sums[label_of_cell],
-        num_positives=num_positives,
-        shares=_shares(anchors.weights, counted, reduction),
+        cell_sums=cell_sums,
+        num_positives=positives.double().clamp_min_(1).index_select(0, cells),
+        shares=_shares(anchors.weights, counted, cell_sizes, cells, reduction),
+        uniform=anchors.weights is None and reduction != "none",
+        largest=facts.largest if bank is None else None,
         negatives=negatives,
     )
 
@@ -124,21 +138,70 @@ def sum_rows(
     rows: Tensor, ids: Tensor, num_ids: int, *, deterministic: bool, weights: Tensor | None = None
 ) -> Tensor:
     """Sum of the rows of each id, each times its weight: (num_ids, features), taken in float64."""
-    sums = torch.zeros(num_ids, rows.shape[1], dtype=torch.float64, device=rows.device)
-    names = torch.arange(num_ids, device=rows.device)
-    chunk = GPU_CHUNK if rows.is_cuda else CPU_CHUNK
-    for first in range(0, len(rows), chunk):
-        part = slice(first, first + chunk)
-        values, part_ids = rows[part].double(), ids[part]
-        if weights is not None:
-            values = values * weights[part, None]  # not in place: of float64 it would be the rows
-        if rows.is_cuda and deterministic:  # index_add_ adds atomically there, index_put_ sorts
-            sums.index_put_((part_ids,), values, accumulate=True)
-        elif rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:  # atomics would meet at few addresses
-            sums.addmm_((names[:, None] == part_ids).double(), values)
-        else:
-            sums.index_add_(0, part_ids, values)
+    if rows.is_cuda and deterministic:
+        sums = _spread_sums(rows, ids, num_ids, weights)
+    elif rows.is_cuda and num_ids <= MAX_MATRIX_CLASSES:
+        sums = _matrix_sums(rows, ids, num_ids, weights)
+    else:
+        sums = torch.zeros(num_ids, rows.shape[1], dtype=torch.float64, device=rows.device)
+        for part in _chunks(rows):
+            sums.index_add_(0, ids[part], _weighted(rows, weights, part))
     return sums.to(rows.dtype)
+
+
+def _spread_sums(rows: Tensor, ids: Tensor, num_ids: int, weights: Tensor | None) -> Tensor:
+    """In an order that never changes: index_add_ adds atomically on a GPU. index_put_ sorts, and
+    adds what belongs to one place one after the other: so each sum is spread over many places."""
+    spread = min(SPREAD, max(SPREAD_SUMS // max(num_ids, 1), 1))
+    shape = (num_ids * spread, rows.shape[1])
+    sums = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+    for part in _chunks(rows):
+        turns = torch.arange(len(ids[part]), device=rows.device) % spread
+        places = ids[part] * spread + turns
+        sums.index_put_((places,), _weighted(rows, weights, part), accumulate=True)
+    return sums.view(num_ids, spread, shape[1]).sum(1)
+
+
+def _matrix_sums(rows: Tensor, ids: Tensor, num_ids: int, weights: Tensor | None) -> Tensor:
+    """As a product with a 0/1 matrix: on a GPU, atomics would meet at few addresses."""
+    names = torch.arange(num_ids, device=rows.device)[:, None]
+    parts = []
+    for part in _chunks(rows):
+        one_hot = torch.empty(num_ids, len(ids[part]), dtype=torch.float64, device=rows.device)
+        torch.eq(ids[part], names, out=one_hot)
+        if weights is not None:
+            one_hot *= weights[part]
+        parts.append(one_hot @ rows[part].double())
+    return functools.reduce(torch.add, parts) if parts else rows.new_zeros(num_ids, rows.shape[1])
+
+
+def _weighted(rows: Tensor, weights: Tensor | None, part: slice) -> Tensor:
+    values = rows[part].double()
+    # not in place: of float64 it would be the rows
+    return values if weights is None else values * weights[part, None]
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    size = GPU_CHUNK if rows.is_cuda else CPU_CHUNK
+    return [slice(first, first + size) for first in range(0, len(rows), size)]
+
+
+def _number_labels(labels: Tensor, bank: Bank | None, facts: Facts) -> tuple[int, Tensor]:
+    """How many labels there are at most, and that of every key as 0, 1, ..."""
+    if bank is None and facts.max_label < MAX_MATRIX_CLASSES:
+        return facts.max_label + 1, labels  # numbers as they are, no sort and no wait for it
+    names, numbers = torch.unique(
+        labels if bank is None else torch.cat([labels, bank.labels]), return_inverse=True
+    )
+    return len(names), numbers
+
+
+def _count(ids: Tensor, num_ids: int) -> Tensor:
+    """How many there are of each id; bincount would wait for the device."""
+    if ids.is_cuda and num_ids <= MAX_MATRIX_CLASSES:
+        return (ids == torch.arange(num_ids, device=ids.device)[:, None]).sum(1)
+    counts = torch.zeros(num_ids, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def _with_other_ranks(pixels: Pixels, ranks: Ranks) -> Pixels:
@@ -150,16 +213,31 @@ def _with_other_ranks(pixels: Pixels, ranks: Ranks) -> Pixels:
     groups = None
     if pixels.groups is not None:
         groups = torch.cat([pixels.groups, other_ids[:, 1]])
+    weights = pixels.weights
+    if weights is not None:
+        weights = torch.cat([weights, ranks.rows_of_others(weights)])
     return Pixels(
         z=torch.cat([pixels.z, ranks.rows_of_others(pixels.z)]),
         labels=torch.cat([pixels.labels, other_ids[:, 0]]),
         groups=groups,
-        weights=torch.cat([pixels.weights, ranks.rows_of_others(pixels.weights)]),
+        weights=weights,
     )
 
 
-def _shares(weights: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
-    shares = weights * counted
+def _shares(
+    weights: Tensor | None,
+    counted: Tensor,
+    cell_sizes: Tensor,
+    cells: Tensor,
+    reduction: Reduction,
+) -> Tensor:
+    """Of every anchor; `counted`: of each cell."""
+    if weights is None:
+        of_cells = counted.double()
+        if reduction == "mean":
+            of_cells = of_cells / (of_cells * cell_sizes).sum().clamp_min_(1)
+        return of_cells.index_select(0, cells)
+    shares = weights * counted.index_select(0, cells)
     if reduction != "mean":
         return shares
     total = shares.sum()

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -18,6 +19,8 @@ from cldf_kernels.arguments import (
     check_pixels,
     check_settings,
     check_temperature,
+    refuse_weight,
+    weight_breaks_rule,
 )
 from cldf_kernels.exact import MakePasses, exact_supcon
 from cldf_kernels.reference import naive_supcon
@@ -113,8 +116,10 @@ def supcon_loss(
             'supcon_loss: backend="reference" knows one process only, got a process_group; '
             'use backend="auto"'
         )
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z.device.type):
         if chosen == "reference":
+            if weight is not None and bool(weight_breaks_rule(weight).any()):
+                refuse_weight(weight)
             return naive_supcon(
                 z.float() if precision == "fp32" else z,
                 labels,
@@ -243,6 +248,12 @@ def _why_not_compiled(device: torch.device) -> str | None:
 
 def _tf32_is_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # entering costs the host as much as two operations
+    return torch.autocast(device_type, enabled=False)
 
 
 def _make_passes(chosen: str, precision: Precision, deterministic: bool) -> MakePasses:

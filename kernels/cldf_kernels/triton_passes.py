@@ -4,6 +4,7 @@ Keys are stored as z sqrt(log2 e / temperature), so that a product of two is a s
 exp costs one instruction. That rounds no worse than z itself would be.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -33,6 +34,7 @@ PLAIN_LIMIT = 86.0
 # Below it fp16 keys would become subnormal, beyond it they would overflow.
 FP16_RANGE = (2.0**-16, 2.0**30)
 SHARE_EXPONENT = 12  # shares are scaled to at most 2^13: fp16 weights neither overflow nor vanish
+SMALLEST_SHARE = 1e-300  # where all shares are 0, any power of two does
 MAX_ELEMENTS = 2**31 - 1  # addresses in the kernels are int32
 PROGRAMS_PER_PROCESSOR = 4  # enough to hide latencies; fewer blocks of queries divide their keys
 MAX_PARTS = 16
@@ -74,7 +76,10 @@ class TritonPasses:
                 "Triton's kernels; "
                 'sample fewer pixels, or use backend="torch"'
             )
-        largest = float(keys.square().sum(1).max()) * self.scale**2 if len(keys) else 0.0
+        largest = pairs.largest
+        if largest is None:  # with a bank
+            largest = float(keys.square().sum(1).max()) if len(keys) else 0.0
+        largest *= self.scale**2
         self.plain = largest <= PLAIN_LIMIT  # False for NaN
         self.precision = _choose(precision, largest)
         self.sums_shape = sums_shape(_architecture(z.device), self.precision, self.width)
@@ -97,23 +102,23 @@ class TritonPasses:
         if not self.plain:
             parts = torch.cat([self._row_sums(keys) for keys in met + bank])
             return _as_lse(self._unsorted(torch.logsumexp(parts * math.log(2), dim=0)))
-        sums = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        terms = []
         if self.symmetric:
-            sums += self._symmetric_sums(len(z))
+            terms.append(self._symmetric_sums(len(z)))
             met = [Met.OTHER_RANKS] if self.pairs.num_anchors > len(z) else []
-        for keys in met + bank:
-            sums += self._row_sums(keys).sum(0)
-        return _as_lse(self._unsorted(sums.log()))
+        terms += [self._row_sums(keys).sum(0) for keys in met + bank]
+        return _as_lse(self._unsorted(functools.reduce(torch.add, terms).log_()))
 
     def softmax_keys(self, z: Tensor, lse: Tensor, upstream: Tensor, *, bank: bool) -> Tensor:
         met = [Met.REST] if self.others else [Met.SEGMENT]
         if bank and self.has_bank:
             met.append(Met.OTHER_CLASSES if self.others else Met.BANK)
         shares, factor = self._scaled_shares(upstream)
-        base_2 = lse / math.log(2)
         if self.plain:
-            shares = shares * torch.exp2(-base_2)
-        arguments = self._arguments(shares, base_2)
+            of_queries, of_keys = self._per_query_and_key(shares.mul_(torch.exp(-lse)))
+            arguments = [of_queries, of_queries, of_keys, of_keys]  # lse is not read
+        else:
+            arguments = self._arguments(shares, lse / math.log(2))
         return self._weighted_keys(
             softmax_keys_kernel, arguments, met, factor, {"ONLINE": not self.plain}
         )
@@ -182,10 +187,10 @@ class TritonPasses:
     ) -> Tensor:
         shape = self.keys_shape
         size = (len(self.queries), self.width)
-        total = torch.zeros(size, dtype=torch.float32, device=self.keys.device)
+        total: Tensor | None = None
         for met in mets:
             blocks, num_parts = self._blocks(met, shape)
-            result = torch.empty(num_parts, *size, dtype=torch.float32, device=total.device)
+            result = torch.empty(num_parts, *size, dtype=torch.float32, device=self.keys.device)
             self._launch(
                 kernel,
                 (len(blocks), self.width // shape.result_features),
@@ -194,8 +199,10 @@ class TritonPasses:
                 RESULT_FEATURES=shape.result_features,
                 **constants,
             )
-            total += result[0] if num_parts == 1 else result.sum(0)
-        return self._unsorted(total[:, : self.num_features] * factor.float())
+            of_range = result[0] if num_parts == 1 else result.sum(0)
+            total = of_range if total is None else total.add_(of_range)
+        assert total is not None  # every pass meets a range
+        return self._unsorted(total[:, : self.num_features] * factor)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Any, shape: Shape, **constants: Any
@@ -227,8 +234,10 @@ class TritonPasses:
         """Rows as the kernels take them: scaled, in their precision, padded, in order."""
         if order is not None:
             rows = rows[order]
-        stored = rows.new_zeros(len(rows), self.width, dtype=STORED[self.precision])
-        stored[:, : self.num_features] = rows * self.scale
+        padded = self.width > self.num_features
+        make = torch.zeros if padded else torch.empty
+        stored = make(len(rows), self.width, dtype=STORED[self.precision], device=rows.device)
+        torch.mul(rows, self.scale, out=stored[:, : self.num_features] if padded else stored)
         if self.precision == "tf32":  # tensor cores drop the low 13 bits: round to nearest before
             stored = ((stored.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         return stored
@@ -248,9 +257,11 @@ class TritonPasses:
 
     def _scaled_shares(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
         """Shares times a power of two, and what takes it and the stored scale off a result."""
-        largest = upstream.abs().max() if len(upstream) else upstream.new_zeros(())
-        exponent = SHARE_EXPONENT - torch.floor(torch.log2(torch.where(largest > 0, largest, 1)))
-        return upstream * torch.exp2(exponent), torch.exp2(-exponent) / self.scale
+        if len(upstream) == 0:
+            return upstream.clone(), upstream.new_ones((), dtype=torch.float32)
+        largest = torch.linalg.vector_norm(upstream, math.inf).clamp_min_(SMALLEST_SHARE)
+        unit = largest / torch.frexp(largest).mantissa.mul_(2.0 ** (SHARE_EXPONENT + 1))
+        return upstream / unit, (unit / self.scale).float()
 
     def _unsorted(self, of_queries: Tensor) -> Tensor:
         order = self.layout.query_order
@@ -278,6 +289,7 @@ def _as_lse(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
+@functools.cache
 def _architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE
@@ -285,6 +297,7 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
 def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
