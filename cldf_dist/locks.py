@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -24,7 +25,9 @@ STALE_SECONDS = 120.0  # an exclusive file untouched for so long has lost its ow
 class FolderLock:
     """Holds `folder` until `release`. RuntimeError, naming the owner, where somebody else does."""
 
-    def __init__(self, folder: Path, *, _with_others: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, _with_others: bool = False, _first: Callable[[], None] | None = None
+    ) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
         self._exclusive: Path | None = None
@@ -32,10 +35,9 @@ class FolderLock:
         import fcntl
 
         file = (folder / ".lock").open("a+b", buffering=0)  # nothing is left to write at close
-        self.was_alone = True
         try:
             if _with_others:
-                self.was_alone = _lock_together(file)
+                _lock_together(file, _first)
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -47,6 +49,8 @@ class FolderLock:
                 raise
             if _with_others:
                 self._warn("nothing keeps two jobs from writing the same part")
+                if _first is not None:
+                    _first()
             else:
                 self._take_exclusive_file()
             return
@@ -58,11 +62,10 @@ class FolderLock:
             file.write(_me().encode())
 
     @classmethod
-    def shared(cls, folder: Path) -> tuple[FolderLock, bool]:
-        """Hold `folder` together with others that ask for the same, and whether this one was the
-        first. RuntimeError where somebody holds it alone."""
-        lock = cls(folder, _with_others=True)
-        return lock, lock.was_alone
+    def shared(cls, folder: Path, first: Callable[[], None] | None = None) -> FolderLock:
+        """Hold `folder` together with others that ask for the same. Where nobody holds it `first`
+        is called, before anybody else comes in. RuntimeError where somebody holds it alone."""
+        return cls(folder, _with_others=True, _first=first)
 
     def release(self) -> None:
         self._stop.set()
@@ -106,19 +109,24 @@ class FolderLock:
         )
 
 
-def _lock_together(file: IO[bytes]) -> bool:
-    """Take a lock that others may take too; True where nobody else has it."""
+def _lock_together(file: IO[bytes], first: Callable[[], None] | None) -> None:
+    """Take a lock that others may take too; the first of them calls `first` while it is alone."""
     import fcntl
 
+    alone = False
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    if alone:
+        if first is not None:
+            first()
         fcntl.flock(file, fcntl.LOCK_SH)
-        return True
+        return
     patience = time.monotonic() + SHARED_SECONDS
     while True:  # another may be the first right now, and alone for a moment
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+            return
         except BlockingIOError:
             if time.monotonic() > patience:
                 raise

@@ -46,6 +46,7 @@ def run_stage(config: Config, stage: Stage) -> int:
     if from_main(run.is_finished) and not again:
         _check_finished(config, stage, run)
         _say(f"{stage.name}: finished before, in {run.folder}")
+        _finish_parts(config, stage)
         return 0
     _say(f"{stage.name}: {stage.does}")
     with _fast_arithmetic(stage):
@@ -53,8 +54,7 @@ def run_stage(config: Config, stage: Stage) -> int:
             _run_together(config, stage, run, again)
         else:
             _run_on_main(config, stage, run)
-    if stage.name == "cache" and config.cache.part:
-        _finish_parts(config, stage)
+    _finish_parts(config, stage)
     return run.stop_requested
 
 
@@ -63,7 +63,9 @@ def _run_of(config: Config, stage: Stage) -> Run:
 
 
 def _finish_parts(config: Config, stage: Stage) -> None:
-    """The last part of a stage to be finished finishes the stage."""
+    """After the last part of a stage the stage itself."""
+    if part_folder(stage, config) == stage.name:
+        return
     whole = replace(config, cache=replace(config.cache, part=""))
     run = _run_of(whole, stage)
     parts = int(config.cache.part.split("/")[1])
@@ -258,7 +260,10 @@ def print_results(config: Config, stage: Stage) -> None:
     folder = config.run_folder / stage.name
     if (folder / "table.txt").exists():
         print((folder / "table.txt").read_text())
-    print(f"{stage.name} is finished: {folder}")
+    if (folder / "DONE").exists():
+        print(f"{stage.name} is finished: {folder}")
+    else:
+        print(f"{stage.name}, part {config.cache.part}, is finished; others are missing: {folder}")
 
 
 def _tracking_uri(config: Config) -> str:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,42 @@ def test_a_second_lock_is_refused_and_a_released_one_is_free(tmp_path: Path) -> 
         FolderLock(tmp_path)
     first.release()
     FolderLock(tmp_path).release()
+
+
+def test_those_who_share_a_folder_come_in_one_by_one(tmp_path: Path) -> None:
+    """Thirty processes at the same instant: each finds what the first has written."""
+    gate = tmp_path / "gate"
+
+    def enter() -> int:
+        while not gate.exists():
+            time.sleep(0.001)
+        lock = FolderLock.shared(tmp_path, lambda: (tmp_path / "first").write_text("here") and None)
+        seen = (tmp_path / "first").read_text() == "here"
+        time.sleep(0.2)
+        lock.release()
+        return 0 if seen else 1
+
+    children = []
+    for _ in range(30):
+        child = os.fork()
+        if not child:
+            code = 9
+            try:
+                code = enter()
+            finally:
+                os._exit(code)
+        children.append(child)
+    gate.touch()
+    assert {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children} == {0}
+
+
+def test_a_shared_folder_is_closed_to_who_wants_it_alone(tmp_path: Path) -> None:
+    shared = [FolderLock.shared(tmp_path) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="is in use by"):
+        FolderLock(tmp_path)
+    for lock in shared:
+        lock.release()
+    alone = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match=f"is in use by process {os.getpid()}"):
+        FolderLock.shared(tmp_path)
+    alone.release()

@@ -6,10 +6,14 @@ per slice, 1 + the crc32c of all its arrays' bytes, and is written after they ar
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from cldf_dist.data.mapped_shard import (
     DamagedShardError,
     MappedShard,
     as_bytes,
+    read_shard_file,
+    remove,
     write_shard_file,
 )  # fmt: skip
 
@@ -34,7 +40,9 @@ VERSION = 2
 COMPRESSIONS = ("none", "zstd")
 SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
 OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
-MOST_MAPPED = 8192  # files; the system's own limit is 65530 mappings a process
+MOST_MAPPED = 32768  # files; the system's own limit is 65530 mappings a process
+STALE_SECONDS = 3600.0  # an unfinished store untouched for so long has lost its maker
+ATTEMPTS = 3  # at a slice that is written anew while it is read
 
 Stamp = tuple[int, int, int]
 
@@ -46,12 +54,18 @@ class FeatureCache:
     to spawned processes. A shard that another process writes anew meanwhile is read anew.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "zarr.json").is_file():
+        about = self.folder / "zarr.json"
+        if not about.exists():
             raise FileNotFoundError(f"no feature cache at {self.folder}; run: cldf cache CONFIG")
-        self._group: zarr.Group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
-        self._attributes: dict[str, Any] = dict(self._group.attrs)
+        try:
+            self._group: zarr.Group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
+            self._attributes: dict[str, Any] = dict(self._group.attrs)
+        except Exception as error:  # zarr's own errors have no common kind
+            raise DamagedShardError(
+                f"{about} is damaged: {' '.join(str(error).split())}; {REPAIR}"
+            ) from error
         if self._attributes.get("format") != FORMAT:
             raise ValueError(f"{self.folder} is a zarr group, but not a {FORMAT} one")
         if self._attributes.get("version") != VERSION:
@@ -60,25 +74,22 @@ class FeatureCache:
                 f"reads version {VERSION}; delete the cache stage's folder and run: cldf cache "
                 "CONFIG"
             )
-        self._forget()
-        if self.is_compressed:
+        self._arrays: dict[str, Any] = {}
+        self._files: dict[tuple[str, int], tuple[str, Path]] = {}
+        self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
+        self._known_done: set[int] = set()
+        if self.is_compressed and not quiet:
             print(
                 f"{self.folder} is compressed: zarr reads it, at several times the CPU time of "
                 "cache.compression=none",
                 file=sys.stderr,
             )
 
-    def _forget(self) -> None:
-        self._arrays: dict[str, Any] = {}
-        self._files: dict[tuple[str, int], tuple[str, Path]] = {}
-        self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
-        self._known_done: set[int] = set()
-
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]  # opened anew in this process
+        self.__init__(state["folder"], quiet=True)  # type: ignore[misc]  # opened anew there
 
     @classmethod
     def create(
@@ -99,8 +110,12 @@ class FeatureCache:
             raise ValueError(
                 f"cache.compression must be one of {', '.join(COMPRESSIONS)}, got {compression!r}"
             )
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+            with suppress(OSError):
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(stale)
+        # a process's number is not its own where containers share a disk
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
         codecs = [ZstdCodec(level=3)] if compression == "zstd" else []
         try:
             group = zarr.create_group(partial, zarr_format=3, attributes={
@@ -124,6 +139,24 @@ class FeatureCache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return cls(folder)
+
+    @staticmethod
+    def repair_metadata(folder: Path, fresh: Path) -> list[str]:
+        """Take over each zarr.json of the empty store `fresh` that is not in `folder` as it is
+        there; of the group's own only where it cannot be read. The names of those files."""
+        repaired = []
+        for right in sorted(fresh.rglob("zarr.json")):
+            name = right.relative_to(fresh)
+            there = folder / name
+            if there.is_file():
+                content = there.read_bytes()
+                if content == right.read_bytes() or (name.parent == Path() and _is_ours(content)):
+                    continue
+            remove(there)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(right, there)
+            repaired.append(str(name))
+        return repaired
 
     def __len__(self) -> int:
         return int(self._attributes["num_slices"])
@@ -160,10 +193,10 @@ class FeatureCache:
         """True where every slice of the shard is written and signed."""
         if shard not in self._known_done:
             try:
-                marks = [int(self._own("done", row)) for row in self.rows_of(shard)]
+                marks = self._own("done", shard)
             except (FileNotFoundError, DamagedShardError):
                 return False
-            if not all(marks):
+            if not marks.all():
                 return False
             self._known_done.add(shard)
         return shard in self._known_done
@@ -197,7 +230,7 @@ class FeatureCache:
     def discard(self, shard: int) -> None:
         """Make a shard count as never written; the caller is its only writer."""
         for name in ("done", "key", *self.names):
-            self._path(name, shard).unlink(missing_ok=True)
+            remove(self._path(name, shard))
             self._mapped.pop((name, shard), None)
         self._known_done.discard(shard)
 
@@ -219,21 +252,43 @@ class FeatureCache:
         """(levels, channels) by which a tap's stored whole numbers are multiplied; else None."""
         return self.read(tap + SCALE, row) if tap + SCALE in self.names else None
 
+    def damaged_rows(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
+        """The rows of a shard whose bytes are lost or not those that were signed, or whose stored
+        key is not that of `keys`, the keys of all rows."""
+        rows = self.rows_of(shard)
+        try:
+            marks = self._own("done", shard)
+            stored = self._own("key", shard)
+        except (FileNotFoundError, DamagedShardError):
+            return list(rows)
+        return [
+            row
+            for place, row in enumerate(rows)
+            if not self._is_intact(row, int(marks[place]))
+            or (keys is not None and bytes(stored[place]) != bytes(encoded_key(keys[row])))
+        ]
+
+    def _is_intact(self, row: int, mark: int) -> bool:
+        try:
+            return _checksum([self.read(name, row) for name in self.names]) + 1 == mark
+        except (DamagedShardError, RuntimeError):  # lost, changed, or never written
+            return False
+
     def verify(self, row: int) -> bool:
         """True where the slice's bytes are those that were signed."""
-        try:
-            checksum = _checksum([self.read(name, row) for name in self.names])
-            return checksum + 1 == int(self._own("done", row))
-        except (ValueError, RuntimeError, OSError):
-            return False
+        return row not in self.damaged_rows(row // self.slices_per_shard)
 
     def column(self, name: str) -> Array:
         """A small array (labels, probabilities) whole; zeros for slices not yet written."""
         shape, dtype = self.row_shape(name), self._array(name).dtype
         result = np.zeros((len(self), *shape), dtype)
         for shard in filter(self.is_done, range(self.num_shards)):
-            for row in self.rows_of(shard):
-                result[row] = self._own(name, row) if name in OWN else self.read(name, row)
+            rows = self.rows_of(shard)
+            if name in OWN:
+                result[rows.start : rows.stop] = self._own(name, shard)
+            else:
+                for row in rows:
+                    result[row] = self.read(name, row)
         return result
 
     @property
@@ -259,7 +314,13 @@ class FeatureCache:
                 raise KeyError(
                     f"{self.folder} holds no array {name!r}; it has {', '.join(self.names)}"
                 )
-            self._arrays[name] = self._group[name]
+            try:
+                self._arrays[name] = self._group[name]
+            except Exception as error:  # zarr's own errors have no common kind
+                raise DamagedShardError(
+                    f"{self.folder / name / 'zarr.json'} is lost or damaged: "
+                    f"{' '.join(str(error).split())}; {REPAIR}"
+                ) from error
         return self._arrays[name]
 
     def _path(self, name: str, shard: int) -> Path:
@@ -288,22 +349,25 @@ class FeatureCache:
                 f"cldf cache CONFIG (and if the stage is finished, {REPAIR})"
             )
 
-    def _own(self, name: str, row: int) -> Array:
-        """A row of `key` or `done`, which no `done` guards."""
-        shard, place = divmod(row, self.slices_per_shard)
-        stamped = self._mapped.get((name, shard))
-        if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
-            return self._mapped_file(name, shard, is_data=False).chunk(place)
-        return stamped[1].chunk(place)
+    def _own(self, name: str, shard: int) -> Array:
+        """`key` or `done` of a shard, whole. FileNotFoundError where it was not written."""
+        array = self._array(name)
+        count = len(self.rows_of(shard))
+        try:
+            return read_shard_file(
+                self._path(name, shard), self.slices_per_shard, count, array.shape[1:], array.dtype
+            )
+        except FileNotFoundError as error:
+            if name == "done":
+                raise
+            raise DamagedShardError(f"{self._path(name, shard)} is lost; {REPAIR}") from error
 
-    def _mapped_file(self, name: str, shard: int, *, is_data: bool = True) -> MappedShard:
+    def _mapped_file(self, name: str, shard: int) -> MappedShard:
         array, (text, path) = self._array(name), self._file(name, shard)
         try:
             stamp = _stamp(text)  # before it is mapped: what is replaced in between is read anew
             mapped = MappedShard(path, self.slices_per_shard, array.shape[1:], array.dtype)
         except FileNotFoundError as error:
-            if not is_data:
-                raise
             raise DamagedShardError(f"{path} is lost; {REPAIR}") from error
         while len(self._mapped) >= MOST_MAPPED:
             del self._mapped[next(iter(self._mapped))]
@@ -311,18 +375,27 @@ class FeatureCache:
         return mapped
 
     def _decompressed(self, name: str, shard: int, row: int) -> Array:
-        self._check_done(name, shard)
-        path = self._path(name, shard)
-        if not path.exists():  # zarr would give zeros
-            raise DamagedShardError(f"{path} is lost; {REPAIR}")
-        try:
-            values = np.asarray(self._array(name)[row])
-        except Exception as error:  # the codecs' errors have no common kind
-            raise DamagedShardError(
-                f"{path}, slice {row}, is damaged: {error}; {REPAIR}"
-            ) from error
-        values.flags.writeable = False
-        return values
+        """Through zarr, which gives zeros where there is no file: so the file must have been there
+        before and after, and the same."""
+        text, path = self._file(name, shard)
+        for _ in range(ATTEMPTS):
+            self._known_done.discard(shard)
+            self._check_done(name, shard)
+            stamp = _stamp(text)
+            if stamp is None:
+                raise DamagedShardError(f"{path} is lost; {REPAIR}")
+            try:
+                values = np.asarray(self._array(name)[row])
+            except Exception as error:  # the codecs' errors have no common kind
+                if _stamp(text) != stamp:
+                    continue
+                raise DamagedShardError(
+                    f"{path}, slice {row}, is damaged: {error}; {REPAIR}"
+                ) from error
+            if _stamp(text) == stamp:
+                values.flags.writeable = False
+                return values
+        raise RuntimeError(f"slice {row} of {self.folder} is written right now; try again")
 
     def _write(self, name: str, shard: int, values: Array) -> None:
         if not self.is_compressed:
@@ -344,6 +417,14 @@ def _stamp(path: str) -> Stamp | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _is_ours(content: bytes) -> bool:
+    try:
+        about = json.loads(content)["attributes"]
+        return bool(about["format"] == FORMAT and about["version"] == VERSION and about["arrays"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _rename_unless_there(partial: Path, folder: Path) -> None:

@@ -100,7 +100,9 @@ class PixelDecoder(nn.Module):
             name: [_neighbours(*sizes, device) for sizes in zip(taps[name].shape[2:], size)]
             for name in self.tap_channels
         }
-        bias = self.first.bias - (self.first.weight / self.std) @ self.mean
+        # in double precision: large means and small spreads cancel
+        weight, std, mean = self.first.weight.double(), self.std.double(), self.mean.double()
+        bias = (self.first.bias.double() - (weight / std) @ mean).to(self.first.weight.dtype)
         for images, tiles in _tile_plan(_num_slices(taps), height, width, tile_pixels):
             projected = self._project({name: tap[images] for name, tap in taps.items()})
             for tile in tiles:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from cldf_dist.config import Config, Features, flatten
 from cldf_dist.data import datasets
 from cldf_dist.data.cache import SCALE, FeatureCache, encoded_key
+from cldf_dist.data.mapped_shard import DamagedShardError
 from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.slices import foreground
 from cldf_dist.data.stored_features import to_stored
@@ -124,14 +126,23 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                 held.enter_context(shared_stage(config))
             if run.is_main:
                 _check_keys(slices)
+                if config.cache.verify:
+                    _repair_metadata(config, run, nets.diffusion, len(slices))
                 _check_space(config, slices)
-                _create(config, run, nets.diffusion, len(slices))
-        cache = FeatureCache(store_folder(config))
-        check_same_slices(cache, slices)
-        _check_same_settings(cache, config, run)
+                _create(config, run, nets.diffusion, len(slices), store_folder(config))
+        with together():
+            cache = FeatureCache(store_folder(config))
+            _check_same_settings(cache, config, run)
+            _check_count(cache, slices)
         config = _as_begun(config, cache)
-        scope = part_of(range(cache.num_shards), config.cache.part)
-        damaged = repair(config, cache, slices.keys) if config.cache.verify else []
+        damaged: list[str] = []
+        if config.cache.verify:
+            damaged = repair(config, cache, slices.keys)
+            cache = FeatureCache(cache.folder, quiet=True)  # what others discarded is not done
+        with together():
+            check_same_slices(cache, slices)
+            scope = part_of(range(cache.num_shards), config.cache.part)
+            cache.sweep(rank_share(scope))
         _extract(config, nets, slices, cache, scope)
     if not run.is_main:
         return {}
@@ -146,7 +157,6 @@ def _extract(
 ) -> None:
     """Make the shards of `scope` that are not done; each process its own, in order."""
     mine = rank_share(scope)
-    cache.sweep(mine)
     total = sum(len(cache.rows_of(shard)) for shard in scope)
     main = processes().is_main
     with progress("cache", total, "slices", shown=main) as bar:
@@ -176,14 +186,22 @@ def cached_slices(shards: ShardSet) -> Slices:
 
 def check_same_slices(cache: FeatureCache, slices: Slices) -> None:
     """Raise ValueError unless row n of the cache is, or will be, slice n."""
-    keys = slices.keys
-    same = len(cache) == len(keys)
-    if not same or any(stored not in ("", key) for stored, key in zip(cache.keys, keys)):
-        raise ValueError(
-            f"{cache.folder} was made for other slices than those prepared now (damaged slices "
-            "that data.on_damaged=skip drops change the list); delete the cache stage's folder and "
-            "run it again"
-        )
+    _check_count(cache, slices)
+    if any(stored not in ("", key) for stored, key in zip(cache.keys, slices.keys)):
+        raise _other_slices(cache)
+
+
+def _check_count(cache: FeatureCache, slices: Slices) -> None:
+    if len(cache) != len(slices):
+        raise _other_slices(cache)
+
+
+def _other_slices(cache: FeatureCache) -> ValueError:
+    return ValueError(
+        f"{cache.folder} was made for other slices than those prepared now (damaged slices "
+        "that data.on_damaged=skip drops change the list); delete the cache stage's folder and "
+        "run it again"
+    )
 
 
 def compute_shard(
@@ -325,9 +343,28 @@ def _seconds_per_slice(config: Config, nets: FrozenNets, num_channels: int) -> f
     return seconds
 
 
-def _create(config: Config, run: Run, net: nn.Module, num_slices: int) -> None:
-    """The empty store, unless it is there."""
+def _repair_metadata(config: Config, run: Run, net: nn.Module, num_slices: int) -> None:
+    """Write again what describes the arrays of a store, where it is lost or damaged."""
     folder = store_folder(config)
+    if not folder.exists():
+        return
+    fresh = folder.with_name(f".{folder.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        _create(config, run, net, num_slices, fresh)
+        if (folder / "zarr.json").is_file():
+            with suppress(DamagedShardError):
+                _check_same_settings(FeatureCache(folder, quiet=True), config, run)
+        for name in FeatureCache.repair_metadata(folder, fresh):
+            print(
+                f"cache: {folder / name} was lost or damaged; it is written anew", file=sys.stderr
+            )
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _create(config: Config, run: Run, net: nn.Module, num_slices: int, folder: Path) -> None:
+    """The empty store, unless it is there."""
     if (folder / "zarr.json").exists():
         return
     bf16 = features_dtype(config.features, accelerator().device) is torch.bfloat16
@@ -361,7 +398,10 @@ def _settings(config: Config) -> dict[str, Any]:
 def _check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
     """Raise ValueError where the cache was begun with other settings or nets: a part of it that
     is made now would not fit."""
-    before, now = cache.attributes["settings"], _settings(config)
+    before, now = dict(cache.attributes["settings"]), _settings(config)
+    for name in ("slices_per_shard", "compression"):
+        before[f"cache.{name}"] = cache.attributes[name]
+        now[f"cache.{name}"] = getattr(config.cache, name)
     changed = [
         f"{key}={before.get(key)!r}, not {now[key]!r}" for key in now if before.get(key) != now[key]
     ]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -53,11 +54,11 @@ def shared_stage(config: Config) -> Iterator[None]:
     """
     folder, count = config.run_folder / STAGE, config.cache.part.split("/")[1]
     folder.mkdir(parents=True, exist_ok=True)
-    lock, alone = FolderLock.shared(folder)
+    file = folder / COUNT_FILE
+    lock = FolderLock.shared(
+        folder, lambda: write_atomically(file, json.dumps({"parts": int(count)}))
+    )
     try:
-        file = folder / COUNT_FILE
-        if alone:
-            write_atomically(file, json.dumps({"parts": int(count)}))
         at_work = json.loads(file.read_text())["parts"]
         if at_work != int(count):
             raise RuntimeError(
@@ -73,39 +74,37 @@ def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str
     """Look at every byte, each process at its share; what is damaged is discarded, and so made
     again. `keys` name the slices; those of the damaged ones, for all processes."""
     with together():
-        mine = damaged_rows(
-            cache.folder, rank_share(range(cache.num_shards)), config.cache.verify_processes
-        )
+        shards = rank_share(range(cache.num_shards))
+        mine = damaged_rows(cache.folder, shards, keys, config.cache.verify_processes)
         for shard in mine:
             cache.discard(shard)
-    found = {shard: rows for part in from_all(mine) for shard, rows in part.items()}
+    found = {number: rows for part in from_all(mine) for number, rows in part.items()}
     damaged = [keys[row] for shard in sorted(found) for row in found[shard]]
     if processes().is_main:
         said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"
         shown = ", ".join(damaged[:SHOWN]) + (", ..." if len(damaged) > SHOWN else "")
-        shards = f" ({shown}); {len(found)} shards are made again" if damaged else ""
-        print(f"cache: {said}{shards}", file=sys.stderr, flush=True)
+        again = f" ({shown}); {len(found)} shards are made again" if damaged else ""
+        print(f"cache: {said}{again}", file=sys.stderr, flush=True)
     return damaged
 
 
-def damaged_rows(folder: Path, shards: range, num_processes: int) -> dict[int, list[int]]:
+def damaged_rows(
+    folder: Path, shards: range, keys: Sequence[str], num_processes: int
+) -> dict[int, list[int]]:
     """{shard: rows} whose bytes are missing or not those that were signed, read by several
-    processes at once."""
+    processes at once; `keys` are those of all rows."""
     size = max(min(len(shards) // (2 * num_processes), SHARDS_AT_ONCE), 1)
     pieces = [shards[start : start + size] for start in range(0, len(shards), size)]
     workers = min(num_processes, len(pieces))
     if workers < 2:
-        return {shard: rows for piece in pieces for shard, rows in _damaged(folder, piece).items()}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(_damaged, [folder] * len(pieces), pieces)
-        return {shard: rows for part in parts for shard, rows in part.items()}
+        parts = [_damaged(folder, piece, keys) for piece in pieces]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            parts = list(pool.map(_damaged, repeat(folder), pieces, repeat(keys)))
+    return {shard: rows for part in parts for shard, rows in part.items()}
 
 
-def _damaged(folder: Path, shards: range) -> dict[int, list[int]]:
-    cache = FeatureCache(folder)
-    found = {}
-    for shard in shards:
-        rows = [row for row in cache.rows_of(shard) if not cache.verify(row)]
-        if rows:
-            found[shard] = rows
-    return found
+def _damaged(folder: Path, shards: range, keys: Sequence[str]) -> dict[int, list[int]]:
+    cache = FeatureCache(folder, quiet=True)
+    found = {shard: cache.damaged_rows(shard, keys) for shard in shards}
+    return {shard: rows for shard, rows in found.items() if rows}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from cldf_dist.stages.masks import (
     mask_and_probability,
     write_own_layout,
 )
+from cldf_dist.weights import read_description
 from cldf_dist.whole_files import remove_leftovers
 
 CAMS = ("gradcam", "gradcam_pp", "layercam")
@@ -62,7 +63,10 @@ class Segmenter:
         decoders = {"cldf": load_decoder(folder)}
         if (folder / SUPERVISED / "DONE").exists():
             decoders[SUPERVISED] = load_decoder(folder / SUPERVISED)
-        return cls(config, FrozenNets.load(run), decoders)
+        # new scans are seen as the training slices were, on whatever device
+        precision = read_description(folder)["features_precision"]
+        features = replace(config.features, precision=precision)
+        return cls(replace(config, features=features), FrozenNets.load(run), decoders)
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ from cldf_dist.tasks.contrast import Contrast
 from cldf_dist.weights import save_net
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
+CONSTANT = 1e-4  # of a feature's mean: a smaller spread is that of float16's rounding
 PROTOTYPE_SLICES = 2048  # training slices of each class behind the prototypes, at most
 
 NET_CARD = NetCard(
@@ -134,6 +135,7 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         about = {
             "kind": "pixel decoder",
             "tap_channels": tap_channels,
+            "features_precision": pixels.cache.attributes["precision"],
             "hidden": settings.hidden,
             "embedding": settings.embedding,
             "prototypes": prototypes.tolist(),
@@ -143,7 +145,8 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
 
 
 def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each feature over a sample of the training slices."""
+    """Mean and standard deviation of each feature over a sample of the training slices; 0 where
+    it never changes."""
     rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
     rows = rng.permutation(pixels.rows)[:STATISTICS_SLICES]
     means, spreads = [], []
@@ -159,8 +162,11 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
             total = total + flat.sum(0)
             squares = squares + np.square(flat).sum(0)
         mean = total / count
+        variance = squares / count - mean**2
+        # a feature that never changes has no spread: divided by its rounding it would be noise
+        constant = variance <= np.square(CONSTANT * mean)
         means.append(mean)
-        spreads.append(np.sqrt(np.maximum(squares / count - mean**2, 1e-12)))
+        spreads.append(np.where(constant, 0, np.sqrt(np.maximum(variance, 0))))
     return (
         torch.from_numpy(np.concatenate(means)).float(),
         torch.from_numpy(np.concatenate(spreads)).float(),

@@ -1,4 +1,6 @@
+import gc
 import multiprocessing
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,113 @@ def test_damage_that_was_repaired_is_read(cache: FeatureCache) -> None:
         cache.read("seeds", 3)
     write(FeatureCache(cache.folder), 1)
     np.testing.assert_array_equal(cache.read("seeds", 3), values(range(3, 4))["seeds"][0])
+
+
+def test_many_files_need_no_open_descriptors(tmp_path: Path) -> None:
+    """A process may often have 1024 of them only, and a cache has many thousand files."""
+    cache = FeatureCache.create(
+        tmp_path / "features.zarr", 120, {"seeds": ((3, 2), "int8")}, slices_per_shard=1,
+        attributes={},
+    )  # fmt: skip
+    for shard in range(120):
+        cache.write_shard(shard, keys(range(shard, shard + 1)), {"seeds": np.ones((1, 3, 2))})
+    fresh = FeatureCache(cache.folder)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 30, before[1]))
+    try:
+        assert fresh.num_done(range(120)) == 120
+        assert fresh.keys == keys(range(120))
+        held = [fresh.read("seeds", row) for row in range(120)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    del fresh
+    gc.collect()
+    assert all((values == 1).all() for values in held), "views outlive the cache"
+
+
+def test_memory_of_a_mapping_is_given_back(cache: FeatureCache) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("features.zarr/up0.1/c/1")
+
+    view = cache.read("up0.1", 4)
+    assert mappings() == 1
+    cache._mapped.clear()
+    gc.collect()
+    assert mappings() == 1, "a view holds it"
+    del view
+    gc.collect()
+    assert mappings() == 0
+
+
+@pytest.mark.parametrize("name", ["up0.1", "key", "done"])
+def test_a_folder_in_the_place_of_a_file_is_damage(cache: FeatureCache, name: str) -> None:
+    path = shard_file(cache, name, 1) if name in ARRAYS else cache._path(name, 1)
+    path.unlink()
+    path.mkdir()
+    fresh = FeatureCache(cache.folder)
+    assert fresh.damaged_rows(1) == [3, 4, 5]
+    fresh.write_shard(1, keys(range(3, 6)), values(range(3, 6)))
+    assert not fresh.damaged_rows(1, keys(range(NUM_SLICES)))
+
+
+def test_a_key_of_another_slice_is_damage(cache: FeatureCache) -> None:
+    expected = keys(range(NUM_SLICES))
+    assert not cache.damaged_rows(1, expected)
+    other = [*expected[:4], "somebody else", *expected[5:]]
+    assert cache.damaged_rows(1, other) == [4]
+    cache._path("key", 1).unlink()
+    assert cache.damaged_rows(1, expected) == [3, 4, 5]
+    with pytest.raises(DamagedShardError, match=r"key/c/1/0 is lost; run: cldf cache CONFIG cache"):
+        FeatureCache(cache.folder).keys  # noqa: B018
+
+
+@pytest.mark.parametrize("content", [b"", b'{"zarr_format"', b"[]", None])
+@pytest.mark.parametrize("name", ["", "seeds"])
+def test_damaged_descriptions_are_named_and_repaired(
+    cache: FeatureCache, name: str, content: bytes | None
+) -> None:
+    about = cache.folder / name / "zarr.json"
+    before = about.read_bytes()
+    if content is None:
+        about.unlink()
+        about.mkdir()
+    else:
+        about.write_bytes(content)
+    with pytest.raises(DamagedShardError, match=r"zarr\.json is .*; run: cldf cache CONFIG cache"):
+        FeatureCache(cache.folder).read("seeds", 3)
+    fresh = FeatureCache.create(
+        cache.folder.parent / "fresh", NUM_SLICES, ARRAYS, slices_per_shard=PER_SHARD,
+        attributes={"taps": ["up0.1"]},
+    )  # fmt: skip
+    found = FeatureCache.repair_metadata(cache.folder, fresh.folder)
+    assert found == [str(about.relative_to(cache.folder))]
+    assert about.read_bytes() == before
+    assert not FeatureCache.repair_metadata(cache.folder, fresh.folder)
+    assert all(FeatureCache(cache.folder).verify(row) for row in range(NUM_SLICES))
+
+
+def test_a_compressed_slice_is_never_zeros_while_it_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = empty(tmp_path, "zstd")
+    write(written, 0, 1, 2)
+    cache = FeatureCache(written.folder)
+    cache.read("up0.1", 4)
+    path, array = shard_file(cache, "up0.1", 1), cache._array("up0.1")
+
+    class Interrupted:
+        """The array, of which another process removes the file just before zarr reads."""
+
+        shape, dtype = array.shape, array.dtype
+
+        def __getitem__(self, row: int) -> Any:
+            path.unlink(missing_ok=True)
+            return array[row]
+
+    monkeypatch.setitem(cache._arrays, "up0.1", Interrupted())
+    with pytest.raises(DamagedShardError, match="is lost"):
+        cache.read("up0.1", 4)
 
 
 def test_no_more_files_are_mapped_than_the_system_allows(

@@ -154,6 +154,7 @@ def test_parts_make_the_cache_together_and_the_last_one_finishes_the_stage(
     assert main(["cache", *inputs.words, "cache.part=2/3"]) == 0
     assert (stage / "parts" / "2-of-3" / "DONE").exists()
     assert not (stage / "DONE").exists()
+    assert "cache, part 2/3, is finished; others are missing" in capsys.readouterr().out
     assert sorted(path.name for path in (stage / "features.zarr/done/c").iterdir()) == ["2", "3"]
     assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
     assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
@@ -162,6 +163,9 @@ def test_parts_make_the_cache_together_and_the_last_one_finishes_the_stage(
     assert (stage / "DONE").exists()
     assert files(stage / "features.zarr") == files(debug_run.folder / STORE)
     assert json.loads((stage / "DONE").read_text())["slices"] == 54
+    (stage / "DONE").unlink()  # as if the last part had died before it finished the stage
+    assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
+    assert (stage / "DONE").exists()
 
 
 def test_the_whole_stage_makes_what_parts_left_out(debug_run: Any, inputs: Any) -> None:
@@ -178,7 +182,7 @@ def test_two_jobs_never_make_the_same_part(inputs: Any, capsys: pytest.CaptureFi
     assert "is in use by process" in capsys.readouterr().err
     alone.release()
     (stage / COUNT_FILE).write_text('{"parts": 3}')
-    others, _ = FolderLock.shared(stage)
+    others = FolderLock.shared(stage)
     assert main(["cache", *inputs.words, "cache.part=1/2"]) == 1
     assert "jobs that make parts of 3 are at work" in capsys.readouterr().err
     assert main(["cache", *inputs.words]) == 1
@@ -194,6 +198,8 @@ def test_two_jobs_never_make_the_same_part(inputs: Any, capsys: pytest.CaptureFi
         (["cache.part=3/2"], "cache.part must be i/n with 1 <= i <= n, such as 1/4, got '3/2'"),
         (["cache.part=0/2"], "cache.part must be i/n"),
         (["cache.part=half"], "cache.part must be i/n"),
+        (["cache.part=01/02"], "cache.part must be i/n"),
+        (["cache.part=٣/٤"], "cache.part must be i/n"),
         (["cache.part=1/2", "cache.verify=true"], "leave cache.part=1/2 out"),
         (["features.storage=fp4"], "features.storage must be one of float16, int8, got 'fp4'"),
         (["features.combine_draws=sum"], "features.combine_draws must be one of stack, average"),
@@ -221,25 +227,31 @@ def test_verification_makes_again_what_is_damaged_and_nothing_else(
         tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam", "cache"
     )
     store = run.folder / STORE
-    features, lost, done, intact = (
+    features, lost, done, key, about, intact = (
         store / name
-        for name in ("up1.1/c/2/0/0/0/0", "seeds/c/4/0/0", "done/c/5", "up0.1/c/1/0/0/0/0")
-    )
+        for name in (
+            "up1.1/c/2/0/0/0/0", "seeds/c/4/0/0", "done/c/5", "key/c/6/0", "seeds/zarr.json",
+            "up0.1/c/1/0/0/0/0",
+        )
+    )  # fmt: skip
     content = bytearray(features.read_bytes())
     content[1000] ^= 4
     features.write_bytes(bytes(content))
     lost.unlink()
     done.write_bytes(b"short")
+    key.unlink()
+    about.write_bytes(b"{")
     before = intact.stat().st_mtime_ns
     words = [*run.words, "cache.verify=true", f"cache.verify_processes={num_processes}"]
     assert main(["cache", *words]) == 0
     said = capsys.readouterr().err
-    # one slice of shard 2, and all of shards 4 and 5
-    assert "17 of 54 slices are damaged or missing" in said
-    assert "3 shards are made again" in said
+    assert f"{about} was lost or damaged; it is written anew" in said
+    # one slice of shard 2, and all of shards 4, 5 and 6
+    assert "23 of 54 slices are damaged or missing" in said
+    assert "4 shards are made again" in said
     assert intact.stat().st_mtime_ns == before
     assert files(store) == files(debug_run.folder / STORE)
-    assert len(json.loads((run.folder / "cache" / "DONE").read_text())["damaged"]) == 17
+    assert len(json.loads((run.folder / "cache" / "DONE").read_text())["damaged"]) == 23
     assert main(["cache", *words]) == 0
     assert "0 of 54 slices are damaged" in capsys.readouterr().err
 
@@ -250,6 +262,8 @@ def test_a_cache_begun_with_other_settings_is_not_gone_on_with(
     assert main(["cache", *inputs.words, "cache.part=1/2"]) == 0
     assert main(["cache", *inputs.words, "cache.part=2/2", "features.noise_levels=[50]"]) == 1
     assert "was begun with features.noise_levels=[100], not [50]" in capsys.readouterr().err
+    assert main(["cache", *inputs.words, "cache.part=2/2", "cache.slices_per_shard=4"]) == 1
+    assert "was begun with cache.slices_per_shard=8, not 4" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(

@@ -45,6 +45,30 @@ def test_statistics_are_those_of_the_training_slices(pixels: TrainingPixels) -> 
     np.testing.assert_allclose(spread, np.concatenate([e.std(0) for e in expected]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("constant", [0.0, 20.0, 1000.0])
+def test_a_feature_that_never_changes_stays_out_of_the_way(tmp_path: Path, constant: float) -> None:
+    """Divided by the rounding of its values it would drown all others."""
+    shape = (1, 4, 4, 3)
+    cache = FeatureCache.create(
+        tmp_path / "features.zarr", 4, {"up0.1": (shape, "float16")}, slices_per_shard=4,
+        attributes={},
+    )  # fmt: skip
+    values = np.random.default_rng(0).normal(size=(4, *shape))
+    values[..., 1] = constant
+    cache.write_shard(0, list("abcd"), {"up0.1": values})
+    rows = np.arange(4)
+    pixels = TrainingPixels(cache, ("up0.1",), SeedLabels(cache), rows, np.ones((4, 2), np.int64))
+    mean, spread = feature_statistics(pixels, seed=0)
+    assert spread[1] == 0
+    assert (spread[[0, 2]] > 0.5).all()
+    torch.manual_seed(0)
+    net = PixelDecoder({"up0.1": 3}, hidden=8, embedding=4)
+    net.standardise(mean, spread)
+    tap = torch.from_numpy(cache.read("up0.1", 2).astype(np.float32))[0]
+    dense = net.embed_maps({"up0.1": tap.permute(2, 0, 1)[None]}, (4, 4))[0].movedim(0, -1)
+    torch.testing.assert_close(dense, net(tap.reshape(-1, 3)).reshape(4, 4, 4), atol=1e-4, rtol=0)
+
+
 def test_labels_of_masks_are_the_masks_within_the_subject(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, "prepare")
     prepared = ShardSet(run.folder / "prepare")
