@@ -21,9 +21,12 @@ INTERPRET = "TRITON_INTERPRET"  # Triton reads it when it is imported first
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton's kernels are interpreted, but compiled for a device by `make test-gpu`."""
+    """Triton's kernels are interpreted, but compiled for a device by `make test-gpu`; Ctrl-C is
+    what it is in a terminal."""
     if config.option.markexpr != "gpu":
         os.environ[INTERPRET] = "1"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 ROOT = Path(__file__).resolve().parents[1]
