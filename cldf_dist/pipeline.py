@@ -18,6 +18,7 @@ from cldf_dist.processes import from_main, processes, wait_for_everyone
 from cldf_dist.run import Run, command_for, room_explained, seconds_of, write_atomically
 from cldf_dist.stages import STAGES, Stage, part_folder, stage_named
 from cldf_dist.stopping import Stopped
+from cldf_dist.tracking import local_uri
 
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.2
@@ -249,7 +250,7 @@ def summary(config: Config) -> str:
         f"report   {folder / 'report' / 'report.html'}",
     ]
     if config.tracking.enabled:
-        lines.append(f"tracking mlflow ui --backend-store-uri {_tracking_uri(config)}")
+        lines.append(f"tracking {_way_to_mlflow(config)}")
     return "\n".join(lines)
 
 
@@ -266,8 +267,11 @@ def print_results(config: Config, stage: Stage) -> None:
         print(f"{stage.name}, part {config.cache.part}, is finished; others are missing: {folder}")
 
 
-def _tracking_uri(config: Config) -> str:
-    return config.tracking.uri or f"sqlite:///{Path(config.runs).resolve()}/mlflow.db"
+def _way_to_mlflow(config: Config) -> str:
+    uri = config.tracking.uri or local_uri(config)
+    if uri:
+        return f"mlflow ui --backend-store-uri {uri}"
+    return f"cldf sync-tracking to=http://HOST:PORT runs={config.runs}"
 
 
 def _say(text: str) -> None:

@@ -31,8 +31,8 @@ from cldf_dist.whole_files import whole_file
 
 DONE = "DONE"
 BOOKKEEPING = (  # what a stage's folder holds before there is any result
-    ".attempt.json", ".lock", "config.yaml", "provenance.json", "run.json", "seconds.json",
-    "tracking.json",
+    ".attempt.json", ".lock", "config.yaml", "mlflow.db", "mlflow.db-journal", "provenance.json",
+    "run.json", "seconds.json",
 )  # fmt: skip
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -131,6 +131,8 @@ class Run:
         ]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._metrics = path.open("a")
+        if self._tracker is not None:
+            self._tracker.rewound()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and mirror it; other ranks are silent."""
@@ -140,7 +142,7 @@ class Run:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._tracker is not None:
-            self._tracker.log(step, metrics)
+            self._tracker.logged(len(metrics))
 
     def finish(self, outputs: Mapping[str, Any] | None = None) -> None:
         """Declare the stage finished; `outputs` (numbers worth keeping) go into DONE."""

@@ -1,138 +1,194 @@
 """MLflow's mirror of metrics.jsonl: one run for the experiment, one nested run a stage.
 
-Only the main process writes, in batches. An outage is announced once and never stops training.
+Only the main process writes, in batches, and what it sends it reads from metrics.jsonl: so nothing
+is missing after a kill, and nothing is sent twice. Where the server is away the stage goes on in a
+file of its own, which `cldf sync-tracking` replays. Nothing here ever stops training.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cldf_dist import config as configuration
+from cldf_dist import tracking_store as store
 from cldf_dist.config import Config
 
-BATCH = 500  # metric values per request: MLflow accepts up to 1000
 SECONDS_BETWEEN_BATCHES = 30.0
 
 
 class Tracker:
-    """Mirrors one stage; does nothing where `tracking.enabled` is false or the server is away."""
+    """Mirrors one stage; does nothing where `tracking.enabled` is false."""
 
     def __init__(self, config: Config, folder: Path, stage: str) -> None:
+        self._config, self._folder, self._stage = config, folder, stage
+        self._uris = _addresses(config, folder) if config.tracking.enabled else []
         self._client: Any = None
-        self._pending: list[Any] = []
+        self._parent = self._run = ""
+        self._known: store.Steps | None = None  # what the store has; None: not asked yet
+        self._offset = 0  # what has been sent of metrics.jsonl, in bytes
+        self._num_waiting = 0
         self._last_sent = time.monotonic()
-        self._high_water: dict[str, int] = {}
-        if config.tracking.enabled:
-            self._guarded(lambda: self._open(config, folder, stage))
+        if self._uris:
+            self._open()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._client is None:
-            return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._pending += [
-            Metric(name, float(value), now, step)
-            for name, value in metrics.items()
-            if step > self._high_water.get(name, -1)
-        ]
+    def logged(self, num_values: int) -> None:
+        """So many values were written to metrics.jsonl; now and then they are sent."""
+        self._num_waiting += num_values
         late = time.monotonic() - self._last_sent > SECONDS_BETWEEN_BATCHES
-        if late or len(self._pending) >= BATCH:
-            self._guarded(self._send)
+        if self._uris and (late or self._num_waiting >= store.BATCH):
+            self._send()
+
+    def rewound(self) -> None:
+        """metrics.jsonl was cut back; what was sent and is done again is not sent again."""
+        self._offset = 0
 
     def close(self, status: str) -> None:
-        if self._client is None:
+        if not self._uris:
             return
-        self._guarded(lambda: self._end(status))
-        self._client = None
-
-    def _end(self, status: str) -> None:
         self._send()
-        self._client.set_terminated(self._run, status)
-        self._client.set_terminated(self._parent, status)
+        if self._client is not None:
+            try:
+                self._client.set_terminated(self._run, status)
+                self._client.set_terminated(self._parent, status)
+            except Exception as error:  # all values are there: not worth another store
+                self._warn(error, "only the word that the stage has ended is missing")
+        self._uris = []
 
-    def _open(self, config: Config, folder: Path, stage: str) -> None:
-        # a dead server must not hold up training for MLflow's default of five minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves this machine
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        from mlflow.tracking import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # not the table-by-table set-up
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        runs = Path(config.runs).resolve()
-        client = MlflowClient(tracking_uri=config.tracking.uri or f"sqlite:///{runs}/mlflow.db")
-        known = client.get_experiment_by_name(config.tracking.experiment)
-        experiment = (
-            known.experiment_id
-            if known
-            else client.create_experiment(
-                config.tracking.experiment,
-                artifact_location=None if config.tracking.uri else (runs / "mlflow").as_uri(),
-            )
-        )
-        parent = _kept_run(client, experiment, folder.parent / "tracking.json", config.name, {})
-        self._parent = parent
-        tags = {"mlflow.parentRunId": parent, "stage": stage}
-        self._run = _kept_run(client, experiment, folder / "tracking.json", stage, tags)
-        self._high_water = _last_steps(client, self._run)
-        _log_parameters(client, self._run, configuration.flatten(config))
-        self._client = client
+    def _open(self) -> None:
+        self._try(lambda: None)
 
     def _send(self) -> None:
         self._last_sent = time.monotonic()
-        while self._pending:
-            self._client.log_batch(self._run, metrics=self._pending[:BATCH])
-            del self._pending[:BATCH]
+        self._try(self._catch_up)
 
-    def _guarded(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever the tracking server does, training goes on
-            self._client = None
-            reason = " ".join(str(error).split())[:200]
-            print(
-                f"warning: MLflow is out of reach ({reason}); metrics.jsonl still holds "
-                "everything. tracking.enabled=false silences this",
-                file=sys.stderr,
+    def _try(self, action: Callable[[], None]) -> None:
+        """Do that in the first store that can be had; without any, mirroring ends."""
+        while self._uris:
+            try:
+                if self._client is None:
+                    self._enter(self._uris[0])
+                action()
+                return
+            except Exception as error:  # whatever the tracking server does, training goes on
+                self._client = None
+                self._leave(error)
+
+    def _leave(self, error: Exception) -> None:
+        """Go on in the stage's own store; where that is what failed, nowhere."""
+        failed = self._uris.pop(0)
+        if not self._uris:
+            self._warn(
+                error, "metrics.jsonl holds everything; tracking.enabled=false silences this"
             )
+            return
+        to = f"to={failed} " if self._config.tracking.uri else ""
+        self._warn(
+            error,
+            f"{self._stage} goes on in {self._folder / store.FILE}, and "
+            f"cldf sync-tracking {to}runs={self._config.runs} sends that later",
+        )
+
+    def _warn(self, error: Exception, consequence: str) -> None:
+        reason = " ".join(str(error).split())[:200]
+        print(f"warning: MLflow is out of reach ({reason}); {consequence}", file=sys.stderr)
+
+    def _catch_up(self) -> None:
+        if self._known is None:
+            self._known = store.known_steps(self._client, self._run)
+        points, end = store.read_points(self._folder / "metrics.jsonl", self._offset)
+        store.send_points(self._client, self._run, points, self._known)
+        self._offset, self._num_waiting = end, 0
+
+    def _enter(self, uri: str) -> None:
+        """Find or make the two runs in the store at `uri`."""
+        config = self._config
+        runs = Path(config.runs)
+        store.prepare_mlflow(uri)
+        own = uri == store.sqlite_uri(self._folder / store.FILE)
+        guard: Callable[[], AbstractContextManager[None]]
+        guard = nullcontext if own else partial(store.alone, runs)
+        client = store.client_of(uri, guard)
+        with guard():  # of all stages that start at once one makes the parent
+            artifacts = None if config.tracking.uri and not own else runs / "mlflow"
+            experiment = store.experiment_in(client, config.tracking.experiment, artifacts)
+            parent = {store.IDENTITY: _identity_of_parent(config.run_folder)}
+            self._parent = _kept_run(client, experiment, config.name, parent).info.run_id
+            tags = {
+                store.IDENTITY: _identity(self._folder),
+                store.FOLDER: f"{config.name}/{self._stage}",
+                store.PARENT: self._parent,
+                "stage": self._stage,
+                **_tags_of_starts(self._folder),
+            }
+            run = _kept_run(client, experiment, self._stage, tags)
+        self._run = run.info.run_id
+        store.send_parameters(client, run, configuration.flatten(config))
+        self._known, self._offset, self._client = None, 0, client
 
 
-def _kept_run(client: Any, experiment: str, path: Path, name: str, tags: dict[str, str]) -> str:
-    """The run whose id `path` remembers, set to running again; made where there is none."""
-    from mlflow.exceptions import MlflowException
+def local_uri(config: Config) -> str:
+    """The file for stages without a server; "" in a SLURM job, where each stage has its own:
+    SQLite is not for several machines at once."""
+    if os.environ.get("SLURM_JOB_ID"):
+        return ""
+    return store.sqlite_uri(Path(config.runs) / store.FILE)
 
-    if path.exists():
-        run_id = str(json.loads(path.read_text())["run_id"])
+
+def _addresses(config: Config, folder: Path) -> list[str]:
+    """Where the stage is tracked, and where instead if that cannot be."""
+    first = config.tracking.uri or local_uri(config)
+    own = store.sqlite_uri(folder / store.FILE)
+    return [first, own] if first else [own]
+
+
+def _kept_run(client: Any, experiment: str, name: str, tags: dict[str, str]) -> Any:
+    """The run with that identity, set to running again; made where there is none."""
+    tags = {**tags, store.OPENED: str(round(1000 * time.time()))}
+    run = store.run_of(client, experiment, tags[store.IDENTITY])
+    if run is None:
+        return client.create_run(experiment, run_name=name, tags=tags)
+    client.update_run(run.info.run_id, status="RUNNING")
+    store.set_tags(client, run, tags)
+    return run
+
+
+def _identity(folder: Path) -> str:
+    return str(json.loads((folder / "run.json").read_text())["id"])
+
+
+def _identity_of_parent(folder: Path) -> str:
+    """What identifies a whole run: of all stages that start at once the first decides."""
+    path = folder / "tracking.json"
+    if not path.exists():
+        mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        mine.write_text(json.dumps({"id": uuid.uuid4().hex}))
         try:
-            client.update_run(run_id, status="RUNNING")
-            return run_id
-        except MlflowException:
-            pass  # another server, or deleted there: start anew
-    run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-    path.write_text(json.dumps({"run_id": run_id}))
-    return run_id
+            os.link(mine, path)  # unlike a renaming it never replaces what is there
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            mine.replace(path)
+        finally:
+            mine.unlink(missing_ok=True)
+    return str(json.loads(path.read_text())["id"])
 
 
-def _last_steps(client: Any, run_id: str) -> dict[str, int]:
-    names = client.get_run(run_id).data.metrics
-    return {
-        name: max(entry.step for entry in client.get_metric_history(run_id, name)) for name in names
-    }
-
-
-def _log_parameters(client: Any, run_id: str, parameters: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    known = client.get_run(run_id).data.params
-    new = [Param(key, str(value)[:500]) for key, value in parameters.items() if key not in known]
-    for start in range(0, len(new), 100):
-        client.log_batch(run_id, params=new[start : start + 100])
+def _tags_of_starts(folder: Path) -> dict[str, str]:
+    """How often the stage was started, and by which jobs of SLURM."""
+    path = folder / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    jobs = dict.fromkeys(start["slurm_job"] for start in starts if start.get("slurm_job"))
+    tags = {"cldf.starts": str(len(starts))}
+    if jobs:
+        tags["slurm.jobs"] = ",".join(jobs)
+        tags["slurm.restarts"] = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return tags

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cldf_dist.__main__ import DOCTOR
+from cldf_dist.__main__ import DOCTOR, SYNC
 from cldf_dist.config import Config, flatten, load
 from cldf_dist.stages import STAGES, stage_named
 
@@ -97,9 +97,11 @@ def test_the_pages_hold_commands_to_check() -> None:
 )
 def test_commands_name_stages_files_and_settings_that_exist(page: Path, call: list[str]) -> None:
     name, *words = call
-    fit_section = "" if name in ("run", DOCTOR) else stage_named(name).fit_section
+    fit_section = "" if name in ("run", DOCTOR, SYNC) else stage_named(name).fit_section
     words = [word.replace("cache.part=task/", "cache.part=1/") for word in words]  # stage.sbatch's
     options = [word for word in words if word.startswith("--")]
+    if name == SYNC:
+        words = [word for word in words if not word.startswith("to=")]
     settings = [word for word in words if "=" in word]
     files = [word for word in words if word not in options and word not in settings]
     assert set(options) <= {"--dry-run"}

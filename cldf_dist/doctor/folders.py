@@ -149,7 +149,7 @@ def of_tracking(config: Config) -> Iterator[Finding]:
         yield ok("mlflow", "switched off; metrics.jsonl holds everything")
     elif not uri.startswith(("http://", "https://")):
         place = uri or f"a file in {config.runs}"
-        yield ok("mlflow", f"{place}; for stages that run side by side take a server")
+        yield ok("mlflow", f"{place}; in a SLURM job each stage has a file of its own")
     else:
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:

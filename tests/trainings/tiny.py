@@ -6,7 +6,7 @@ Each argument is one start of the training NAME, one after the other in the same
 are those of `Fit`, and these, which happen to the rank `victim` (default 0): `kill=STEP` (SIGKILL),
 `term=STEP`, `usr1=STEP`, `int=STEP` (signals), `hang=STEP`, `file_limit=BYTES` (no larger file can
 be written). `bad=NUMBER` makes that sample not a number, on whichever rank; `frozen=1` freezes the
-first layer.
+first layer; `tracked=1` mirrors to MLflow.
 """
 
 import json
@@ -104,8 +104,9 @@ def start(runs: str, scenario: str) -> str:
         SETTINGS, **{f.name: given.pop(f.name) for f in fields(Fit) if f.name in given}
     )
     precision = given.pop("precision", "no")
+    tracking = Tracking(enabled=bool(given.pop("tracked", 0)))
     config = Config(
-        name=name, runs=runs, data=Data(dataset="phantom"), tracking=Tracking(enabled=False),
+        name=name, runs=runs, data=Data(dataset="phantom"), tracking=tracking,
         mixed_precision=precision,
     )  # fmt: skip
     run = Run(config, "train-test", ("cam",))
