@@ -8,7 +8,6 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 DEMO ?= configs/demo.yaml
@@ -18,11 +17,7 @@ DEMO ?= configs/demo.yaml
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) '$(TORCH)')
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' EXTRAS=dev slurm/install.sh '$(VENV)'
 	touch $@
 
 check: $(STAMP)
@@ -38,7 +33,7 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 test-slurm: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slurm -rs tests/slurm $(PYTEST_ARGS)
 
 # two single-thread processes beat one process of two threads on small CPUs
 demo: $(STAMP)

@@ -2,6 +2,7 @@
 # All stages that are not finished, each as a job that starts when those it needs have succeeded.
 #   slurm/pipeline.sh [--dry-run] CONFIG [CONFIG ...] [key=value ...]
 # --dry-run prints the table and submits nothing. Options for sbatch come from slurm/cluster.env.
+# A stage of this run that is queued or running already is not submitted again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,11 +26,22 @@ fi
 parts=${CLDF_CACHE_PARTS:-1}
 table=$("$CLDF_PYTHON" -m cldf_dist.batch chain "$parts" "$@")
 
-declare -A job
+# jobs are known by the run's folder and the stage, in their comment
+run=$("$CLDF_PYTHON" -m cldf_dist.batch done run "$@")
+run=$(realpath -m "${run%/*/DONE}")
+declare -A job waiting
+while IFS='|' read -r id comment; do
+    if [[ -n $comment ]]; then waiting[$comment]=$id; fi
+done < <(squeue --me --noheader --format='%F|%k' 2>/dev/null || true)
+
 printf '%-17s %-9s %-17s %-34s %s\n' stage state job options after
 while read -r stage state nodes array needs; do
     options=() words=("$@") after='' id=-
-    if [[ $state == to-do ]]; then
+    queued=${waiting[$run/$stage]:-}
+    if [[ $state == to-do && -n $queued ]]; then
+        state=queued id=$queued
+        job[$stage]=$id
+    elif [[ $state == to-do ]]; then
         if [[ $nodes == all-nodes ]]; then
             read -ra options <<<"${CLDF_SBATCH:-}"
         else
@@ -44,7 +56,7 @@ while read -r stage state nodes array needs; do
         if [[ -n $dry ]]; then
             id=$stage
         else
-            id=$(sbatch --parsable --job-name="cldf-$stage" \
+            id=$(sbatch --parsable --job-name="cldf-$stage" --comment="$run/$stage" \
                 ${after:+--dependency="$after" --kill-on-invalid-dep=yes} \
                 "${options[@]}" slurm/stage.sbatch "$stage" "${words[@]}")
             id=${id%%;*} # clusters of a federation add their name

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def cluster(
         **environment,
         "SLURM_CONF": str(folder / "slurm.conf"),
         "CLDF_CLUSTER_ENV": str(settings),
+        "CLDF_PYTHON": sys.executable,
         "CPUS": "4",  # jobs share the cores: they mostly wait for each other
+        # ports come from the job's number, and each test worker has a cluster of its own
+        "FIRST_JOB": str(1 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])),
     }
     started = subprocess.run(
         [script, "start", str(folder)], env=everything, text=True, capture_output=True

@@ -1,7 +1,11 @@
 """Jobs on the test cluster: submit them, wait for them, read their logs."""
 
+import os
+import signal
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +57,22 @@ class Cluster:
                 pytest.fail(f"job {job} is {about['JobState']} still:\n{self.log(job)[-3000:]}")
             time.sleep(0.3)
 
-    def wait_for(self, job: str, text: str) -> None:
-        """Wait until the log of a job says `text`."""
+    def wait_for(self, job: str, claim: Callable[[], bool]) -> None:
+        """Wait until a claim is true, while the job has not ended."""
         until = time.monotonic() + PATIENCE
-        while text not in self.log(job):
+        while not claim():
             if time.monotonic() > until or self.show(job)["JobState"] in ENDED:
-                pytest.fail(f"{text!r} is not in the log of job {job}:\n{self.log(job)[-3000:]}")
-            time.sleep(0.1)
+                pytest.fail(f"waiting in vain for job {job}:\n{self.log(job)[-3000:]}")
+            time.sleep(0.05)
+
+
+def kill_a_rank(words: list[str]) -> bool:
+    """SIGKILL for one process of the program whose command line has all `words`; True if found."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            command = (folder / "cmdline").read_bytes().decode().split("\0")
+            is_launcher = "accelerate.commands.launch" in command or "bash" in command[0]
+            if "-m" in command and not is_launcher and set(words) <= set(command):
+                os.kill(int(folder.name), signal.SIGKILL)
+                return True
+    return False
