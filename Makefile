@@ -52,6 +52,8 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_train.py --parts sizes overhead large
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_cache.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stages.py --config configs/demo.yaml --train-slices 700
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_scaling.py
 
 phantom-check: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/phantom_check.py
