@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from cldf_dist import __version__
 from cldf_dist.config import Config, load
@@ -33,9 +36,20 @@ Later files override earlier ones, words override files. To resume, run the same
 """
 
 
-def command() -> None:
-    """The program: in a process of its own, which starts faster."""
-    sys.exit(main(own_process=True))
+def command() -> NoReturn:
+    """The program, in a process of its own."""
+    from cldf_dist.processes import leave_group
+
+    code = main(own_process=True)
+    if code == 0:  # after an error others may still be in a collective with us
+        leave_group()
+    # What follows is not left to the interpreter's end: where one of torch's threads wants the
+    # interpreter in that moment, the process is aborted, and a job that was done has failed.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None, *, own_process: bool = False) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,3 +184,15 @@ def control_group() -> Any:
 def wait_for_everyone() -> None:
     if processes().world_size > 1:
         accelerator().wait_for_everyone()
+
+
+def leave_group() -> None:
+    """Take the process group down, where there is one; for the end of a program that went well."""
+    torch = sys.modules.get("torch")
+    if (
+        torch is not None
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
+        control_group.cache_clear()
+        torch.distributed.destroy_process_group()
