@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +39,9 @@ def command() -> NoReturn:
     """The program, in a process of its own."""
     from cldf_dist.processes import leave_group
 
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
+        # slurm/stage.sbatch ignores it for the launcher's sake; we end, or save first in a training
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     code = main(own_process=True)
     if code == 0:  # after an error others may still be in a collective with us
         leave_group()
@@ -47,8 +49,13 @@ def command() -> NoReturn:
     # interpreter in that moment, the process is aborted, and a job that was done has failed.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
+        try:
+            if stream is not None:  # as where a daemon starts us
+                stream.flush()
+        except BrokenPipeError:
+            pass  # nobody reads it any more
+        except OSError:
+            code = code or 1  # what was printed is lost
     os._exit(code)
 
 

@@ -19,6 +19,9 @@ CLASSES = ("no object", "object")
 UNCONDITIONAL = len(CLASSES)  # the class index that stands for "no label given"
 
 
+EACH = "each"  # of the data set's objects
+
+
 @dataclass(frozen=True)
 class Phantom:
     """The synthetic data set: what `data.dataset=phantom` generates."""

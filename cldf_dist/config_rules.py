@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cldf_dist.config import Classifier, Config, Contrast, Data, Fit, UNet, flatten
+from cldf_dist.config import EACH, Classifier, Config, Contrast, Data, Fit, UNet, flatten
 
 DATASETS = ("brats", "chaos", "dicom", "nnunet", "phantom")
 BRATS_OBJECTS = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -129,7 +129,7 @@ def _shards(data: Data) -> Iterator[str]:
         return
     if "://" not in data.shards:
         yield f"data.shards must be a URL, such as s3://bucket/x or file:///x, got {data.shards!r}"
-    if data.object == "each" or "," in data.object:
+    if data.object == EACH or "," in data.object:
         yield (
             "data.shards holds the slices of one object; make a run for each, "
             f"got data.object={data.object!r}"
@@ -141,7 +141,7 @@ def _shards(data: Data) -> Iterator[str]:
 def _object(config: Config) -> Iterator[str]:
     """The rules of data.object that need no look at the data."""
     data = config.data
-    names = data.object.split(",") if data.object not in ("", "each") else []
+    names = data.object.split(",") if data.object not in ("", EACH) else []
     parts = [part for name in names for part in name.strip().split("+")]
     known: tuple[str, ...] | None = None  # only the data know
     if data.dataset == "brats":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cldf_dist.config import Config, Data
+from cldf_dist.config import EACH, Config, Data
 from cldf_dist.data.datasets import objects, patients
 from cldf_dist.data.nifti import Affine, read_nifti, write_nifti
 from cldf_dist.data.objects import object_parts
@@ -22,7 +22,6 @@ from cldf_dist.processes import processes
 from cldf_dist.run import read_json, write_atomically
 from cldf_dist.stages.masks import FloatArray, Mask
 
-EACH = "each"
 SPLIT_SETTINGS = ("validation_fraction", "test_fraction", "split_seed")
 MASK = "_mask.nii.gz"  # how the names of masks of new scans end
 

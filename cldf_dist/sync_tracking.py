@@ -8,6 +8,7 @@ rest. Points that no store has yet come from the stage's metrics.jsonl. Imports 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Counts:
     parameters_there: int = 0
     values: int = 0
     values_there: int = 0
+    damaged: list[str] = field(default_factory=list)  # what is wrong with which local store
 
     def __str__(self) -> str:
         lines = [
@@ -67,8 +69,11 @@ def run(words: Sequence[str]) -> int:
     """What the command line does; the exit code. ValueError and OSError say what is wrong."""
     config, target = _asked(words)
     print(f"{config.runs} to {target}")
-    print(replay(Path(config.runs), target))
-    return 0
+    counts = replay(Path(config.runs), target)
+    print(counts)
+    for sentence in counts.damaged:
+        print(f"cldf: error: {sentence}", file=sys.stderr)
+    return 1 if counts.damaged else 0
 
 
 def replay(runs: Path, target: str) -> Counts:
@@ -85,7 +90,7 @@ def replay(runs: Path, target: str) -> Counts:
         with _told(target):
             client = store.client_of(target, lambda: store.alone(runs))
         counts, targets = Counts(), dict[str, str]()
-        for source in _sources(uris):
+        for source in _sources(uris, counts.damaged):
             with _told(target):
                 _replay_run(source, client, runs, targets, counts)
     return counts
@@ -146,18 +151,27 @@ def _told(uri: str) -> Iterator[None]:
         ) from error
 
 
-def _sources(uris: Sequence[str]) -> list[Source]:
-    """The runs of all local stores, those that hold others first."""
+def _sources(uris: Sequence[str], damaged: list[str]) -> list[Source]:
+    """The runs of all local stores, those that hold others first; a store that cannot be read is
+    left out, and told in `damaged`."""
     found: dict[str, Source] = {}
     identities: dict[str, str] = {}
     for uri in uris:
-        with _told(uri):
+        try:
             client = store.client_of(uri)
-            for experiment, run in _runs_in(client):
-                identity = run.data.tags.get(store.IDENTITY, run.info.run_id)
-                identities[run.info.run_id] = identity
-                source = found.setdefault(identity, Source(identity, experiment))
-                source.copies.append((client, run))
+            runs = list(_runs_in(client))
+        except Exception as error:  # MLflow's and SQLite's have no common kind
+            reason = " ".join(str(error).split())[:200]
+            damaged.append(
+                f"{store.sqlite_path(uri)} cannot be read or locked ({reason}) and is left out; if "
+                "it is damaged, move it away: its stage's metrics.jsonl holds the values"
+            )
+            continue
+        for experiment, run in runs:
+            identity = run.data.tags.get(store.IDENTITY, run.info.run_id)
+            identities[run.info.run_id] = identity
+            source = found.setdefault(identity, Source(identity, experiment))
+            source.copies.append((client, run))
     for source in found.values():
         source.copies.sort(key=lambda copy: _opened(copy[1]), reverse=True)
         source.parent = identities.get(source.newest.data.tags.get(store.PARENT, ""), "")

@@ -17,7 +17,8 @@ start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-$PWD/.venv}
 if [[ $folder != /* ]]; then folder=$start/$folder; fi
-mine=$folder/.unfinished # there until the first installation is complete
+folder=$(realpath -m "$folder") # venv refuses a link
+mine=$folder/.cldf-install-unfinished # there until the first installation is complete
 python=${PYTHON:-python3}
 if [[ $python == */* && $python != /* ]]; then python=$start/$python; fi
 

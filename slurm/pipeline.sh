@@ -27,8 +27,13 @@ parts=${CLDF_CACHE_PARTS:-1}
 table=$("$CLDF_PYTHON" -m cldf_dist.batch chain "$parts" "$@")
 
 # jobs are known by the run's folder and the stage, in their comment
-run=$("$CLDF_PYTHON" -m cldf_dist.batch done run "$@")
+read -r run < <("$CLDF_PYTHON" -m cldf_dist.batch done run "$@")
 run=$(realpath -m "${run%/*/DONE}")
+if [[ -z $dry ]]; then # one at a time, or both would find nothing queued
+    mkdir -p "$run"
+    exec 9>"$run/.pipeline.lock"
+    flock 9 || true # not every file system can
+fi
 declare -A job waiting
 while IFS='|' read -r id comment; do
     if [[ -n $comment ]]; then waiting[$comment]=$id; fi

@@ -318,3 +318,15 @@ def test_a_real_server_that_comes_and_goes_has_one_run_with_all_steps_in_the_end
     assert len(runs_in(target)) == 2
     assert named(target, STAGE).info.status == "FINISHED"
     assert named(target, STAGE).data.tags["cldf.starts"] == "3"
+
+
+def test_a_damaged_store_is_named_and_the_others_are_sent(
+    config: Config, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logged(config, range(3)).close()
+    damaged = Path(config.runs) / NAME / STAGE / store.FILE
+    damaged.write_bytes(os.urandom(5000))
+    assert main(["sync-tracking", f"runs={config.runs}", f"to={target}"]) == 1
+    said = capsys.readouterr()
+    assert "metric values  6 sent" in said.out
+    assert said.err.startswith(f"cldf: error: {damaged} cannot be read or locked (")

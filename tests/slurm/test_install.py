@@ -162,7 +162,7 @@ def test_only_an_environment_that_was_never_finished_is_made_anew(run: Run, tmp_
         assert ("an earlier run did not end" in done.stderr) == (number == 2), done.stderr
         assert not left.exists()
         left.touch()
-    (folder / ".unfinished").unlink()  # as at the end of a run that succeeds
+    (folder / ".cldf-install-unfinished").unlink()  # as at the end of a run that succeeds
     assert run(SLURM / "install.sh", folder, PYTHON=sys.executable, **nothing).returncode != 0
     assert left.exists()
 

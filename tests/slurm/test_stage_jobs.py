@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_a_refused_requeue_is_told_by_its_exit_code(
     assert about["ExitCode"] == "75:0", cluster.log(job)[-3000:]
     assert "SLURM did not requeue job" in cluster.log(job)
     assert list((run.folder / "train-cam" / "checkpoints").iterdir()), "all is saved"
+
+
+def test_a_job_that_is_asked_to_stop_as_it_starts_is_requeued(
+    cluster: Cluster, debug_run: Any, tmp_path: Path
+) -> None:
+    run = debug_run.copy_to(tmp_path)
+    job = cluster.submit(STAGE, "prepare", *run.words)
+    cluster.wait_for(job, lambda: bool(list(cluster.folder.glob(f"job-{job}.log"))))
+    time.sleep(0.2)  # bash is there, and asks for the stage's files
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    about = cluster.ended(job)
+    assert (about["JobState"], about["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)[-3000:]
 
 
 def test_a_killed_rank_ends_the_job(cluster: Cluster, debug_run: Any, tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def test_the_benchmark_of_the_start_runs_and_appends_its_row(
     words = ["benchmarks/bench_start.py", "--running-cluster", "--rounds=1", "--warmup=0"]
     done = cluster.run(sys.executable, *words, f"--folder={tmp_path}", f"--output={output}")
     assert done.returncode == 0, done.stderr
-    (row,) = csv.DictReader(output.open())
+    (row,) = csv.DictReader(output.read_text().splitlines())
     assert float(row["bare_s"]) > 0
     assert float(row["stage_s"]) > 0
 
