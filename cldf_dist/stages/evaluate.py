@@ -46,6 +46,7 @@ from cldf_dist.stages.masks import (
     otsu_mask,
 )
 from cldf_dist.stages.tables import legacy_table, results_table
+from cldf_dist.stages.weak import weak_rows
 
 HEADLINE, OTSU = "headline", "otsu"  # threshold rules with a row per patient in cases.csv
 OURS = "cldf"
@@ -104,6 +105,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_without_truth": len(shards.patients["test"]) - len(patients),
         },
         "legacy": legacy_summary(legacy, methods),
+        "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
     }

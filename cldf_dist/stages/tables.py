@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.weak import WEAK_RULE
 
 SAW_MASKS = "saw the training masks"
 
@@ -36,6 +37,8 @@ def results_table(summary: Mapping[str, Any]) -> str:
             "Dice of cldf minus that of the other rows, over patients that both score\n"
             + _comparisons_block(strict["comparisons"])
         )
+    if weak := summary.get("weak_validation"):
+        blocks.append(f"Without any mask: {WEAK_RULE}\n" + _weak_block(weak))
     if SUPERVISED in strict["methods"]:
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
@@ -104,6 +107,19 @@ def _scores_block(rows: Mapping[str, Any]) -> str:
 def _oracle_block(rows: Mapping[str, Any]) -> str:
     lines = [[_marked(m), _number(r["dice"]), _number(r["cut"], 4)] for m, r in rows.items()]
     return _aligned([["method", "oracle Dice", "cut"], *lines])
+
+
+def _weak_block(rows: Mapping[str, Any]) -> str:
+    lines = [
+        [
+            _marked(method),
+            _number(row["area_auroc"]),
+            _number(row["false_area"], 4),
+            str(row["num_slices"]),
+        ]
+        for method, row in rows.items()
+    ]
+    return _aligned([["method", "area AUROC", "false area", "slices"], *lines])
 
 
 def _comparisons_block(rows: Mapping[str, Any]) -> str:

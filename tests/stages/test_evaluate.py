@@ -113,6 +113,15 @@ def test_oracle_is_apart_and_never_below_the_headline(strict):
     assert strict["oracle_threshold"]["cdm"]["dice"] == pytest.approx(5 * everything / 7)
 
 
+def test_slice_labels_of_validation_patients_judge_each_row_without_a_mask(summary, strict):
+    weak = summary["weak_validation"]
+    assert list(weak) == list(strict["methods"])
+    # one of the six slices has too little of the object to count; CDM marks nothing anywhere
+    assert weak["cldf"] == {"area_auroc": 1.0, "false_area": 0.0, "num_slices": 5}
+    assert weak["cdm"]["area_auroc"] == 0.5
+    assert "Without any mask" in results_table(summary)
+
+
 def test_oracle_search_equals_scoring_every_cut():
     rng = np.random.default_rng(0)
     cuts = np.arange(-1, 18, dtype=np.float32) / 16
