@@ -32,6 +32,7 @@ COUNTS = (
 )  # fmt: skip
 LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
+IMAGE_TAP = re.compile(r"image[13579]")  # as in method/features.py, which imports torch
 
 
 def broken_rules(config: Config) -> list[str]:
@@ -295,12 +296,15 @@ def _taps(config: Config) -> Iterator[str]:
     if len(set(taps)) != len(taps):
         yield f"features.taps must differ, got {list(taps)}"
     for tap in taps:
+        if IMAGE_TAP.fullmatch(tap):
+            continue
         found = TAP.fullmatch(tap)
         level, block = (int(number) for number in found.groups()) if found else (-1, -1)
         if not (0 <= level < len(net.channels) and 0 <= block <= net.num_res_blocks):
             yield (
                 f"features.taps must be up<level>.<block>, level 0 to {len(net.channels) - 1} and "
-                f"block 0 to {net.num_res_blocks} with diffusion.net as it is, got {tap!r}"
+                f"block 0 to {net.num_res_blocks} with diffusion.net as it is, or image<size> with "
+                f"size 1, 3, 5, 7 or 9, got {tap!r}"
             )
 
 

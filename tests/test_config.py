@@ -162,6 +162,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("features.taps", ["up4.1"], r"level 0 to 3 and block 0 to 2 .*, got 'up4\.1'"),
         ("features.taps", ["up2.3"], r"level 0 to 3 and block 0 to 2 .*, got 'up2\.3'"),
         ("features.taps", ["down1.1"], r"features\.taps must be up<level>\.<block>.*got 'down1"),
+        ("features.taps", ["image4"], r"or image<size> with size 1, 3, 5, 7 or 9, got 'image4'"),
         ("features.taps", ["up1.1", "up1.1"], r"features\.taps must differ"),
         ("classifier.max_noise_level", 250, r"must stay below classifier\.max_noise_level \(250\)"),
         ("gradient_map.smooth_pixels", -1.0, r"gradient_map\.smooth_pixels must be >= 0 .*got -1"),

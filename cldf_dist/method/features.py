@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cldf_dist.config import UNCONDITIONAL, Features
 from cldf_dist.method.noise import Schedule, key_noise
 
 CONDITIONS = {"no_object": 0, "object": 1, "none": UNCONDITIONAL}
+IMAGE_TAP = re.compile(r"image([13579])")
 
 
 class FeatureTaps:
@@ -88,12 +92,43 @@ def extract_features(
 
     `levels` are the maps that `num_levels` counts: the noise levels in their order (or their mean),
     each with its draws if those are stacked; with `settings.contrast` then the same number of
-    differences "object" - "no object". `net` is in evaluation mode; `dtype` is its autocast.
+    differences "object" - "no object". A tap "image<size>" is the slice itself, as one level:
+    the square of that many pixels around each. `net` is in evaluation mode; `dtype` its autocast.
     """
     if settings.condition not in CONDITIONS:
         raise ValueError(
             f"features.condition must be one of {', '.join(CONDITIONS)}, got {settings.condition!r}"
         )
+    own = {tap: image_patches(images, size) for tap in settings.taps if (size := patch_size(tap))}
+    of_net = tuple(tap for tap in settings.taps if tap not in own)
+    if of_net or not own:
+        own |= _of_net(net, schedule, images, keys, replace(settings, taps=of_net), dtype)
+    return {tap: own[tap] for tap in settings.taps}
+
+
+def image_patches(images: Tensor, size: int) -> Tensor:
+    """The features (batch, 1, channels * size * size, height, width) of the slices themselves: the
+    square of `size` pixels (odd) around each pixel, the border repeated outwards."""
+    padded = functional.pad(images.float(), (size // 2,) * 4, mode="replicate")
+    patches: Tensor = functional.unfold(padded, size)
+    return patches.view(len(images), 1, -1, *images.shape[2:])
+
+
+def patch_size(tap: str) -> int:
+    """Pixels across of the patch that a tap of the image means, such as 3 for "image3"; else 0."""
+    found = IMAGE_TAP.fullmatch(tap)
+    return int(found[1]) if found else 0
+
+
+def _of_net(
+    net: nn.Module,
+    schedule: Schedule,
+    images: Tensor,
+    keys: Sequence[str],
+    settings: Features,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """What `extract_features` gives, where all taps are of the network."""
     conditions = [settings.condition]
     if settings.contrast:
         conditions += [name for name in ("object", "no_object") if name != settings.condition]
@@ -131,10 +166,16 @@ def tap_shapes(
     net: nn.Module, image_size: int, settings: Features
 ) -> dict[str, tuple[int, int, int, int]]:
     """{tap: (levels, channels, height, width)} that `extract_features` gives for square images."""
-    FeatureTaps(net, settings.taps)  # refuses unknown names
+    of_net = [tap for tap in settings.taps if not patch_size(tap)]
+    if of_net or not settings.taps:
+        FeatureTaps(net, of_net)  # refuses unknown names
     channels = list(reversed(net.block_out_channels))  # type: ignore[arg-type]
     shapes = {}
     for tap in settings.taps:
+        if across := patch_size(tap):
+            num_values = int(net.in_channels) * across**2  # type: ignore[arg-type]
+            shapes[tap] = (1, num_values, image_size, image_size)
+            continue
         level = int(tap.removeprefix("up").split(".")[0])
         size = image_size // 2 ** (len(channels) - 1 - level)
         shapes[tap] = (num_levels(settings), channels[level], size, size)

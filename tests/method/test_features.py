@@ -9,6 +9,7 @@ from cldf_dist.method.features import (
     FeatureTaps,
     extract_features,
     features_dtype,
+    image_patches,
     tap_shapes,
 )
 from cldf_dist.method.noise import Schedule, key_noise
@@ -205,3 +206,22 @@ def test_bf16_passes_give_float32_features_within_its_rounding(net, images):
 def test_precision_is_bf16_on_gpus_unless_it_says_otherwise(precision, device, dtype):
     settings = Features(precision=precision)
     assert features_dtype(settings, torch.device(device)) == dtype
+
+
+def test_patches_hold_the_neighbours_of_each_pixel_and_repeat_the_border(images):
+    patches = image_patches(images, 3).unflatten(2, (2, 3, 3))[:, 0]
+    torch.testing.assert_close(patches[:, :, 1, 1], images)
+    torch.testing.assert_close(patches[:, :, 0, 2, 1:, :-1], images[:, :, :-1, 1:])  # up, right
+    torch.testing.assert_close(patches[:, :, 0, 1, 0], images[:, :, 0])
+    assert torch.equal(image_patches(images, 1)[:, 0], images)
+
+
+@pytest.mark.parametrize("taps", [("up2.1", "image3", "up0.1"), ("image5",)])
+def test_the_image_is_a_tap_beside_those_of_the_network(net, images, taps):
+    settings = dataclasses.replace(SETTINGS, taps=taps, contrast=True)
+    features = extract_features(net, SCHEDULE, images, KEYS, settings)
+    assert {tap: tuple(f.shape[1:]) for tap, f in features.items()} == tap_shapes(net, 16, settings)
+    assert list(features) == list(taps)
+    without = dataclasses.replace(settings, taps=("up0.1", "up2.1"))
+    for tap, expected in extract_features(net, SCHEDULE, images, KEYS, without).items():
+        assert tap not in taps or torch.equal(features[tap], expected)
