@@ -314,6 +314,9 @@ class Evaluate:
     confidence: float = 0.95
     resamples: int = 10_000
     upper_bound: bool = True  # train and report `supervised_decoder` where training masks exist
+    # train and report `raw_patches`, the same decoder on the slice itself, where features.taps has
+    # an image tap beside those of the CDM
+    controls: bool = True
 
 
 @dataclass(frozen=True)

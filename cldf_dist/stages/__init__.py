@@ -83,7 +83,7 @@ STAGES = (
         "train-decoder",
         "the pixel decoder, by the contrastive loss on seed pixels",
         needs=("cache",),
-        sections=("decoder", "evaluate.upper_bound"),
+        sections=("decoder", "evaluate.upper_bound", "evaluate.controls"),
         fit_section="decoder.fit",
     ),
     Stage(

@@ -26,6 +26,9 @@ Mask = npt.NDArray[np.bool_]
 METHODS = (
     "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm", "cldf",
 )  # fmt: skip
+RAW_PATCHES = (
+    "raw_patches"  # a control: CLDF's recipe on the slice itself, without diffusion features
+)
 SUPERVISED = "supervised_decoder"  # a reference row: it saw the training masks
 PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
 

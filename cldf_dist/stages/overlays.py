@@ -23,7 +23,7 @@ from cldf_dist.config import Config, Seeds
 from cldf_dist.data.shards import SliceTable
 from cldf_dist.data.slices import ORIENTATION, OUTSIDE, Geometry, to_native
 from cldf_dist.method.seeds import BACKGROUND, OBJECT, scale_to_unit, seed_labels
-from cldf_dist.stages.masks import SUPERVISED, FloatArray, Mask, PatientScores
+from cldf_dist.stages.masks import RAW_PATCHES, SUPERVISED, FloatArray, Mask, PatientScores
 
 TITLES = {
     "gradcam": "GradCAM",
@@ -34,6 +34,7 @@ TITLES = {
     "cg_diff": "CG-Diff",
     "cg_cdm": "CG-CDM",
     "cldf": "CLDF",
+    RAW_PATCHES: "raw patches",
     SUPERVISED: "supervised decoder",
 }
 MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"

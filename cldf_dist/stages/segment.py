@@ -37,6 +37,7 @@ from cldf_dist.stages.cache import FrozenNets, gradient_map_of
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
     METHODS,
+    RAW_PATCHES,
     SUPERVISED,
     FloatArray,
     PatientScores,
@@ -61,8 +62,9 @@ class Segmenter:
     def load(cls, config: Config, run: Run) -> Segmenter:
         folder = run.needs("train-decoder")
         decoders = {"cldf": load_decoder(folder)}
-        if (folder / SUPERVISED / "DONE").exists():
-            decoders[SUPERVISED] = load_decoder(folder / SUPERVISED)
+        for row in (RAW_PATCHES, SUPERVISED):
+            if (folder / row / "DONE").exists():
+                decoders[row] = load_decoder(folder / row)
         # new scans are seen as the training slices were, on whatever device
         precision = read_description(folder)["features_precision"]
         features = replace(config.features, precision=precision)

@@ -1,7 +1,9 @@
 """Train the pixel decoder on cached features at seed pixels, and take prototypes from the seeds.
 
-Where training masks are known, a second decoder is trained on them in the same way: the upper
-bound `supervised_decoder` of the table. It is the only training that reads a mask.
+Two reference rows of the table are trained in the same way, each in a folder of its own. Where
+`features.taps` has the slice itself beside the diffusion model's activations, `raw_patches` learns
+from it alone: what the recipe does without diffusion. Where training masks are known,
+`supervised_decoder` learns from them: the upper bound, and the only training that reads a mask.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gat
 from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
 from cldf_dist.fit import fit
+from cldf_dist.method.features import patch_size
 from cldf_dist.method.prototypes import class_prototypes
 from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.decoder import PixelDecoder
@@ -43,7 +46,7 @@ from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.stages.loading import shard_set
-from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.masks import RAW_PATCHES, SUPERVISED
 from cldf_dist.tasks.contrast import Contrast
 from cldf_dist.weights import save_net
 
@@ -63,6 +66,15 @@ NET_CARD = NetCard(
     section="decoder",
     tags=("image-segmentation",),
 )
+RAW_PATCHES_CARD = dataclasses.replace(
+    NET_CARD,
+    title="Pixel decoder of raw patches (control)",
+    does=(
+        "`net(features)` takes the values of the slice in a square around each pixel (pixels, "
+        "features) and gives embeddings of unit length; the nearer of the two prototypes (no "
+        "object, object) is a pixel's class. It shows what the method does without diffusion."
+    ),
+)
 SUPERVISED_CARD = dataclasses.replace(
     NET_CARD,
     title="Pixel decoder trained on masks (reference)",
@@ -76,33 +88,51 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     slices = cached_slices(shards)
     check_same_slices(cache, slices)
     table = slices.tables[0]
-    pixels = _training_pixels(config, cache, SeedLabels(cache), len(table))
+    taps = config.features.taps
+    pixels = _training_pixels(cache, taps, SeedLabels(cache), len(table))
     result = _train(config, run, pixels)
     if run.is_main:
         write_card(run, shards, NET_CARD)
+    patches = tuple(tap for tap in taps if patch_size(tap))
+    if config.evaluate.controls and 0 < len(patches) < len(taps):
+        control = Reference(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)
+        _train_reference(config, run, control, cache, shards)
     if config.evaluate.upper_bound and _has_masks(table):
-        _train_supervised(config, run, cache, shards)
+        upper_bound = Reference(SUPERVISED, taps, MaskLabels(table), SUPERVISED_CARD)
+        _train_reference(config, run, upper_bound, cache, shards)
     return result
 
 
-def _train_supervised(config: Config, run: Run, cache: FeatureCache, shards: ShardSet) -> None:
-    """The reference row: its own folder below this stage's, resumed and finished like a stage."""
-    reference = Run(config, f"{run.stage}/{SUPERVISED}", run.sections, run.inputs)
-    if from_main(reference.is_finished):
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A row of the table that is trained beside CLDF, to compare with."""
+
+    row: str
+    taps: tuple[str, ...]
+    labels: PixelLabels
+    card: NetCard
+
+
+def _train_reference(
+    config: Config, run: Run, reference: Reference, cache: FeatureCache, shards: ShardSet
+) -> None:
+    """In its own folder below this stage's, resumed and finished like a stage."""
+    own = Run(config, f"{run.stage}/{reference.row}", run.sections, run.inputs)
+    if from_main(own.is_finished):
         return
     if run.is_main:
-        reference.open()
+        own.open()
     wait_for_everyone()
     try:
-        table = cached_slices(shards).tables[0]
-        pixels = _training_pixels(config, cache, MaskLabels(table), len(table))
-        result = _train(config, reference, pixels)
+        num_slices = len(cached_slices(shards).tables[0])
+        pixels = _training_pixels(cache, reference.taps, reference.labels, num_slices)
+        result = _train(config, own, pixels)
         if run.is_main:
-            write_card(reference, shards, SUPERVISED_CARD)
-        reference.finish(result)
+            write_card(own, shards, reference.card)
+        own.finish(result)
     finally:
-        reference.close()
-    run.stop_requested = run.stop_requested or reference.stop_requested
+        own.close()
+    run.stop_requested = run.stop_requested or own.stop_requested
 
 
 def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
@@ -201,7 +231,7 @@ def _features_of(
 
 
 def _training_pixels(
-    config: Config, cache: FeatureCache, labels: PixelLabels, num_slices: int
+    cache: FeatureCache, taps: tuple[str, ...], labels: PixelLabels, num_slices: int
 ) -> TrainingPixels:
     """The first `num_slices` rows of the cache; each process counts the labels of its share."""
     rows, here = np.arange(num_slices), processes()
@@ -211,7 +241,7 @@ def _training_pixels(
     counts = np.zeros((num_slices, 2), np.int64)
     for share, found in zip(shares, from_all(mine), strict=True):
         counts[share] = found
-    return TrainingPixels(cache, config.features.taps, labels, rows, counts)
+    return TrainingPixels(cache, taps, labels, rows, counts)
 
 
 def _has_masks(table: SliceTable) -> bool:

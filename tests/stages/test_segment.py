@@ -17,7 +17,7 @@ from cldf_dist.data.stored_features import to_stored
 from cldf_dist.method.features import extract_features
 from cldf_dist.run import Run
 from cldf_dist.stages.cache import FrozenNets
-from cldf_dist.stages.masks import METHODS, SUPERVISED, PatientScores
+from cldf_dist.stages.masks import METHODS, RAW_PATCHES, SUPERVISED, PatientScores
 from cldf_dist.stages.segment import Segmenter, my_share, score_maps
 
 EARLIER = (
@@ -218,6 +218,30 @@ def test_the_reference_row_is_there_only_where_it_was_trained(
     assert Segmenter.load(config, Run(config, "segment", ())).rows == METHODS
     config = load([debug_run.words[0]], debug_run.words[1:])
     assert Segmenter.load(config, Run(config, "segment", ())).rows == (*METHODS, SUPERVISED)
+
+
+def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
+    debug_run: Any, tmp_path: Path
+) -> None:
+    """It knows the slice alone: without diffusion features it is the method itself."""
+    trained = ("prepare", "train-diffusion", "train-classifier", "train-cam")
+    run = debug_run.copy_to(tmp_path / "both", *trained)
+    words = [*run.words, "features.taps=[up1.1,image3]", "evaluate.upper_bound=false"]
+    for stage in ("cache", "train-decoder", "segment", "evaluate"):
+        assert main([stage, *words]) == 0
+    alone = debug_run.copy_to(tmp_path / "alone", *trained)
+    for stage in ("cache", "train-decoder"):
+        assert main([stage, *alone.words, "features.taps=[image3]"]) == 0
+    own = run.folder / "train-decoder" / RAW_PATCHES / "net.safetensors"
+    assert own.read_bytes() == (alone.folder / "train-decoder" / "net.safetensors").read_bytes()
+    assert not (alone.folder / "train-decoder" / RAW_PATCHES).exists()
+    rows = json.loads((run.folder / "segment" / "thresholds.json").read_text())["cuts"]
+    assert list(rows) == [*METHODS, RAW_PATCHES]
+    assert RAW_PATCHES in (run.folder / "evaluate" / "table.txt").read_text()
+    assert main(["train-decoder", *words, "evaluate.controls=false"]) == 1  # another setting
+    shutil.rmtree(run.folder / "train-decoder")
+    assert main(["train-decoder", *words, "evaluate.controls=false"]) == 0
+    assert not own.exists()
 
 
 def test_rows_that_are_switched_off_are_nowhere(debug_run: Any, tmp_path: Path) -> None:
