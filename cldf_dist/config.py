@@ -188,6 +188,8 @@ class Features:
 
     taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
     noise_levels: tuple[int, ...] = (50, 150, 300)  # timesteps
+    # drawn | none: what is added to the slice; none: it is only scaled as at that noise level
+    noise: str = "drawn"
     draws: int = 1  # of the noise, at each noise level
     combine_levels: str = "stack"  # stack | average: one feature map per noise level, or their mean
     combine_draws: str = "average"  # average | stack

@@ -70,6 +70,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("diffusion.net.attention", config.diffusion.net.attention, ATTENTION),
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
         ("features.precision", config.features.precision, ("auto", "fp32", "bf16")),
+        ("features.noise", config.features.noise, ("drawn", "none")),
         ("features.combine_levels", config.features.combine_levels, COMBINATIONS),
         ("features.combine_draws", config.features.combine_draws, COMBINATIONS),
         ("features.storage", config.features.storage, ("float16", "int8")),
@@ -295,6 +296,8 @@ def _taps(config: Config) -> Iterator[str]:
         yield "features.taps must name at least one decoder level, e.g. [up2.1]"
     if len(set(taps)) != len(taps):
         yield f"features.taps must differ, got {list(taps)}"
+    if config.features.noise == "none" and config.features.draws != 1:
+        yield f"features.draws must be 1 with features.noise=none, got {config.features.draws}"
     for tap in taps:
         if IMAGE_TAP.fullmatch(tap):
             continue

@@ -134,6 +134,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("diffusion.net.channels", [64, 64], r"attention_levels needs one entry per level"),
         ("diffusion.net.norm_num_groups", 48, r"multiples of diffusion.*norm_num_groups \(48\)"),
         ("diffusion.net.num_head_channels", 96, r"net\.num_head_channels \(96\), got 256"),
+        ("features.noise", "some", r"features\.noise must be one of drawn, none, got 'some'"),
         ("features.noise_levels", [1000], r"features\.noise_levels must be timesteps in 0\.\.999"),
         ("saliency.noise_levels", [], r"saliency\.noise_levels must be timesteps"),
         ("features.taps", [], r"features\.taps must name at least one"),

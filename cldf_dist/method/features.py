@@ -139,7 +139,8 @@ def _of_net(
     with FeatureTaps(net, settings.taps) as taps, precision:
         for level, draw in itertools.product(range(len(settings.noise_levels)), draws):
             timestep = settings.noise_levels[level]
-            found = _one_pass(taps, schedule, images, keys, timestep, draw, conditions)
+            which = draw if settings.noise == "drawn" else None
+            found = _one_pass(taps, schedule, images, keys, timestep, which, conditions)
             for tap, by_condition in found.items():
                 plain[tap].add(level, draw, by_condition[settings.condition])
                 if settings.contrast:
@@ -224,15 +225,19 @@ def _one_pass(
     images: Tensor,
     keys: Sequence[str],
     level: int,
-    draw: int,
+    draw: int | None,
     conditions: Sequence[str],
 ) -> dict[str, dict[str, Tensor]]:
-    """{tap: {condition: float32 (batch, channels, h, w)}}, all from the same noised images."""
+    """{tap: {condition: float32 (batch, channels, h, w)}}, all from the same noised images; without
+    a `draw` from the mean of all of them, which has no noise."""
     num_images, device = len(images), images.device
     labels = torch.tensor([CONDITIONS[name] for name in conditions], device=device)
     labels = labels.repeat_interleave(num_images)
     timesteps = torch.full((num_images,), level, device=device)
-    noise = key_noise(keys, level, draw, images.shape[1:], device)
+    if draw is None:
+        noise = torch.zeros_like(images)
+    else:
+        noise = key_noise(keys, level, draw, images.shape[1:], device)
     noised = schedule.add_noise(images, timesteps, noise).repeat(len(conditions), 1, 1, 1)
     found = taps.run(noised, timesteps.repeat(len(conditions)), labels)
     return {

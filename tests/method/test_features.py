@@ -225,3 +225,15 @@ def test_the_image_is_a_tap_beside_those_of_the_network(net, images, taps):
     without = dataclasses.replace(settings, taps=("up0.1", "up2.1"))
     for tap, expected in extract_features(net, SCHEDULE, images, KEYS, without).items():
         assert tap not in taps or torch.equal(features[tap], expected)
+
+
+def test_without_noise_a_level_is_the_scaled_slice(net, images):
+    settings = dataclasses.replace(SETTINGS, noise="none")
+    found = extract_features(net, SCHEDULE, images, KEYS, settings)
+    share = SCHEDULE.alphas_cumprod[300].sqrt()
+    with FeatureTaps(net, settings.taps) as taps, torch.no_grad():
+        expected = taps.run(share * images, torch.full((3,), 300), torch.ones(3, dtype=torch.long))
+    for tap in settings.taps:
+        torch.testing.assert_close(found[tap][:, 1], expected[tap], atol=1e-5, rtol=1e-5)
+    other_keys = extract_features(net, SCHEDULE, images, ["x/1", "x/2", "x/3"], settings)
+    assert all(torch.equal(found[tap], other_keys[tap]) for tap in found)
