@@ -274,7 +274,7 @@ def _precision(config: Config, stage: str) -> str:
 
 def _cache_mb(config: Config) -> float:
     net = train_setup.meta_net(config)
-    return bytes_per_slice(row_shapes(net, config.data.image_size, config.features)) / 1e6
+    return bytes_per_slice(row_shapes(net, config)) / 1e6
 
 
 def _print(row: Row) -> None:

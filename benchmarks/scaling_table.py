@@ -86,7 +86,7 @@ def _disks(config: Config, rates: dict[str, float]) -> Iterator[str]:
     side = config.data.image_size
     slice_bytes = 2 * len(datasets.channels(config.data)) * side**2
     net = train_setup.meta_net(config)
-    shapes = row_shapes(net, side, config.features)
+    shapes = row_shapes(net, config)
     size = bytes_per_slice(shapes)
     ranks = {name: 1 + len(shape) for name, (shape, _) in shapes.items()} | {"key": 2, "done": 1}
     store = Store(ranks, config.cache.slices_per_shard)

@@ -176,6 +176,25 @@ class Cam:
 
 
 @dataclass(frozen=True)
+class PatchClassifier:
+    """The classifier of small windows, whose evidence makes the seeds of `cldf_plus`."""
+
+    enabled: bool = True  # false leaves out the rows patch_classifier and cldf_plus
+    channels: int = 32
+    layers: int = 4  # 3x3 convolutions: a pixel's evidence depends on 2 layers + 1 pixels
+    downsample: int = 1  # pixels of the slice per pixel of the net, in each direction
+    pooled_share: float = 0.02  # of the subject's pixels, the highest, make the slice's logit
+    dropout: float = 0.2  # of whole channels, before the linear layer
+    label_smoothing: float = 0.0
+    augment: Augment = field(default_factory=Augment)
+    fit: Fit = field(
+        default_factory=lambda: Fit(
+            steps=3000, learning_rate=2e-3, weight_decay=0.05, average_decay=0.99
+        )
+    )
+
+
+@dataclass(frozen=True)
 class GradientMap:
     noise_levels: tuple[int, ...] = (50, 100, 150, 200, 250)  # timesteps
     draws: int = 2  # of the noise, per noise level
@@ -209,6 +228,16 @@ class Seeds:
     foreground: float = 0.5  # a map above it speaks for the object
     background: float = 0.2  # a map below it speaks for background
     negative_slices: bool = True  # all foreground pixels of negative slices are background seeds
+
+
+@dataclass(frozen=True)
+class Plus:
+    """`cldf_plus`: the same contrastive stage, from the seeds of the patch classifier."""
+
+    # share of the subject's pixels of negative training slices whose evidence may exceed the cut;
+    # what exceeds it in positive slices is an object seed
+    foreground: float = 0.001
+    patch_tap: bool = True  # the patch classifier's activations are features too
 
 
 @dataclass(frozen=True)
@@ -309,6 +338,9 @@ class Segment:
         0.01  # headline rule: share of negative validation pixels above the cut
     )
     min_component_ml: float = 0.0  # smaller components are removed, in every row alike
+    # auto | cldf | cldf_plus: whose masks new scans and joint label maps get; auto: the one whose
+    # areas tell the validation slices apart better (weak validation)
+    mask_row: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -350,9 +382,11 @@ class Config:
     diffusion: Diffusion = field(default_factory=Diffusion)
     classifier: Classifier = field(default_factory=Classifier)
     cam: Cam = field(default_factory=Cam)
+    patch_classifier: PatchClassifier = field(default_factory=PatchClassifier)
     gradient_map: GradientMap = field(default_factory=GradientMap)
     features: Features = field(default_factory=Features)
     seeds: Seeds = field(default_factory=Seeds)
+    plus: Plus = field(default_factory=Plus)
     cache: Cache = field(default_factory=Cache)
     decoder: Decoder = field(default_factory=Decoder)
     saliency: Saliency = field(default_factory=Saliency)

@@ -29,6 +29,7 @@ COUNTS = (
     "segment.tile_pixels", "evaluate.resamples",
     "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
     "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
+    "patch_classifier.channels", "patch_classifier.layers", "patch_classifier.downsample",
 )  # fmt: skip
 LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
@@ -45,6 +46,7 @@ def broken_rules(config: Config) -> list[str]:
         *_levels_of("diffusion.net", config.diffusion.net, middle_attends=True),
         *_levels_of("classifier", config.classifier, middle_attends=False),
         *_cam(config),
+        *_patch_classifier(config),
         *_noise_levels(config),
         *_counterfactuals(config),
         *_taps(config),
@@ -53,7 +55,7 @@ def broken_rules(config: Config) -> list[str]:
         *_decoder(config),
         *_shares(config),
     ]
-    for section in ("diffusion", "classifier", "cam", "decoder"):
+    for section in ("diffusion", "classifier", "cam", "patch_classifier", "decoder"):
         broken += _fit(f"{section}.fit", getattr(config, section).fit)
     return broken
 
@@ -80,6 +82,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("decoder.contrast.precision", contrast.precision, PRECISIONS),
         ("cam.layer", config.cam.layer, CAM_LAYERS),
         ("cam.seed_method", config.cam.seed_method, ("gradcam", "gradcam_pp", "layercam")),
+        ("segment.mask_row", config.segment.mask_row, ("auto", "cldf", "cldf_plus")),
     ):
         if value not in choices:
             yield f"{path} must be one of {', '.join(choices)}, got {value!r}"
@@ -240,6 +243,19 @@ def _cam(config: Config) -> Iterator[str]:
         yield f"cam.blocks must be four numbers >= 1, got {list(blocks)}"
 
 
+def _patch_classifier(config: Config) -> Iterator[str]:
+    settings = config.patch_classifier
+    if settings.downsample >= 1 and config.data.image_size % settings.downsample:
+        yield (
+            f"patch_classifier.downsample must divide data.image_size ({config.data.image_size}), "
+            f"got {settings.downsample}"
+        )
+    if not 0 < settings.pooled_share <= 1:
+        yield f"patch_classifier.pooled_share must lie in (0, 1], got {settings.pooled_share}"
+    if not settings.enabled and config.segment.mask_row == "cldf_plus":
+        yield "segment.mask_row=cldf_plus needs patch_classifier.enabled=true"
+
+
 def _noise_levels(config: Config) -> Iterator[str]:
     last = config.diffusion.num_timesteps - 1
     for path, levels in (
@@ -384,6 +400,7 @@ def _shares(config: Config) -> Iterator[str]:
         )
     for path, share in (
         ("segment.negative_fraction", config.segment.negative_fraction),
+        ("plus.foreground", config.plus.foreground),
         ("evaluate.confidence", config.evaluate.confidence),
     ):
         if not 0 < share < 1:
@@ -392,6 +409,8 @@ def _shares(config: Config) -> Iterator[str]:
         ("diffusion.label_dropout", config.diffusion.label_dropout),
         ("classifier.clean_share", config.classifier.clean_share),
         ("segment.gate_probability", config.segment.gate_probability),
+        ("patch_classifier.dropout", config.patch_classifier.dropout),
+        ("patch_classifier.label_smoothing", config.patch_classifier.label_smoothing),
         ("decoder.dropout", config.decoder.dropout),
     ):
         if not 0 <= share < 1:

@@ -96,14 +96,20 @@ def join_runs(config: Config, parts: Sequence[Config]) -> Path:
         )
     )
     target = config.run_folder / "joint"
+    rows = {name: mask_row(folder) for name, folder in folders.items()}
     for file in files:
         found = {
-            name: _found(folder / "masks" / "cldf" / file, folder / "probability" / file)
+            name: _found(folder / "masks" / rows[name] / file, folder / "probability" / file)
             for name, folder in folders.items()
         }
         _write_label_map(target / "masks" / file, found)
     _write_names(target / "labels.json", list(folders))
     return target
+
+
+def mask_row(segment: Path) -> str:
+    """The row whose masks a finished run stands for."""
+    return str(read_json(segment / "thresholds.json")["mask_row"])
 
 
 def join_new_scans(

@@ -42,6 +42,25 @@ class SeedLabels:
 
 
 @dataclass(frozen=True)
+class EvidenceLabels:
+    """Seeds by the patch classifier's evidence: object above `cut` in positive slices, background
+    in all of the subject of negative ones; whatever else is in a positive slice is unknown."""
+
+    cache: FeatureCache
+    cut: float  # logit
+
+    def labels(self, row: int) -> Labels:
+        evidence = self.cache.read("evidence", row)
+        seeds = np.full(evidence.shape, UNKNOWN, np.int8)
+        label = int(self.cache.read("label", row))
+        if label == 1:
+            seeds[evidence > self.cut] = OBJECT
+        elif label == 0:
+            seeds[np.isfinite(evidence)] = BACKGROUND
+        return seeds
+
+
+@dataclass(frozen=True)
 class MaskLabels:
     """True masks of the training slices, for the reference row alone: CLDF never trains on them.
 

@@ -67,7 +67,10 @@ class SeedPixels:
         num_background, num_object = pixels.counts.T
         self.negative = pixels.rows[(num_background > 0) & (num_object == 0)]
         if not len(self.positive):
-            raise ValueError("no training slice has an object seed; lower seeds.foreground")
+            raise ValueError(
+                "no training slice has an object seed; lower seeds.foreground (cldf_plus: raise "
+                "plus.foreground)"
+            )
         if not len(self.with_background):
             raise ValueError("no training slice has a background seed; raise seeds.background")
         self.pixels, self.numbers, self.seed = pixels, numbers, seed

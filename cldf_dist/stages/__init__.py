@@ -74,16 +74,23 @@ STAGES = (
         fit_section="cam.fit",
     ),
     Stage(
+        "train-patch-classifier",
+        "the classifier of small windows, for the seeds of cldf_plus",
+        needs=("prepare",),
+        sections=("patch_classifier", "seed", "mixed_precision"),
+        fit_section="patch_classifier.fit",
+    ),
+    Stage(
         "cache",
         "diffusion features, maps and seeds of the training slices, once",
-        needs=("train-diffusion", "train-classifier", "train-cam"),
-        sections=("cache", "features", "gradient_map", "seeds"),
+        needs=("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier"),
+        sections=("cache", "features", "gradient_map", "seeds", "plus.patch_tap"),
     ),
     Stage(
         "train-decoder",
         "the pixel decoder, by the contrastive loss on seed pixels",
         needs=("cache",),
-        sections=("decoder", "evaluate.upper_bound", "evaluate.controls"),
+        sections=("decoder", "plus", "evaluate.upper_bound", "evaluate.controls"),
         fit_section="decoder.fit",
     ),
     Stage(

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cldf_dist.config import Config, Features, flatten
+from cldf_dist.config import Config, flatten
 from cldf_dist.data import datasets
 from cldf_dist.data.cache import SCALE, FeatureCache, encoded_key
 from cldf_dist.data.mapped_shard import DamagedShardError
+from cldf_dist.data.pixel_labels import SeedLabels
 from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.slices import foreground
 from cldf_dist.data.stored_features import to_stored
@@ -33,8 +34,9 @@ from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
 from cldf_dist.method.gradient_map import gradient_map
 from cldf_dist.method.noise import Schedule
-from cldf_dist.method.seeds import SeedCount, scale_to_unit, seed_labels
+from cldf_dist.method.seeds import scale_to_unit, seed_labels
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
+from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator, processes, together
 from cldf_dist.progress import progress
@@ -47,10 +49,12 @@ from cldf_dist.stages.cache_parts import (
     shared_stage,
     store_folder,
 )  # fmt: skip
+from cldf_dist.stages.evidence import EVIDENCE, PATCH_TAP, patch_maps, seed_report
 from cldf_dist.stages.loading import (
     load_cam,
     load_classifier,
     load_diffusion,
+    load_patch_classifier,
     noise_schedule,
     place,
     shard_set,
@@ -61,6 +65,10 @@ __all__ = ["STORE", "FrozenNets", "Slices", "cached_slices", "check_same_slices"
 
 CACHED_SPLITS = ("train", "validation")
 TIMED_SLICES = 4
+SETTINGS = (  # those that decide what is in the cache, beside the nets
+    "features.", "gradient_map.", "seeds.", "cam.layer", "cam.seed_method",
+    "patch_classifier.enabled", "plus.patch_tap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,19 @@ class FrozenNets:
     schedule: Schedule
     classifier: nn.Module
     cam: nn.Module
+    patch_classifier: PatchClassifier | None  # where patch_classifier.enabled
 
     @classmethod
-    def load(cls, run: Run) -> FrozenNets:
+    def load(cls, config: Config, run: Run) -> FrozenNets:
         diffusion, schedule = load_diffusion(run.needs("train-diffusion"))
         return cls(
             diffusion,
             schedule,
             load_classifier(run.needs("train-classifier")),
             load_cam(run.needs("train-cam")),
+            load_patch_classifier(run.needs("train-patch-classifier"))
+            if config.patch_classifier.enabled
+            else None,
         )
 
     @classmethod
@@ -91,7 +103,10 @@ class FrozenNets:
             CamClassifier(config.cam, num_channels),
         )
         diffusion, classifier, cam = (place(net) for net in nets)
-        return cls(diffusion, noise_schedule(config), classifier, cam)
+        patches: Any = None
+        if config.patch_classifier.enabled:
+            patches = place(PatchClassifier(config.patch_classifier, num_channels))
+        return cls(diffusion, noise_schedule(config), classifier, cam, patches)
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """The whole cache, or with `cache.part` one job's share of it, or with `cache.verify` a look
     for damage first."""
     slices = cached_slices(shard_set(config, run))
-    nets = FrozenNets.load(run)
+    nets = FrozenNets.load(config, run)
     with ExitStack() as held:
         with together():
             if run.is_main and config.cache.part:
@@ -149,7 +164,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"slices": sum(len(cache.rows_of(shard)) for shard in scope)}
     if config.cache.verify:
         result["damaged"] = damaged
-    return result if config.cache.part else {"seeds": _seed_report(cache, slices), **result}
+    if config.cache.part:
+        return result
+    return {"seeds": seed_report(SeedLabels(cache), slices.tables[0]), **result}
 
 
 def _extract(
@@ -252,6 +269,11 @@ def _compute_batch(
         features_dtype(config.features, device),
     )
     stored: dict[str, Tensor] = {}
+    if nets.patch_classifier is not None:
+        found = patch_maps(nets.patch_classifier, pixels, inside)
+        stored[EVIDENCE] = found.evidence.half()
+        if config.plus.patch_tap:
+            features[PATCH_TAP] = found.activations
     for tap, value in features.items():
         stored |= to_stored(tap, value, config.features.storage)
     return {
@@ -280,13 +302,18 @@ def gradient_map_of(
     )
 
 
-def row_shapes(
-    net: nn.Module, image_size: int, features: Features
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def row_shapes(net: nn.Module, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of one slice of every cached array."""
+    features, image_size, patches = config.features, config.data.image_size, config.patch_classifier
     square = (image_size, image_size)
     taps: dict[str, tuple[tuple[int, ...], str]] = {}
-    for tap, (levels, channels, height, width) in tap_shapes(net, image_size, features).items():
+    shapes = tap_shapes(net, image_size, features)
+    if patches.enabled:
+        taps[EVIDENCE] = (square, "float16")
+        if config.plus.patch_tap:
+            side = image_size // patches.downsample
+            shapes[PATCH_TAP] = (1, patches.channels, side, side)
+    for tap, (levels, channels, height, width) in shapes.items():
         taps[tap] = ((levels, height, width, channels), features.storage)
         if features.storage == "int8":
             taps[tap + SCALE] = ((levels, channels), "float32")
@@ -308,7 +335,7 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
     """What `--dry-run` prints: bytes and time before anything is computed."""
     num_channels = len(datasets.channels(config.data))
     nets = FrozenNets.untrained(config, num_channels)
-    shapes = row_shapes(nets.diffusion, config.data.image_size, config.features)
+    shapes = row_shapes(nets.diffusion, config)
     size = bytes_per_slice(shapes)
     result = {"size": f"{size / 1e6:.2f} MB per slice, {size * 1e5 / 1e12:.2f} TB per 100,000"}
     seconds = _seconds_per_slice(config, nets, num_channels)
@@ -372,7 +399,7 @@ def _create(config: Config, run: Run, net: nn.Module, num_slices: int, folder: P
     FeatureCache.create(
         folder,
         num_slices,
-        row_shapes(net, config.data.image_size, config.features),
+        row_shapes(net, config),
         slices_per_shard=config.cache.slices_per_shard,
         attributes={
             "settings": _settings(config),
@@ -385,11 +412,7 @@ def _create(config: Config, run: Run, net: nn.Module, num_slices: int, folder: P
 
 def _settings(config: Config) -> dict[str, Any]:
     """Those that decide what is in the cache, as JSON gives them back."""
-    found = {
-        key: value
-        for key, value in flatten(config).items()
-        if key.startswith(("features.", "gradient_map.", "seeds.", "cam.layer", "cam.seed_method"))
-    }
+    found = {key: value for key, value in flatten(config).items() if key.startswith(SETTINGS)}
     del found["features.precision"]  # the store says in which it was begun
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
@@ -439,7 +462,7 @@ def bytes_to_come(config: Config, slices: Slices) -> int:
         done = cache.num_done(range(cache.num_shards))
     with torch.device("meta"):
         net = build_unet(config.diffusion.net, len(datasets.channels(config.data)))
-    size = bytes_per_slice(row_shapes(net, config.data.image_size, config.features))
+    size = bytes_per_slice(row_shapes(net, config))
     return size * (len(slices) - done)
 
 
@@ -454,25 +477,3 @@ def _check_space(config: Config, slices: Slices) -> None:
             "features.combine_levels=average, features.storage=int8, or another disk with "
             "runs=FOLDER"
         )
-
-
-def _seed_report(cache: FeatureCache, slices: Slices) -> dict[str, Any]:
-    """Precision and recall of the seeds of positive training slices, where masks are known.
-
-    A diagnostic for the report: nothing is trained or chosen by it.
-    """
-    table = slices.tables[0]
-    count = SeedCount()
-    for row in np.flatnonzero(table.labels == 1):
-        mask = table.read_mask(int(row))
-        if mask is not None:
-            seeds = cache.read("seeds", int(row)).copy()  # torch wants it writable
-            count.add(torch.from_numpy(seeds), torch.from_numpy(mask))
-    if not count.slices:
-        return {}
-    report = {k: None if np.isnan(value) else value for k, value in count.quality().items()}
-    return {
-        **report,
-        "slices": count.slices,
-        "object_seeds_per_slice": count.object_seeds / count.slices,
-    }

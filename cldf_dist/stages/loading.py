@@ -17,6 +17,7 @@ from cldf_dist.layout import fast_layout
 from cldf_dist.method.noise import Schedule
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator
 from cldf_dist.run import Run
@@ -67,6 +68,15 @@ def load_cam(folder: Path) -> nn.Module:
     return _ready(
         CamClassifier(build_section(settings.Cam, about["net"]), about["num_channels"]), folder
     )
+
+
+def load_patch_classifier(folder: Path) -> PatchClassifier:
+    """The frozen patch classifier on this process's device."""
+    about = read_description(folder)
+    section = build_section(settings.PatchClassifier, about["net"])
+    ready: Any = _ready(PatchClassifier(section, about["num_channels"]), folder)
+    net: PatchClassifier = ready
+    return net
 
 
 def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:

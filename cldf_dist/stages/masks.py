@@ -24,12 +24,18 @@ Mask = npt.NDArray[np.bool_]
 
 # in the order of the table; cg_diff and cg_cdm only where their settings have them `enabled`
 METHODS = (
-    "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm", "cldf",
+    "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm",
+    "patch_classifier", "cldf", "cldf_plus",
 )  # fmt: skip
-RAW_PATCHES = (
-    "raw_patches"  # a control: CLDF's recipe on the slice itself, without diffusion features
-)
-SUPERVISED = "supervised_decoder"  # a reference row: it saw the training masks
+PLUS = "cldf_plus"
+OURS = ("cldf", PLUS)
+# controls, without diffusion features: cldf's recipe on the slice itself, and that of cldf_plus on
+# the patch classifier's activations
+RAW_PATCHES, PATCH_FEATURES = "raw_patches", "patch_features"
+CONTROLS = (RAW_PATCHES, PATCH_FEATURES)
+# reference rows: cldf and cldf_plus with the true masks of the training slices for seeds
+SUPERVISED, SUPERVISED_PLUS = "supervised_decoder", "supervised_plus"
+UPPER_BOUNDS = (SUPERVISED, SUPERVISED_PLUS)
 PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
 
 

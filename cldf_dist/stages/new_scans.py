@@ -36,7 +36,6 @@ from cldf_dist.stages import stage_named
 from cldf_dist.stages.masks import FloatArray, Mask, mask_and_probability, write_own_layout
 from cldf_dist.stages.segment import Segmenter
 
-ROW = "cldf"
 KEY_UNFIT, LONGEST_KEY = re.compile(r"[^A-Za-z0-9_-]"), 50  # of the names of slices
 # settings that are about the scans at hand, not about the trained run
 OF_NEW_SCANS = (
@@ -94,6 +93,7 @@ class ScanSegmenter:
 
     config: Config
     kind: ScanKind
+    row: str  # whose masks they get
     cut: float
     nets: Segmenter
 
@@ -155,8 +155,8 @@ class ScanSegmenter:
             )
         images = np.stack([item.image for item in slices])
         keys = [item.key for item in slices]
-        scores = self.nets.score(key, keys, images, rows=(ROW,))
-        mask, probability = mask_and_probability(config, scores, ROW, geometry, self.cut)
+        scores = self.nets.score(key, keys, images, rows=(self.row,))
+        mask, probability = mask_and_probability(config, scores, self.row, geometry, self.cut)
         certainty = np.full(_num_slices(geometry), np.nan, np.float32)
         certainty[list(geometry.indices)] = scores.probability
         return Segmentation(
@@ -250,11 +250,12 @@ def _check_output(output: Path, scans: Path) -> None:
 def _loaded(config: Config) -> ScanSegmenter:
     run = Run(config, "segment", ())
     folder = run.needs("segment")
-    cut = json.loads((folder / "thresholds.json").read_text())["cuts"][ROW]
+    rule = json.loads((folder / "thresholds.json").read_text())
+    row = rule["mask_row"]
     prepared = ShardSet(run.needs("prepare"), on_damaged="skip")
     seen = prepared.geometry(prepared.patients["train"][0])
     kind = ScanKind(config.data, tuple(prepared.manifest["channels"]), seen.hounsfield)
-    return ScanSegmenter(config, kind, cut, Segmenter.load(config, run))
+    return ScanSegmenter(config, kind, row, rule["cuts"][row], Segmenter.load(config, run))
 
 
 def _settings_of_run(config: Config) -> Config:

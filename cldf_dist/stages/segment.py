@@ -34,16 +34,20 @@ from cldf_dist.processes import accelerator, from_main, processes, wait_for_ever
 from cldf_dist.progress import progress
 from cldf_dist.run import Run, write_atomically
 from cldf_dist.stages.cache import FrozenNets, gradient_map_of
+from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
+    CONTROLS,
     METHODS,
-    RAW_PATCHES,
-    SUPERVISED,
+    OURS,
+    PLUS,
+    UPPER_BOUNDS,
     FloatArray,
     PatientScores,
     mask_and_probability,
     write_own_layout,
 )
+from cldf_dist.stages.weak import weak_rows
 from cldf_dist.weights import read_description
 from cldf_dist.whole_files import remove_leftovers
 
@@ -62,24 +66,26 @@ class Segmenter:
     def load(cls, config: Config, run: Run) -> Segmenter:
         folder = run.needs("train-decoder")
         decoders = {"cldf": load_decoder(folder)}
-        for row in (RAW_PATCHES, SUPERVISED):
+        for row in (PLUS, *CONTROLS, *UPPER_BOUNDS):
             if (folder / row / "DONE").exists():
                 decoders[row] = load_decoder(folder / row)
         # new scans are seen as the training slices were, on whatever device
         precision = read_description(folder)["features_precision"]
         features = replace(config.features, precision=precision)
-        return cls(replace(config, features=features), FrozenNets.load(run), decoders)
+        return cls(replace(config, features=features), FrozenNets.load(config, run), decoders)
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Every row that the settings have and whose nets are there."""
-        left_out = {
-            row
-            for row, settings in (("cg_diff", self.config.cg_diff), ("cg_cdm", self.config.cg_cdm))
-            if not settings.enabled
+        config = self.config
+        there = {
+            **{row: row in self.decoders for row in (PLUS, *CONTROLS, *UPPER_BOUNDS)},
+            "cg_diff": config.cg_diff.enabled,
+            "cg_cdm": config.cg_cdm.enabled,
+            "patch_classifier": config.patch_classifier.enabled,
         }
-        rows = (*METHODS, *(name for name in self.decoders if name != "cldf"))
-        return tuple(row for row in rows if row not in left_out)
+        rows = (*METHODS, *CONTROLS, *UPPER_BOUNDS)
+        return tuple(row for row in rows if there.get(row, True))
 
     def score(
         self,
@@ -120,30 +126,41 @@ class Segmenter:
             if row in rows
         }
         scores |= _counterfactuals(config, nets, pixels, keys, rows)
-        scores |= self._decoded(pixels, keys, [row for row in self.decoders if row in rows])
+        patches = None
+        if nets.patch_classifier is not None:
+            patches = patch_maps(nets.patch_classifier, pixels, inside)
+            scores["patch_classifier"] = patches.evidence.sigmoid()
+        decoded = [row for row in self.decoders if row in rows]
+        scores |= self._decoded(pixels, keys, decoded, patches)
         return {
             **{row: scores[row].float() for row in rows},
             "probability": probability,
         }
 
     @torch.no_grad()
-    def _decoded(self, pixels: Tensor, keys: list[str], rows: Sequence[str]) -> dict[str, Tensor]:
+    def _decoded(
+        self, pixels: Tensor, keys: list[str], rows: Sequence[str], patches: PatchMaps | None
+    ) -> dict[str, Tensor]:
         """The score maps of the decoders, from features that are extracted once for all."""
         if not rows:
             return {}
-        taps = self.decoder_taps(pixels, keys)
+        taps = self.decoder_taps(pixels, keys, patches)
         size, num_pixels = pixels.shape[2:], self.config.segment.tile_pixels
         return {
             row: score_maps(*self.decoders[row], taps, size, tile_pixels=num_pixels) for row in rows
         }
 
     @torch.no_grad()
-    def decoder_taps(self, pixels: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+    def decoder_taps(
+        self, pixels: Tensor, keys: Sequence[str], patches: PatchMaps | None = None
+    ) -> dict[str, Tensor]:
         """{tap: (batch, channels, h, w)} of prepared slices (batch, channels, height, width), with
         the values that the decoders were trained on: rounded as in the cache."""
         nets, settings = self.nets, self.config.features
         dtype = features_dtype(settings, pixels.device)
         features = extract_features(nets.diffusion, nets.schedule, pixels, keys, settings, dtype)
+        if patches is not None and self.config.plus.patch_tap:
+            features[PATCH_TAP] = patches.activations
         return {tap: as_stored(features.pop(tap), settings.storage) for tap in list(features)}
 
 
@@ -230,13 +247,14 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             bar.advance(note=name)
     wait_for_everyone()
     if run.is_main:
-        cuts = _cuts_without_masks(config, shards, folder, segmenter.rows)
-        write_atomically(run.folder / "thresholds.json", json.dumps(cuts, indent=1))
+        rule = _cuts_without_masks(config, shards, folder, segmenter.rows)
+        rule["mask_row"] = _mask_row(config, shards, folder, rule["cuts"])
+        write_atomically(run.folder / "thresholds.json", json.dumps(rule, indent=1))
     wait_for_everyone()
-    cuts = json.loads((run.folder / "thresholds.json").read_text())["cuts"]
+    rule = json.loads((run.folder / "thresholds.json").read_text())
     for name in shards.patients["test"][processes().rank :: processes().world_size]:
         scores = PatientScores.load(folder, name)
-        _write_masks(config, scores, shards.geometry(name), cuts, run.folder)
+        _write_masks(config, scores, shards.geometry(name), rule, run.folder)
     wait_for_everyone()
     return {"rows": list(segmenter.rows), "patients": len(patients)}
 
@@ -284,17 +302,27 @@ def _cuts_without_masks(
     return {"rule": "negatives", "negative_fraction": fraction, "cuts": cuts}
 
 
+def _mask_row(config: Config, shards: ShardSet, folder: Path, cuts: Mapping[str, float]) -> str:
+    """The row whose masks new scans get: as set, or the best of ours by weak validation, the first
+    of equals."""
+    ours = {row: cuts[row] for row in OURS if row in cuts}
+    if config.segment.mask_row != "auto":
+        return config.segment.mask_row
+    weak = weak_rows(shards, folder, ours)
+    return max(ours, key=lambda row: weak[row]["area_auroc"] or 0.0)
+
+
 def _write_masks(
-    config: Config, scores: PatientScores, geometry: Geometry, cuts: dict[str, float], folder: Path
+    config: Config, scores: PatientScores, geometry: Geometry, rule: dict[str, Any], folder: Path
 ) -> None:
     affine = np.array(geometry.affine)
-    for row, cut in cuts.items():
+    for row, cut in rule["cuts"].items():
         mask, probability = mask_and_probability(config, scores, row, geometry, cut)
         target = folder / "masks" / row
         target.mkdir(parents=True, exist_ok=True)
         write_nifti(target / f"{scores.patient}.nii.gz", mask, affine)
         write_own_layout(folder / "chaos" / row, mask, geometry, config.data)
-        if row == "cldf":
+        if row == rule["mask_row"]:
             (folder / "probability").mkdir(exist_ok=True)
             path = folder / "probability" / f"{scores.patient}.nii.gz"
             write_nifti(path, probability, affine)

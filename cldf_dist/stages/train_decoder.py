@@ -1,9 +1,11 @@
 """Train the pixel decoder on cached features at seed pixels, and take prototypes from the seeds.
 
-Two reference rows of the table are trained in the same way, each in a folder of its own. Where
-`features.taps` has the slice itself beside the diffusion model's activations, `raw_patches` learns
-from it alone: what the recipe does without diffusion. Where training masks are known,
-`supervised_decoder` learns from them: the upper bound, and the only training that reads a mask.
+Other rows of the table are trained in the same way, each in a folder of its own. `cldf_plus` learns
+from the seeds of the patch classifier, with its activations beside the diffusion features. Controls
+without diffusion: where `features.taps` has the slice itself, `raw_patches` learns `cldf` from it
+alone; `patch_features` learns `cldf_plus` from the patch classifier's activations alone. Where
+training masks are known, `supervised_decoder` and `supervised_plus` learn from them what `cldf` and
+`cldf_plus` learn from seeds: the upper bounds, and the only trainings that read a mask.
 """
 
 from __future__ import annotations
@@ -45,8 +47,15 @@ from cldf_dist.processes import (
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
+from cldf_dist.stages.evidence import PATCH_TAP, evidence_labels, plus_taps, seed_report
 from cldf_dist.stages.loading import shard_set
-from cldf_dist.stages.masks import RAW_PATCHES, SUPERVISED
+from cldf_dist.stages.masks import (
+    PATCH_FEATURES,
+    PLUS,
+    RAW_PATCHES,
+    SUPERVISED,
+    SUPERVISED_PLUS,
+)
 from cldf_dist.tasks.contrast import Contrast
 from cldf_dist.weights import save_net
 
@@ -65,6 +74,20 @@ NET_CARD = NetCard(
     loading=load_with_package("load_decoder", "net, prototypes"),
     section="decoder",
     tags=("image-segmentation",),
+)
+PLUS_CARD = dataclasses.replace(
+    NET_CARD,
+    title="Pixel decoder of cldf_plus",
+    learnt_from="seed pixels of the patch classifier; no mask was read in the training",
+)
+PATCH_FEATURES_CARD = dataclasses.replace(
+    PLUS_CARD,
+    title="Pixel decoder of the patch classifier's activations (control)",
+    does=(
+        "`net(features)` takes the patch classifier's activations (pixels, features) and gives "
+        "embeddings of unit length; the nearer of the two prototypes (no object, object) is a "
+        "pixel's class. It shows what `cldf_plus` does without diffusion."
+    ),
 )
 RAW_PATCHES_CARD = dataclasses.replace(
     NET_CARD,
@@ -93,19 +116,25 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     result = _train(config, run, pixels)
     if run.is_main:
         write_card(run, shards, NET_CARD)
-    patches = tuple(tap for tap in taps if patch_size(tap))
-    if config.evaluate.controls and 0 < len(patches) < len(taps):
-        control = Reference(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)
-        _train_reference(config, run, control, cache, shards)
+    others = _controls_of_cldf(config, cache)
+    if config.patch_classifier.enabled:
+        labels = evidence_labels(config, cache, table)
+        result["evidence_cut"] = labels.cut
+        result["seeds_plus"] = seed_report(labels, table) if run.is_main else {}
+        others += _rows_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
-        upper_bound = Reference(SUPERVISED, taps, MaskLabels(table), SUPERVISED_CARD)
-        _train_reference(config, run, upper_bound, cache, shards)
+        masks = MaskLabels(table)
+        others.append(OtherRow(SUPERVISED, taps, masks, SUPERVISED_CARD))
+        if config.patch_classifier.enabled:
+            others.append(OtherRow(SUPERVISED_PLUS, plus_taps(config), masks, SUPERVISED_CARD))
+    for other in others:
+        _train_other(config, run, other, cache, shards)
     return result
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
-    """A row of the table that is trained beside CLDF, to compare with."""
+class OtherRow:
+    """A row of the table that is trained beside `cldf`."""
 
     row: str
     taps: tuple[str, ...]
@@ -113,11 +142,26 @@ class Reference:
     card: NetCard
 
 
-def _train_reference(
-    config: Config, run: Run, reference: Reference, cache: FeatureCache, shards: ShardSet
+def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherRow]:
+    taps = config.features.taps
+    patches = tuple(tap for tap in taps if patch_size(tap))
+    if not (config.evaluate.controls and 0 < len(patches) < len(taps)):
+        return []
+    return [OtherRow(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)]
+
+
+def _rows_of_plus(config: Config, labels: PixelLabels) -> list[OtherRow]:
+    rows = [OtherRow(PLUS, plus_taps(config), labels, PLUS_CARD)]
+    if config.evaluate.controls and config.plus.patch_tap:
+        rows.append(OtherRow(PATCH_FEATURES, (PATCH_TAP,), labels, PATCH_FEATURES_CARD))
+    return rows
+
+
+def _train_other(
+    config: Config, run: Run, other: OtherRow, cache: FeatureCache, shards: ShardSet
 ) -> None:
     """In its own folder below this stage's, resumed and finished like a stage."""
-    own = Run(config, f"{run.stage}/{reference.row}", run.sections, run.inputs)
+    own = Run(config, f"{run.stage}/{other.row}", run.sections, run.inputs)
     if from_main(own.is_finished):
         return
     if run.is_main:
@@ -125,10 +169,10 @@ def _train_reference(
     wait_for_everyone()
     try:
         num_slices = len(cached_slices(shards).tables[0])
-        pixels = _training_pixels(cache, reference.taps, reference.labels, num_slices)
+        pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
         result = _train(config, own, pixels)
         if run.is_main:
-            write_card(own, shards, reference.card)
+            write_card(own, shards, other.card)
         own.finish(result)
     finally:
         own.close()

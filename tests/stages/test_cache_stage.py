@@ -72,7 +72,7 @@ def test_a_shard_computed_again_is_the_same_bit_by_bit(
     debug_run: Any, cache: FeatureCache, config: Config
 ) -> None:
     slices = cached_slices(ShardSet(debug_run.folder / "prepare"))
-    nets = FrozenNets.load(Run(config, "cache", ()))
+    nets = FrozenNets.load(config, Run(config, "cache", ()))
     torch.set_flush_denormal(True)  # as in the stage
     try:
         keys, values = compute_shard(config, nets, slices, cache.rows_of(1))

@@ -30,7 +30,7 @@ def test_features_of_new_slices_are_those_of_the_cache(debug_run: Any) -> None:
     config = load([debug_run.words[0]], debug_run.words[1:])
     prepared = ShardSet(debug_run.folder / "prepare")
     cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
-    nets = FrozenNets.load(Run(config, "segment", ()))
+    nets = FrozenNets.load(config, Run(config, "segment", ()))
     first, table = len(prepared.split("train")), prepared.split("validation")
     assert len(cache) == first + len(table)
     for row in range(0, len(table), 3):
