@@ -35,6 +35,7 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
+from cldf_dist.stages.intensity import ORACLE_INTENSITY, oracle_intensity
 from cldf_dist.stages.legacy import LegacySlice, legacy_csv, legacy_summary, score_slices
 from cldf_dist.stages.masks import (
     SUPERVISED,
@@ -48,7 +49,8 @@ from cldf_dist.stages.masks import (
 from cldf_dist.stages.tables import legacy_table, results_table
 from cldf_dist.stages.weak import weak_rows
 
-HEADLINE, OTSU = "headline", "otsu"  # threshold rules with a row per patient in cases.csv
+# threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone
+HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
 OURS = "cldf"
 METRICS = ("dice", "iou", "hd95_mm")
 SAMPLED_SCORES = 20_000  # per patient; they place the oracle's cuts
@@ -92,11 +94,19 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             truth = read_mask(truth_path(prepare, patient))
             legacy += score_slices(scores, truth, shards.geometry(patient), methods)
             counter.advance()
+    intensity, of_intensity = oracle_intensity(
+        shards,
+        segment / "scores",
+        patients,
+        lambda patient: read_mask(truth_path(prepare, patient)),
+        config.segment.gate_probability,
+    )
     summary: dict[str, Any] = {
         "strict": {
             "methods": _rows(cases, HEADLINE, methods, config),
             "methods_otsu": _rows(cases, OTSU, methods, config),
             "oracle_threshold": {method: oracles[method].best() for method in methods},
+            ORACLE_INTENSITY: intensity,
             "comparisons": _comparisons(cases, methods, config),
             "headline_rule": _in_words(rule),
             "confidence": config.evaluate.confidence,
@@ -109,6 +119,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
     }
+    cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
     write_atomically(run.folder / "table.txt", results_table(summary))
     if patients:

@@ -32,6 +32,8 @@ def results_table(summary: Mapping[str, Any]) -> str:
         "Oracle: one cut per method, chosen WITH the test masks; not a result, only what the "
         "scores could reach\n" + _oracle_block(strict["oracle_threshold"]),
     ]
+    if intensity := strict.get("oracle_intensity"):
+        blocks.append(_intensity_line(intensity))
     if strict["comparisons"]:
         blocks.append(
             "Dice of cldf minus that of the other rows, over patients that both score\n"
@@ -107,6 +109,19 @@ def _scores_block(rows: Mapping[str, Any]) -> str:
 def _oracle_block(rows: Mapping[str, Any]) -> str:
     lines = [[_marked(m), _number(r["dice"]), _number(r["cut"], 4)] for m, r in rows.items()]
     return _aligned([["method", "oracle Dice", "cut"], *lines])
+
+
+def _intensity_line(found: Mapping[str, Any]) -> str:
+    return (
+        "oracle_intensity †, a lower bound: the best threshold on one channel, chosen WITH the "
+        f"test masks\n{_threshold(found)}, Dice {_number(found['dice'])}; without the gate: "
+        f"{_threshold(found['ungated'])}, Dice {_number(found['ungated']['dice'])}"
+    )
+
+
+def _threshold(found: Mapping[str, Any]) -> str:
+    side = "above" if found["above"] else "below"
+    return f"{found['channel']} {side} {_number(found['cut'])}"
 
 
 def _weak_block(rows: Mapping[str, Any]) -> str:
