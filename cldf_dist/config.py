@@ -309,6 +309,8 @@ class Segment:
         0.01  # headline rule: share of negative validation pixels above the cut
     )
     min_component_ml: float = 0.0  # smaller components are removed, in every row alike
+    # only these rows are scored and evaluated, of those that the run has; empty: all
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

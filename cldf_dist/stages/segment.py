@@ -72,14 +72,15 @@ class Segmenter:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Every row that the settings have and whose nets are there."""
+        """Every row that the settings have and ask for, and whose nets are there."""
         left_out = {
             row
             for row, settings in (("cg_diff", self.config.cg_diff), ("cg_cdm", self.config.cg_cdm))
             if not settings.enabled
         }
         rows = (*METHODS, *(name for name in self.decoders if name != "cldf"))
-        return tuple(row for row in rows if row not in left_out)
+        asked = self.config.segment.rows or rows
+        return tuple(row for row in rows if row in asked and row not in left_out)
 
     def score(
         self,
