@@ -42,7 +42,7 @@ MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"
 OBJECT_SEED, BACKGROUND_SEED = (0.90, 0.10, 0.15, 0.75), (0.15, 0.40, 0.95, 0.40)
 PANEL_INCHES = 1.55
 DOTS_PER_INCH = 100
-COMPARED_COLUMNS = 7
+COMPARED_COLUMNS, COMPARED_DOTS_PER_INCH = 7, 80  # small enough to be kept beside tables
 UNBOUNDED = ("cdm", "cg_diff", "cg_cdm")  # scores that are not in [0, 1]: scaled within the patient
 TOP_PERCENTILE = 99.8
 
@@ -112,7 +112,7 @@ def write_comparison(
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     with whole_file(path) as file:
-        figure.savefig(file, dpi=DOTS_PER_INCH, format="png", metadata={"Software": None})
+        figure.savefig(file, dpi=COMPARED_DOTS_PER_INCH, format="png", metadata={"Software": None})
 
 
 def drawn_slices(result: PatientResult, count: int) -> list[int]:

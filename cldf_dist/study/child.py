@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cldf_dist.locks import FolderLock
+from cldf_dist.run import DONE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 0.5
@@ -86,6 +87,8 @@ def wait_for_others(folder: Path, child: Child) -> bool:
 def _in_use(folder: Path) -> str:
     """Who works in a stage of the run; nothing where nobody does."""
     for lock in folder.glob("*/.lock"):
+        if (lock.parent / DONE).exists():
+            continue
         try:
             FolderLock(lock.parent).release()
         except RuntimeError as error:

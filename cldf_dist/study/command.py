@@ -92,15 +92,15 @@ def _run_one(child: Child, planned: PlannedRun, runs: Sequence[PlannedRun]) -> s
         return str(error)
     if planned.variant != BASE and not any(map(_is_finished, _sources(planned, runs))):
         return "the run that it varies is not finished"
-    folder = planned.config.run_folder
-    wait_for_others(folder, child)
-    code = child.run(["run", *planned.words])
-    # where only the launcher was killed, its processes may still be at work
-    while not child.asked and not _is_finished(planned) and wait_for_others(folder, child):
+    code: int | None = None
+    others = wait_for_others(planned.config.run_folder, child)
+    while not (child.asked or _is_finished(planned)):
+        if code is not None and not others:
+            return f"exit code {code}, its reason is above; the same command tries again"
         code = child.run(["run", *planned.words])
-    if child.asked or _is_finished(planned):
-        return ""
-    return f"exit code {code}, its reason is above; the same command tries again"
+        # where only the launcher was killed, its processes may still be at work
+        others = wait_for_others(planned.config.run_folder, child)
+    return ""
 
 
 def _sources(planned: PlannedRun, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
