@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded data
 # make test   the tests
-# Both create .venv first. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# make study  the demo and BraTS's layout with several seeds, and variants: hours; again resumes
+# All create .venv first. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # saves the download of the CUDA libraries.
 
 PYTHON ?= python3
@@ -11,8 +12,12 @@ STAMP := $(VENV)/.installed
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 DEMO ?= configs/demo.yaml
+STUDY ?= configs/study.yaml
+# patients' folders for the study's experiment brats2021, which is left out where there are none
+BRATS ?= ../shared/data/brats2021
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml -m cldf_dist
 
-.PHONY: install check test test-gpu test-slurm demo bench phantom-check clean
+.PHONY: install check test test-gpu test-slurm demo study bench phantom-check clean
 
 install: $(STAMP)
 
@@ -42,8 +47,18 @@ ifeq ($(HAS_GPU),yes)
 else ifeq ($(CORES),1)
 	$(BIN)/python -m cldf_dist run $(DEMO) $(DEMO_ARGS)
 else
-	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
-		-m cldf_dist run $(DEMO) $(DEMO_ARGS)
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(LAUNCH) run $(DEMO) $(DEMO_ARGS)
+endif
+
+# one process that starts each run as `make demo` does
+study: $(STAMP)
+ifeq ($(HAS_GPU),yes)
+	BRATS='$(BRATS)' $(BIN)/python -m cldf_dist study $(STUDY) $(STUDY_ARGS)
+else ifeq ($(CORES),1)
+	BRATS='$(BRATS)' $(BIN)/python -m cldf_dist study $(STUDY) $(STUDY_ARGS)
+else
+	BRATS='$(BRATS)' ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 \
+		$(BIN)/python -m cldf_dist study $(STUDY) launcher='$(LAUNCH)' $(STUDY_ARGS)
 endif
 
 bench: $(STAMP)

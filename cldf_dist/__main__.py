@@ -15,11 +15,12 @@ from cldf_dist import __version__
 from cldf_dist.config import Config, load
 from cldf_dist.stages import STAGES, Stage, stage_named
 
-DOCTOR, SYNC = "doctor", "sync-tracking"
+DOCTOR, SYNC, STUDY = "doctor", "sync-tracking", "study"
 EPILOG = """\
 stages, in order:
 {stages}
   run                all of them; finished ones are skipped
+  study              runs of several experiments and seeds, and their tables: a study file
   doctor             does what a run needs work here, on all processes of the launch?
   sync-tracking      send what MLflow's local stores hold to a server: to=http://HOST:PORT
 
@@ -30,6 +31,7 @@ examples:
   accelerate launch --config_file configs/accelerate/ddp.yaml -m cldf_dist run configs/brats.yaml
 
   cldf doctor configs/brats.yaml data.root=/data/brats
+  cldf study configs/study.yaml experiments.brats2021.needs=/data/brats
 
 Later files override earlier ones, words override files. To resume, run the same command again.
 """
@@ -66,6 +68,12 @@ def main(arguments: Sequence[str] | None = None, *, own_process: bool = False) -
     if not options.words and options.stage not in (DOCTOR, SYNC):
         parser.error("the following arguments are required: CONFIG|key=value")
     try:
+        if options.stage == STUDY:
+            from cldf_dist.study import command
+
+            return command.run(options.words, dry=options.dry_run, tables_only=options.tables_only)
+        if options.tables_only:
+            raise ValueError(f"--tables-only is for study, not for {options.stage}")
         return _run(options.stage, options.words, options.dry_run, own_process)
     except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         if os.environ.get("CLDF_TRACEBACK"):
@@ -87,13 +95,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "stage", metavar="STAGE", help="a stage's name, run, doctor or sync-tracking"
+        "stage", metavar="STAGE", help="a stage's name, run, study, doctor or sync-tracking"
     )
     parser.add_argument(
         "words", metavar="CONFIG|key=value", nargs="*", help="YAML files, then settings"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, inputs, outputs and sizes; exit"
+    )
+    parser.add_argument(
+        "--tables-only", action="store_true", help="study: make its tables anew, run nothing"
     )
     parser.add_argument("--version", action="version", version=f"cldf {__version__}")
     return parser

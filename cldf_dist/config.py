@@ -341,6 +341,8 @@ class Segment:
     # auto | cldf | cldf_plus: whose masks new scans and joint label maps get; auto: the one whose
     # areas tell the validation slices apart better (weak validation)
     mask_row: str = "auto"
+    # only these rows are scored and evaluated, of those that the run has; empty: all
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ COUNTS = (
     "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
     "patch_classifier.channels", "patch_classifier.layers", "patch_classifier.downsample",
 )  # fmt: skip
+# every row that `segment` may have, as in stages/masks.py, which imports torch
+ROWS = (
+    "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm",
+    "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",
+    "supervised_decoder", "supervised_plus",
+)  # fmt: skip
 LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
 IMAGE_TAP = re.compile(r"image[13579]")  # as in method/features.py, which imports torch
@@ -54,6 +60,7 @@ def broken_rules(config: Config) -> list[str]:
         *_smoothing(config),
         *_decoder(config),
         *_shares(config),
+        *_rows(config),
     ]
     for section in ("diffusion", "classifier", "cam", "patch_classifier", "decoder"):
         broken += _fit(f"{section}.fit", getattr(config, section).fit)
@@ -417,3 +424,14 @@ def _shares(config: Config) -> Iterator[str]:
             yield f"{path} must lie in [0, 1), got {share}"
     if not config.segment.min_component_ml >= 0:
         yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"
+
+
+def _rows(config: Config) -> Iterator[str]:
+    rows = config.segment.rows
+    for row in rows:
+        if row not in ROWS:
+            yield f"segment.rows must be of {', '.join(ROWS)}, got {row!r}"
+    if len(set(rows)) != len(rows):
+        yield f"segment.rows must differ, got {list(rows)}"
+    if rows and "cldf" not in rows:
+        yield f"segment.rows must hold cldf, with which the others are compared, got {list(rows)}"

@@ -24,9 +24,18 @@ def build(section: type, mapping: Any, prefix: str) -> Any:
             raise ValueError(f"unknown config key {path}; {remedy}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = build(typing.cast(type, hints[key]), value, f"{path}.")
+        elif typing.get_origin(hints[key]) is dict:
+            values[key] = _named_sections(typing.get_args(hints[key])[1], value, path)
         else:
             values[key] = _coerce(hints[key], value, path)
     return section(**values)
+
+
+def _named_sections(section: type, mapping: Any, path: str) -> dict[str, Any]:
+    """Sections under names of the writer's choice."""
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold names, each with its keys, got {mapping!r}")
+    return {str(name): build(section, part, f"{path}.{name}.") for name, part in mapping.items()}
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cldf_dist.__main__ import DOCTOR, SYNC
+from cldf_dist.__main__ import DOCTOR, STUDY, SYNC
 from cldf_dist.config import Config, flatten, load
 from cldf_dist.stages import STAGES, stage_named
+from cldf_dist.study.plan import planned_runs, read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -97,6 +98,9 @@ def test_the_pages_hold_commands_to_check() -> None:
 )
 def test_commands_name_stages_files_and_settings_that_exist(page: Path, call: list[str]) -> None:
     name, *words = call
+    if name == STUDY:
+        check_study_command(words)
+        return
     fit_section = "" if name in ("run", DOCTOR, SYNC) else stage_named(name).fit_section
     words = [word.replace("cache.part=task/", "cache.part=1/") for word in words]  # stage.sbatch's
     options = [word for word in words if word.startswith("--")]
@@ -107,6 +111,16 @@ def test_commands_name_stages_files_and_settings_that_exist(page: Path, call: li
     assert set(options) <= {"--dry-run"}
     if any(not word.isupper() and word != "..." for word in files):  # CONFIG stands for any
         load([str(ROOT / word) for word in files], settings, fit_section=fit_section)
+
+
+def check_study_command(words: list[str]) -> None:
+    options = [word for word in words if word.startswith("--")]
+    assert set(options) <= {"--dry-run", "--tables-only"}
+    for file in (word for word in words if "=" not in word and word not in options):
+        if file.isupper():  # STUDY stands for any
+            continue
+        study, settings = read_study(str(ROOT / file), [word for word in words if "=" in word])
+        assert planned_runs(study, (ROOT / file).parent, settings)
 
 
 def test_launch_lines_are_what_accelerate_takes() -> None:
@@ -198,7 +212,10 @@ def test_changelog_has_the_version() -> None:
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=name_of)
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name != "study.yaml"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_every_config_loads(config: Path) -> None:
     is_size = config.name == "small.yaml"  # laid over an experiment
     files = [str(ROOT / "configs" / "brats.yaml"), str(config)] if is_size else [str(config)]

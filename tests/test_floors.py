@@ -45,6 +45,7 @@ FLOORS = {
     "cldf_dist.start_up": 4,
     "cldf_dist.sync_tracking": 4,
     "cldf_dist.doctor": 4,
+    "cldf_dist.study": 4,
     "cldf_dist.__main__": 4,
 }
 SIBLINGS = ("cldf_dist.data", "cldf_dist.nets", "cldf_dist.method")

@@ -60,7 +60,8 @@ class PatchClassifier(nn.Module):
         logits = self.linear(activations).float()
         if logits.shape[2:] != size:
             logits = functional.interpolate(logits, size, mode="bilinear")
-        return logits[:, 0]
+        found: Tensor = logits[:, 0]
+        return found
 
 
 class _Layer(nn.Module):

@@ -1,7 +1,7 @@
 """Score the written masks of all test patients: strict protocol, intervals, paired comparisons.
 
 A patient is scored as a whole, on all slices, in the scan's own grid. What used the masks to get
-better (`supervised_decoder`, the oracle cut) is kept apart and marked.
+better (the upper bounds, the oracle cuts) is kept apart and marked.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
+from cldf_dist.stages.intensity import ORACLE_INTENSITY, oracle_intensity
 from cldf_dist.stages.legacy import LegacySlice, legacy_csv, legacy_summary, score_slices
 from cldf_dist.stages.masks import (
-    SUPERVISED,
+    PLUS,
+    UPPER_BOUNDS,
     FloatArray,
     Mask,
     PatientScores,
@@ -48,8 +50,9 @@ from cldf_dist.stages.masks import (
 from cldf_dist.stages.tables import legacy_table, results_table
 from cldf_dist.stages.weak import weak_rows
 
-HEADLINE, OTSU = "headline", "otsu"  # threshold rules with a row per patient in cases.csv
-OURS = "cldf"
+# threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone
+HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
+CLDF = "cldf"
 METRICS = ("dice", "iou", "hd95_mm")
 SAMPLED_SCORES = 20_000  # per patient; they place the oracle's cuts
 
@@ -69,7 +72,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
     Writes summary.json, cases.csv and table.txt, and legacy_slices.csv and legacy.txt apart.
     """
-    prepare, cache, segment = (run.needs(name) for name in ("prepare", "cache", "segment"))
+    prepare, cache, decoder, segment = (
+        run.needs(name) for name in ("prepare", "cache", "train-decoder", "segment")
+    )
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     rule = json.loads((segment / "thresholds.json").read_text())
     methods = list(rule["cuts"])
@@ -92,12 +97,21 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             truth = read_mask(truth_path(prepare, patient))
             legacy += score_slices(scores, truth, shards.geometry(patient), methods)
             counter.advance()
+    intensity, of_intensity = oracle_intensity(
+        shards,
+        segment / "scores",
+        patients,
+        lambda patient: read_mask(truth_path(prepare, patient)),
+        config.segment.gate_probability,
+    )
     summary: dict[str, Any] = {
         "strict": {
             "methods": _rows(cases, HEADLINE, methods, config),
             "methods_otsu": _rows(cases, OTSU, methods, config),
             "oracle_threshold": {method: oracles[method].best() for method in methods},
-            "comparisons": _comparisons(cases, methods, config),
+            ORACLE_INTENSITY: intensity,
+            "comparisons": _comparisons(cases, methods, config, CLDF),
+            "comparisons_plus": _comparisons(cases, methods, config, PLUS),
             "headline_rule": _in_words(rule),
             "confidence": config.evaluate.confidence,
             "num_test_patients": len(patients),
@@ -108,7 +122,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
+        "seeds_plus": json.loads((decoder / DONE).read_text()).get("seeds_plus") or {},
+        "mask_row": rule["mask_row"],
     }
+    cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
     write_atomically(run.folder / "table.txt", results_table(summary))
     if patients:
@@ -197,29 +214,29 @@ def _summarise(scores: Sequence[CaseScore], metric: str, config: Config) -> dict
 
 
 def _comparisons(
-    cases: Sequence[Case], methods: Sequence[str], config: Config
+    cases: Sequence[Case], methods: Sequence[str], config: Config, row: str
 ) -> dict[str, dict[str, Any]]:
-    """CLDF's Dice minus each other row's, over the patients that both score.
+    """The Dice of `row` minus each other row's, over the patients that both score.
 
-    Holm's family are the baselines; `supervised_decoder` gets a difference but no test.
+    Holm's family are the rows without masks; upper bounds get a difference but no test.
     """
-    if OURS not in methods:
+    if row not in methods:
         return {}
     dice = {method: _headline_dice(cases, method) for method in methods}
     rows = {}
     for method in methods:
-        if method == OURS:
+        if method == row:
             continue
         pairs = [
             (ours, other)
-            for ours, other in zip(dice[OURS], dice[method], strict=True)
+            for ours, other in zip(dice[row], dice[method], strict=True)
             if ours is not None and other is not None
         ]
         rows[method] = _difference(pairs, config.evaluate, config.seed)
-        rows[method]["num_dropped"] = len(dice[OURS]) - len(pairs)
-        if pairs and method != SUPERVISED:
+        rows[method]["num_dropped"] = len(dice[row]) - len(pairs)
+        if pairs and method not in UPPER_BOUNDS:
             rows[method]["p"] = paired_permutation_test(*zip(*pairs), seed=config.seed)
-    tested = {method: row["p"] for method, row in rows.items() if row["p"] is not None}
+    tested = {method: found["p"] for method, found in rows.items() if found["p"] is not None}
     for method, adjusted in holm(tested).items():
         rows[method]["p_holm"] = adjusted
     return rows

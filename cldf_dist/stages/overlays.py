@@ -6,7 +6,7 @@ Everything is drawn on the scan's own grid, where it was scored, with the patien
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,17 @@ from cldf_dist.config import Config, Seeds
 from cldf_dist.data.shards import SliceTable
 from cldf_dist.data.slices import ORIENTATION, OUTSIDE, Geometry, to_native
 from cldf_dist.method.seeds import BACKGROUND, OBJECT, scale_to_unit, seed_labels
-from cldf_dist.stages.masks import RAW_PATCHES, SUPERVISED, FloatArray, Mask, PatientScores
+from cldf_dist.stages.masks import (
+    PATCH_FEATURES,
+    PLUS,
+    RAW_PATCHES,
+    SUPERVISED,
+    SUPERVISED_PLUS,
+    FloatArray,
+    Mask,
+    PatientScores,
+)
+from cldf_dist.whole_files import whole_file
 
 TITLES = {
     "gradcam": "GradCAM",
@@ -33,14 +43,19 @@ TITLES = {
     "cdm": "CDM saliency",
     "cg_diff": "CG-Diff",
     "cg_cdm": "CG-CDM",
+    "patch_classifier": "patch classifier",
     "cldf": "CLDF",
+    PLUS: "CLDF+",
     RAW_PATCHES: "raw patches",
+    PATCH_FEATURES: "patch features",
     SUPERVISED: "supervised decoder",
+    SUPERVISED_PLUS: "supervised CLDF+ decoder",
 }
 MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"
 OBJECT_SEED, BACKGROUND_SEED = (0.90, 0.10, 0.15, 0.75), (0.15, 0.40, 0.95, 0.40)
 PANEL_INCHES = 1.55
 DOTS_PER_INCH = 100
+COMPARED_COLUMNS, COMPARED_DOTS_PER_INCH = 7, 80  # small enough to be kept beside tables
 UNBOUNDED = ("cdm", "cg_diff", "cg_cdm")  # scores that are not in [0, 1]: scaled within the patient
 TOP_PERCENTILE = 99.8
 
@@ -51,7 +66,8 @@ class PatientResult:
 
     scores: PatientScores
     geometry: Geometry
-    mask: Mask  # (x, y, slices) of CLDF
+    row: str  # whose mask it is
+    mask: Mask  # (x, y, slices)
     truth: Mask | None  # (x, y, slices)
 
 
@@ -76,6 +92,41 @@ def write_overlay(path: Path, result: PatientResult, table: SliceTable, config: 
     """
     drawn = drawn_slices(result, config.report.slices_per_patient)
     _figure(result, drawn, _panels(result, drawn, table, config)).savefig(path, dpi=DOTS_PER_INCH)
+
+
+def write_comparison(
+    path: Path, masks: Mapping[str, Mask], truth: Mask, geometry: Geometry, table: SliceTable
+) -> None:
+    """Draw the slice with the largest truth into a PNG: the image, the truth, each row's mask.
+
+    `masks` (x, y, slices) by row and `truth` are in the orientation of the file; of a patient
+    without object the slice with the largest mask is drawn. `table` is of the patient's split.
+    """
+    areas = sum((mask.astype(int) for mask in masks.values()), start=np.zeros(truth.shape, int))
+    shown = _upright(truth if truth.any() else areas, geometry).sum(axis=(0, 1))
+    index = max(geometry.indices, key=lambda index: int(shown[index]))
+    some = dataclasses.replace(geometry, indices=(index,))
+    first = _first_channel(table, geometry.patient, [index], geometry.image_size)
+    image = _whole_grey_scale(_pictures(to_native(first, some, OUTSIDE), geometry, [index]))
+    panels = [
+        _Panel("image", image),
+        _contour_panel("truth", image, truth, TRUTH_COLOUR, geometry, [index]),
+    ]
+    for row, mask in masks.items():
+        title = TITLES.get(row, row)
+        panels.append(_contour_panel(title, image, mask, MASK_COLOUR, geometry, [index]))
+    columns = min(COMPARED_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (PANEL_INCHES * columns, (PANEL_INCHES + 0.2) * lines)
+    figure = Figure(figsize=size, facecolor="white", layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels):
+        _draw(axes, panel, 0, _pixel_aspect(geometry))
+        axes.set_title(panel.title, fontsize=8)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=COMPARED_DOTS_PER_INCH, format="png", metadata={"Software": None})
 
 
 def drawn_slices(result: PatientResult, count: int) -> list[int]:
@@ -121,24 +172,23 @@ def _panels(
         return _Panel(title, on_scan(shown), "magma", 0.0, high)
 
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
-    image = on_scan(first, fill=OUTSIDE)
-    brightest = float(np.percentile(image, TOP_PERCENTILE))
-    if brightest > OUTSIDE:  # use the whole grey scale
-        image = (image - OUTSIDE) * (1 - OUTSIDE) / (brightest - OUTSIDE) + OUTSIDE
-    seeds = _would_be_seeds(scores, rows, config)
+    image = _whole_grey_scale(on_scan(first, fill=OUTSIDE))
     cam = config.cam.seed_method
+    titles = {cam: f"CAM ({TITLES[cam]})", "gradient_map": TITLES["gradient_map"]}
+    maps = [score_panel(row, titles[row]) for row in titles if row in scores.scores]
+    if len(maps) == len(titles):  # segment.rows may leave either out
+        seeds = _would_be_seeds(scores, rows, config)
+        colours = _seed_colours(on_scan(seeds == OBJECT), on_scan(seeds == BACKGROUND))
+        maps.append(_Panel("seeds (as they\nwould be)", image, overlay=colours))
+    if "cdm" in scores.scores:
+        maps.append(score_panel("cdm", TITLES["cdm"]))
     panels = [
         _Panel("image", image),
-        score_panel(cam, f"CAM ({TITLES[cam]})"),
-        score_panel("gradient_map", TITLES["gradient_map"]),
-        _Panel(
-            "seeds (as they\nwould be)",
-            image,
-            overlay=_seed_colours(on_scan(seeds == OBJECT), on_scan(seeds == BACKGROUND)),
+        *maps,
+        score_panel(result.row, f"{TITLES[result.row]} score"),
+        _contour_panel(
+            f"{TITLES[result.row]} mask", image, result.mask, MASK_COLOUR, geometry, drawn
         ),
-        score_panel("cdm", TITLES["cdm"]),
-        score_panel("cldf", "CLDF score"),
-        _contour_panel("CLDF mask", image, result.mask, MASK_COLOUR, geometry, drawn),
     ]
     if result.truth is None:
         return [*panels, _Panel("truth (none drawn)", image)]
@@ -194,6 +244,14 @@ def _first_channel(
     images = {index: table.read_image(row_of[index])[0] for index in drawn if index in row_of}
     blank = np.full((image_size, image_size), OUTSIDE, dtype=np.float32)
     return np.stack([images.get(index, blank) for index in drawn])
+
+
+def _whole_grey_scale(image: FloatArray) -> FloatArray:
+    """The same picture with its brightest pixels at 1."""
+    brightest = float(np.percentile(image, TOP_PERCENTILE))
+    if brightest <= OUTSIDE:
+        return image
+    return (image - OUTSIDE) * (1 - OUTSIDE) / (brightest - OUTSIDE) + OUTSIDE
 
 
 def _upright(volume: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:

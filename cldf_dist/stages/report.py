@@ -24,8 +24,8 @@ from cldf_dist.data.staging import ShardCache
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, seconds_of, write_atomically
 from cldf_dist.stages import STAGES
-from cldf_dist.stages.evaluate import HEADLINE, OURS, mask_path, read_mask, truth_path
-from cldf_dist.stages.masks import SUPERVISED, PatientScores
+from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
+from cldf_dist.stages.masks import OURS, UPPER_BOUNDS, PatientScores
 from cldf_dist.stages.overlays import TITLES, PatientResult, write_overlay
 
 TEMPLATE = "report_template.html"
@@ -46,27 +46,28 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     summary = json.loads((evaluated / "summary.json").read_text())
     with (evaluated / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
-    pictures = _draw_overlays(config, run, cases)
+    pictures = _draw_overlays(config, run, cases, summary["mask_row"])
     page = _page(config, run.folder.parent, summary, cases, pictures)
     write_atomically(run.folder / "report.html", page)
     return {"report": "report.html", "num_pictures": len(pictures)}
 
 
-def _draw_overlays(config: Config, run: Run, cases: Sequence[Row]) -> dict[str, Path]:
-    """The picture of each test patient, the lowest Dice of CLDF first."""
+def _draw_overlays(config: Config, run: Run, cases: Sequence[Row], row: str) -> dict[str, Path]:
+    """The picture of each test patient with the mask of `row`, the lowest Dice of it first."""
     prepare, segment = run.needs("prepare"), run.needs("segment")
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     table = shards.split("test")
     folder = run.folder / "overlays"
     folder.mkdir(parents=True, exist_ok=True)
-    patients = sorted(set(table.patients), key=lambda name: _rank(cases, name))
+    patients = sorted(set(table.patients), key=lambda name: _rank(cases, name, row))
     with progress("report", len(patients), "patients") as counter:
         for patient in patients:
             truth = truth_path(prepare, patient)
             result = PatientResult(
                 scores=PatientScores.load(segment / "scores", patient),
                 geometry=shards.geometry(patient),
-                mask=read_mask(mask_path(segment, OURS, patient)),
+                row=row,
+                mask=read_mask(mask_path(segment, row, patient)),
                 truth=read_mask(truth) if truth.is_file() else None,
             )
             write_overlay(folder / f"{patient}.png", result, table, config)
@@ -74,14 +75,14 @@ def _draw_overlays(config: Config, run: Run, cases: Sequence[Row]) -> dict[str, 
     return {patient: folder / f"{patient}.png" for patient in patients}
 
 
-def _rank(cases: Sequence[Row], patient: str) -> tuple[float, str]:
-    case = _case_of(cases, patient)
+def _rank(cases: Sequence[Row], patient: str, row: str) -> tuple[float, str]:
+    case = _case_of(cases, patient, row)
     return (float(case["dice"]) if case and case["dice"] else 2.0, patient)
 
 
-def _case_of(cases: Sequence[Row], patient: str) -> Row | None:
-    """CLDF's headline row of a patient; None where it could not be scored."""
-    wanted = (patient, OURS, HEADLINE)
+def _case_of(cases: Sequence[Row], patient: str, row: str) -> Row | None:
+    """The headline case of a patient under `row`; None where it could not be scored."""
+    wanted = (patient, row, HEADLINE)
     found = (case for case in cases if (case["patient"], case["method"], case["rule"]) == wanted)
     return next(found, None)
 
@@ -94,6 +95,7 @@ def _page(
     pictures: Mapping[str, Path],
 ) -> str:
     """The HTML."""
+    row = summary["mask_row"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,10 +113,12 @@ def _page(
         gate=summary["gate"],
         seeds=summary["seeds"],
         titles=TITLES,
-        supervised=SUPERVISED,
+        seeds_plus=summary["seeds_plus"],
+        ours=OURS,
+        upper_bounds=UPPER_BOUNDS,
         dice_chart=_dice_chart(summary["strict"], cases) if cases else "",
         overlays=[
-            {"patient": name, "caption": _caption(cases, name), "uri": _png(pictures[name])}
+            {"patient": name, "caption": _caption(cases, name, row), "uri": _png(pictures[name])}
             for name in embedded
         ],
         num_pictures=len(pictures),
@@ -133,8 +137,8 @@ def _evenly(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def _caption(cases: Sequence[Row], patient: str) -> str:
-    case = _case_of(cases, patient)
+def _caption(cases: Sequence[Row], patient: str, row: str) -> str:
+    case = _case_of(cases, patient, row)
     if case is None:
         return "no truth mask: not scored"
     truth, found = float(case["truth_ml"]), float(case["predicted_ml"])
@@ -164,7 +168,7 @@ def _dice_chart(strict: Mapping[str, Any], cases: Sequence[Row]) -> str:
     figure = Figure(figsize=(9.5, 0.42 * len(methods) + 0.8), layout="constrained")
     axes = figure.subplots()
     for line, method in enumerate(methods):
-        colour = {OURS: ACCENT, SUPERVISED: MARKED}.get(method, PLAIN)
+        colour = ACCENT if method in OURS else MARKED if method in UPPER_BOUNDS else PLAIN
         dice = [
             float(case["dice"])
             for case in cases
@@ -176,7 +180,7 @@ def _dice_chart(strict: Mapping[str, Any], cases: Sequence[Row]) -> str:
             axes.plot([mean["low"], mean["high"]], [line, line], color=colour, linewidth=2.5)
         if mean["mean"] is not None:
             axes.plot(mean["mean"], line, "D", color=colour, markersize=7, mec="white")
-    labels = [TITLES.get(method, method) + (" *" * (method == SUPERVISED)) for method in methods]
+    labels = [TITLES.get(method, method) + (" *" * (method in UPPER_BOUNDS)) for method in methods]
     axes.set_yticks(range(len(methods)), labels)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(methods) - 0.5, -0.5), xlabel="Dice per patient")
     _sober(axes)

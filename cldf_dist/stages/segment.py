@@ -76,7 +76,7 @@ class Segmenter:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Every row that the settings have and whose nets are there."""
+        """Every row that the settings have and ask for, and whose nets are there."""
         config = self.config
         there = {
             **{row: row in self.decoders for row in (PLUS, *CONTROLS, *UPPER_BOUNDS)},
@@ -85,7 +85,8 @@ class Segmenter:
             "patch_classifier": config.patch_classifier.enabled,
         }
         rows = (*METHODS, *CONTROLS, *UPPER_BOUNDS)
-        return tuple(row for row in rows if there.get(row, True))
+        asked = config.segment.rows or rows
+        return tuple(row for row in rows if row in asked and there.get(row, True))
 
     def score(
         self,

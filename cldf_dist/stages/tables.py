@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.masks import PLUS, UPPER_BOUNDS
 from cldf_dist.stages.weak import WEAK_RULE
 
 SAW_MASKS = "saw the training masks"
@@ -32,14 +32,17 @@ def results_table(summary: Mapping[str, Any]) -> str:
         "Oracle: one cut per method, chosen WITH the test masks; not a result, only what the "
         "scores could reach\n" + _oracle_block(strict["oracle_threshold"]),
     ]
-    if strict["comparisons"]:
-        blocks.append(
-            "Dice of cldf minus that of the other rows, over patients that both score\n"
-            + _comparisons_block(strict["comparisons"])
-        )
+    if intensity := strict.get("oracle_intensity"):
+        blocks.append(_intensity_line(intensity))
+    for ours, key in (("cldf", "comparisons"), (PLUS, "comparisons_plus")):
+        if strict.get(key):
+            blocks.append(
+                f"Dice of {ours} minus that of the other rows, over patients that both score\n"
+                + _comparisons_block(strict[key])
+            )
     if weak := summary.get("weak_validation"):
         blocks.append(f"Without any mask: {WEAK_RULE}\n" + _weak_block(weak))
-    if SUPERVISED in strict["methods"]:
+    if set(UPPER_BOUNDS) & set(strict["methods"]):
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
 
@@ -58,7 +61,7 @@ def legacy_table(summary: Mapping[str, Any]) -> str:
         "pixels of both\nmasks, as the published code computes it, and over the contours alone, as "
         "MedPy does on a 2-D slice.",
     ]
-    if SUPERVISED in legacy["methods"]:
+    if set(UPPER_BOUNDS) & set(legacy["methods"]):
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
 
@@ -109,6 +112,19 @@ def _oracle_block(rows: Mapping[str, Any]) -> str:
     return _aligned([["method", "oracle Dice", "cut"], *lines])
 
 
+def _intensity_line(found: Mapping[str, Any]) -> str:
+    return (
+        "oracle_intensity †, a lower bound: the best threshold on one channel, chosen WITH the "
+        f"test masks\n{_threshold(found)}, Dice {_number(found['dice'])}; without the gate: "
+        f"{_threshold(found['ungated'])}, Dice {_number(found['ungated']['dice'])}"
+    )
+
+
+def _threshold(found: Mapping[str, Any]) -> str:
+    side = "above" if found["above"] else "below"
+    return f"{found['channel']} {side} {_number(found['cut'])}"
+
+
 def _weak_block(rows: Mapping[str, Any]) -> str:
     lines = [
         [
@@ -138,7 +154,7 @@ def _comparisons_block(rows: Mapping[str, Any]) -> str:
 
 
 def _marked(method: str) -> str:
-    return f"{method} *" if method == SUPERVISED else method
+    return f"{method} *" if method in UPPER_BOUNDS else method
 
 
 def _number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:

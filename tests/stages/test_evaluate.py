@@ -217,7 +217,8 @@ def test_seed_quality_is_taken_over_from_the_cache(summary):
 
 def test_cases_hold_one_row_per_patient_method_and_rule(evaluated):
     rows = rows_of(evaluated)
-    assert len(rows) == 8 * 5 * 2
+    assert len(rows) == 8 * 5 * 2 + 8
+    assert {row["method"] for row in rows if row["rule"] == "oracle"} == {"oracle_intensity"}
     keys = {(row["patient"], row["method"], row["rule"]) for row in rows}
     assert len(keys) == len(rows)
     assert not any(row["patient"] == UNSCORED for row in rows)
@@ -236,6 +237,7 @@ def test_table_marks_what_used_the_masks(evaluated, summary):
     assert "supervised_decoder *" in table
     assert "saw the training masks" in table
     assert "chosen WITH the test masks" in table
+    assert "oracle_intensity †" in table
     assert "0.714 [" in table
     assert "0.50 (1/2)" in table
     assert "+0.278 [" in table

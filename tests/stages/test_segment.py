@@ -10,6 +10,7 @@ import torch
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import load
+from cldf_dist.config_rules import ROWS
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
@@ -242,6 +243,21 @@ def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
     shutil.rmtree(run.folder / "train-decoder")
     assert main(["train-decoder", *words, "evaluate.controls=false"]) == 0
     assert not own.exists()
+
+
+def test_only_the_rows_of_the_settings_are_in_the_run(debug_run: Any, tmp_path: Path) -> None:
+    """From the masks to the report; a row that was not trained is no error."""
+    assert set(ROWS) >= {*METHODS, RAW_PATCHES, SUPERVISED}
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    assert main(["run", *run.words, f"segment.rows=[{SUPERVISED},cldf,{RAW_PATCHES}]"]) == 0
+    masks = run.folder / "segment" / "masks"
+    assert sorted(path.name for path in masks.iterdir()) == ["cldf", SUPERVISED]
+    summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
+    assert list(summary["strict"]["methods"]) == ["cldf", SUPERVISED]
+    for file in masks.glob("cldf/*.nii.gz"):
+        same = debug_run.folder / "segment" / "masks" / "cldf" / file.name
+        np.testing.assert_array_equal(read_nifti(file)[0], read_nifti(same)[0])
+    assert list((run.folder / "report" / "overlays").glob("*.png"))
 
 
 def test_rows_that_are_switched_off_are_nowhere(debug_run: Any, tmp_path: Path) -> None:

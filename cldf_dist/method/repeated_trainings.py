@@ -1,0 +1,137 @@
+"""What a table of several trainings can claim: every test patient is scored once by each.
+
+Scores are arrays (trainings, patients), NaN where a score is undefined (a true negative). The test
+patients are the same in all trainings, so a resampling draws trainings and patients each once, and
+crosses them: drawing other patients for each training would average the patients' spread away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist.method.statistics import bootstrap_interval, paired_permutation_test
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """One row minus another, over the patients that both score in some training."""
+
+    difference: float | None  # mean over patients of the mean over trainings
+    low: float | None
+    high: float | None
+    p: float | None
+    num_patients: int
+    num_better: tuple[int, ...]  # patients, in each training
+    num_worse: tuple[int, ...]
+    num_compared: tuple[int, ...]
+
+
+def mean_of_trainings(scores: Scores) -> float | None:
+    """The mean over trainings of their means over patients; None where nothing is defined."""
+    means = training_means(scores)
+    defined = [mean for mean in means if mean is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+def training_means(scores: Scores) -> list[float | None]:
+    """The mean over the patients with a score, of each training."""
+    _check(scores)
+    rows = [row[~np.isnan(row)] for row in scores]
+    return [float(row.mean()) if row.size else None for row in rows]
+
+
+def crossed_interval(
+    scores: Scores, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `mean_of_trainings`, over trainings and patients.
+
+    Both are drawn with replacement, in each resampling the same patients for all drawn trainings.
+    With one training it is the interval over patients. Fewer than two patients with a score say
+    nothing about their spread: (nan, nan). Few trainings make it too narrow, as few patients do.
+    """
+    _check(scores)
+    defined = ~np.isnan(scores)
+    if defined.any(axis=0).sum() < 2:
+        return nan, nan
+    if not 0 < confidence < 1 or num_resamples < 1:
+        raise ValueError(
+            f"confidence must be in (0, 1) and num_resamples >= 1, got {confidence} and "
+            f"{num_resamples}; 0.95 and 10000 are customary"
+        )
+    num_trainings, num_patients = scores.shape
+    rng = np.random.default_rng(seed)
+    drawn = _how_often_drawn(rng, num_resamples, num_patients)
+    counts = drawn @ defined.T.astype(float)  # (resamples, trainings)
+    with np.errstate(invalid="ignore"):
+        means = drawn @ np.where(defined, scores, 0).T / counts
+    weights = np.where(counts > 0, _how_often_drawn(rng, num_resamples, num_trainings), 0)
+    total = weights.sum(axis=1)
+    resampled = (weights * np.where(counts > 0, means, 0)).sum(axis=1)[total > 0] / total[total > 0]
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def paired_over_trainings(
+    first: Scores,
+    second: Scores,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """`first` minus `second`, the differences of each patient averaged over the trainings in which
+    both are defined; interval and two-sided permutation test over patients.
+
+    Raises ValueError where the shapes differ.
+    """
+    _check(first)
+    if first.shape != second.shape:
+        raise ValueError(
+            "both rows must hold the same trainings and patients, got shapes "
+            f"{first.shape} and {second.shape}"
+        )
+    differences = first - second
+    compared = ~np.isnan(differences)
+    kept = compared.any(axis=0)
+    of_patients = np.nanmean(differences[:, kept], axis=0).tolist() if kept.any() else []
+    low, high = bootstrap_interval(
+        of_patients, confidence=confidence, num_resamples=num_resamples, seed=seed
+    )
+    zeros = [0.0] * len(of_patients)
+    return PairedDifference(
+        difference=float(np.mean(of_patients)) if of_patients else None,
+        low=None if np.isnan(low) else low,
+        high=None if np.isnan(high) else high,
+        p=paired_permutation_test(of_patients, zeros, seed=seed) if of_patients else None,
+        num_patients=len(of_patients),
+        num_better=_counted(differences > 0),
+        num_worse=_counted(differences < 0),
+        num_compared=_counted(compared),
+    )
+
+
+def _counted(claims: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    """For how many patients a claim holds, in each training."""
+    return tuple(int(number) for number in claims.sum(axis=1))
+
+
+def _how_often_drawn(
+    rng: np.random.Generator, num_resamples: int, count: int
+) -> npt.NDArray[np.float64]:
+    """How often each of `count` things is drawn (resamples, count)."""
+    return rng.multinomial(count, [1 / count] * count, size=num_resamples).astype(np.float64)
+
+
+def _check(scores: Scores) -> None:
+    if scores.ndim != 2 or not scores.size or np.isinf(scores).any():
+        raise ValueError(
+            "scores must be (trainings, patients), finite or NaN where undefined, at least one of "
+            f"each, got shape {scores.shape}"
+        )

@@ -1,0 +1,1 @@
+"""One command for a comparison over several experiments, trainings and variants: `cldf study`."""

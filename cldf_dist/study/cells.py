@@ -1,0 +1,45 @@
+"""Numbers as the cells of a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+
+from cldf_dist.method.repeated_trainings import (
+    PairedDifference,
+    Scores,
+    crossed_interval,
+    mean_of_trainings,
+)
+
+
+def mean_cell(scores: Scores, digits: int = 3) -> str:
+    """The mean over trainings and patients with its interval."""
+    low, high = crossed_interval(scores)
+    mean = number_cell(mean_of_trainings(scores), digits)
+    return mean if isnan(low) else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def difference_cell(row: PairedDifference) -> str:
+    mean = number_cell(row.difference, signed=True)
+    if row.low is None:
+        return mean
+    low, high = (number_cell(value, signed=True) for value in (row.low, row.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def counts_cell(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def shares_cell(parts: Sequence[int], wholes: Sequence[int]) -> str:
+    return ", ".join(f"{part}/{whole}" for part, whole in zip(parts, wholes))
+
+
+def number_cell(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,101 @@
+"""The one process that a study has at work, and the signals that are passed on to it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from cldf_dist.locks import FolderLock
+from cldf_dist.run import DONE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_SECONDS = 0.5
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class Child:
+    """Starts commands one at a time; within its block signals are passed on to the one at work.
+
+    `asked` holds the signals that came. The command has a session of its own, so that a terminal's
+    Ctrl-C reaches it once; on Linux it is asked to stop where this process is killed.
+    """
+
+    def __init__(self, launcher: Sequence[str]) -> None:
+        self.asked: list[int] = []
+        self._launcher = list(launcher)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []  # signals that came before there was a process to tell
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Child:
+        self._previous = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, words: Sequence[str]) -> int:
+        """The exit code of the launcher's words and these; not started where a stop was asked."""
+        if self.asked:
+            return -self.asked[-1]
+        self._process = None
+        self._process = subprocess.Popen(
+            [*self._launcher, *words], start_new_session=True, preexec_fn=_end_with_parent
+        )
+        for number in self._early:
+            self._process.send_signal(number)
+        return self._process.wait()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if self._process is None:
+            self._early.append(number)
+        elif self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+
+def wait_for_others(folder: Path, child: Child) -> bool:
+    """Wait while another process works in a stage of a run: one that outlived its launcher or its
+    study. Whether there was one."""
+    waited = False
+    while not child.asked and (busy := _in_use(folder)):
+        if not waited:
+            print(f"study: waits: {busy}", file=sys.stderr, flush=True)
+        waited = True
+        time.sleep(POLL_SECONDS)
+    return waited
+
+
+def _in_use(folder: Path) -> str:
+    """Who works in a stage of the run; nothing where nobody does."""
+    for lock in folder.glob("*/.lock"):
+        if (lock.parent / DONE).exists():
+            continue
+        try:
+            FolderLock(lock.parent).release()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)

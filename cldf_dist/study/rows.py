@@ -1,0 +1,120 @@
+"""The numbers of finished runs as CSV files, one row a patient, method or run.
+
+A file is replaced as a whole; rows of a run take the place of those it had before.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cldf_dist.run import read_json, seconds_of, write_atomically
+from cldf_dist.stages import STAGES
+
+KEY = ("experiment", "seed", "variant")
+CASES = ("patient", "method", "rule", "dice", "iou", "hd95_mm", "outcome")
+COMPONENTS = {"all": "methods", "largest": "methods_largest_component"}  # of the legacy block
+
+Row = dict[str, str]
+
+
+def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
+    """Put the numbers of a finished run into every CSV file of `results`.
+
+    `key` says which run it is: experiment, seed, variant.
+    """
+    summary = read_json(run_folder / "evaluate" / "summary.json")
+    tables: dict[str, list[dict[str, Any]]] = {
+        "cases": _cases(run_folder / "evaluate" / "cases.csv"),
+        "legacy": _legacy(summary["legacy"]),
+        "weak_validation": _weak_validation(summary),
+        "seeds": [summary["seeds"]] if summary["seeds"] else [],
+        "oracle_intensity": _oracle_intensity(summary["strict"]),
+        "provenance": [_provenance(run_folder)],
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        merge_rows(results / f"{name}.csv", key, [{**key, **_as_text(row)} for row in rows])
+
+
+def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
+    """Replace the rows of `key` in a CSV file by `rows`; the file changes in one step."""
+    others = [row for row in read_rows(path) if any(row[name] != key[name] for name in KEY)]
+    merged = [*others, *rows]
+    columns = list(dict.fromkeys([*KEY, *(name for row in merged for name in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(merged, key=lambda row: (row["experiment"], int(row["seed"]))))
+    write_atomically(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cases(path: Path) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in CASES} for row in read_rows(path)]
+
+
+def _legacy(legacy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"method": method, "components": components, **_means(row)}
+        for components, block in COMPONENTS.items()
+        for method, row in legacy[block].items()
+    ]
+
+
+def _means(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean of each metric, and the counts."""
+    return {
+        name: value["mean"] if isinstance(value, Mapping) else value for name, value in row.items()
+    }
+
+
+def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What slice labels say about each row, and beside it the mean strict Dice."""
+    strict = summary["strict"]["methods"]
+    return [
+        {"method": method, **row, "dice": strict[method]["dice"]["mean"]}
+        for method, row in summary["weak_validation"].items()
+        if method in strict
+    ]
+
+
+def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = strict.get("oracle_intensity") or {}
+    return [{name: value for name, value in found.items() if not isinstance(value, Mapping)}]
+
+
+def _provenance(run_folder: Path) -> dict[str, Any]:
+    """Where the run was made, without a word about paths; the seconds are those of all its stages,
+    taken over ones too."""
+    starts = json.loads((run_folder / "evaluate" / "provenance.json").read_text())["starts"]
+    training = json.loads((run_folder / "train-decoder" / "provenance.json").read_text())["starts"]
+    state = starts[-1]["git"]
+    seconds = sum(seconds_of(run_folder / stage.name) for stage in STAGES)
+    return {
+        "commit": state["commit"] + ("+changes" if state["dirty"] else ""),
+        "torch": starts[-1]["versions"].get("torch", ""),
+        "device": "; ".join(dict.fromkeys(training[-1]["devices"])),
+        "processes": training[-1]["processes"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _as_text(row: Mapping[str, Any]) -> Row:
+    return {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def methods_of(rows: Iterable[Row]) -> list[str]:
+    """The methods of these rows, in the order in which they come first."""
+    return list(dict.fromkeys(row["method"] for row in rows))

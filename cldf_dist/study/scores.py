@@ -1,0 +1,104 @@
+"""The strict scores of one experiment as arrays (trainings, patients), read from its CSV rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist.study.rows import Row, methods_of
+
+HEADLINE, ORACLE = "headline", "oracle"  # rules in cases.csv; the second chose with test masks
+OURS = "cldf"  # how the rows begin that are compared with the others
+SAW_TRAINING_MASKS, SAW_TEST_MASKS = "supervised_", "oracle_"
+
+
+@dataclass(frozen=True)
+class StrictScores:
+    """One experiment and variant: what each training scored for each test patient."""
+
+    seeds: tuple[str, ...]
+    patients: tuple[str, ...]
+    methods: tuple[str, ...]
+    rows: dict[tuple[str, str, str], Row]  # by method, seed, patient
+
+    @classmethod
+    def of(cls, cases: Iterable[Row], seeds: Sequence[str] | None = None) -> StrictScores:
+        """From rows of cases.csv of one experiment and variant; of these seeds, or all."""
+        kept = [
+            row
+            for row in cases
+            if row["rule"] in (HEADLINE, ORACLE) and (seeds is None or row["seed"] in seeds)
+        ]
+        rows = {(row["method"], row["seed"], row["patient"]): row for row in kept}
+        return cls(
+            tuple(dict.fromkeys(row["seed"] for row in kept)),
+            tuple(dict.fromkeys(row["patient"] for row in kept)),
+            tuple(methods_of(kept)),
+            rows,
+        )
+
+    def values(self, method: str, metric: str) -> npt.NDArray[np.float64]:
+        """(trainings, patients); NaN for a true negative, and where the row does not exist."""
+        return np.array(
+            [
+                [self._value(method, seed, patient, metric) for patient in self.patients]
+                for seed in self.seeds
+            ]
+        )
+
+    def count(self, method: str, outcome: str) -> list[int]:
+        """How many patients ended so, in each training."""
+        return [
+            sum(
+                self.rows[method, seed, patient]["outcome"] == outcome
+                for patient in self.patients
+                if (method, seed, patient) in self.rows
+            )
+            for seed in self.seeds
+        ]
+
+    @property
+    def ours(self) -> list[str]:
+        return [method for method in self.methods if method.startswith(OURS)]
+
+    def _value(self, method: str, seed: str, patient: str, metric: str) -> float:
+        text = self.rows.get((method, seed, patient), {}).get(metric, "")
+        return float(text) if text else nan
+
+
+def used_masks(method: str) -> bool:
+    """Whether a row is a reference, not a competitor."""
+    return method.startswith((SAW_TRAINING_MASKS, SAW_TEST_MASKS))
+
+
+def marked(method: str) -> str:
+    """The row's name with its mark: * saw training masks, † was chosen with test masks."""
+    if method.startswith(SAW_TEST_MASKS):
+        return f"{method} †"
+    return f"{method} *" if used_masks(method) else method
+
+
+def picked_patients(scores: StrictScores) -> dict[str, tuple[str, float]]:
+    """The best, the median and the worst patient of the first training, each with its Dice.
+
+    By `cldf_plus` where there is such a row, else `cldf`; of an even number the worse of the two
+    in the middle. Nothing where no Dice is defined.
+    """
+    method = picked_by(scores)
+    if not scores.seeds or method not in scores.methods:
+        return {}
+    dice = dict(zip(scores.patients, scores.values(method, "dice")[0].tolist()))
+    ranked = sorted((value, name) for name, value in dice.items() if not np.isnan(value))
+    if not ranked:
+        return {}
+    places = {"best": -1, "median": (len(ranked) - 1) // 2, "worst": 0}
+    return {which: ranked[place][::-1] for which, place in places.items()}
+
+
+def picked_by(scores: StrictScores) -> str:
+    """The row by whose Dice pictures are picked."""
+    return "cldf_plus" if "cldf_plus" in scores.methods else OURS

@@ -1,0 +1,159 @@
+"""tables.md from CSV files whose every number is known by hand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cldf_dist.study.rows import merge_rows, read_rows
+from cldf_dist.study.scores import StrictScores, marked, picked_patients, used_masks
+from cldf_dist.study.tables import rank_correlation, write_tables
+
+# Dice of the patients a, b and c; None is a true negative
+DICE = {
+    ("0", "base", "gradcam"): (0.2, 0.4, None),
+    ("1", "base", "gradcam"): (0.4, 0.4, None),
+    ("0", "base", "cldf"): (0.4, 0.6, None),
+    ("1", "base", "cldf"): (0.6, 0.2, 0.0),
+    ("0", "base", "cldf_plus"): (0.6, 0.8, None),
+    ("1", "base", "cldf_plus"): (0.6, 0.8, None),
+    ("0", "base", "supervised_decoder"): (0.9, 0.9, None),
+    ("1", "base", "supervised_decoder"): (0.7, 0.9, None),
+    ("0", "warm", "cldf"): (0.5, 0.9, None),
+}
+
+
+def case(patient: str, method: str, dice: float | None, rule: str = "headline") -> dict[str, str]:
+    value = "" if dice is None else str(dice)
+    outcome = "true_negative" if dice is None else "overlap"
+    if (patient, dice) == ("c", 0.0):
+        outcome = "false_alarm"
+    metrics = {"dice": value, "iou": value, "hd95_mm": value}
+    return {"patient": patient, "method": method, "rule": rule, **metrics, "outcome": outcome}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for seed, variant in dict.fromkeys((seed, variant) for seed, variant, _ in DICE):
+        key = {"experiment": "phantom", "seed": seed, "variant": variant}
+        rows = []
+        for (s, v, method), dice in DICE.items():
+            if (s, v) == (seed, variant):
+                rows += [{**key, **case(p, method, d)} for p, d in zip("abc", dice)]
+                rows.append({**key, **case("a", method, 0.99, rule="otsu")})
+        rows += [{**key, **case(p, "oracle_intensity", 0.3, rule="oracle")} for p in "ab"]
+        merge_rows(tmp_path / "cases.csv", key, rows)
+        quality = {"object_precision": "0.75", "object_recall": "0.5" if variant == "base" else "1"}
+        merge_rows(tmp_path / "seeds.csv", key, [{**key, **quality}])
+        weak = {"gradcam": "0.6", "cldf": "0.7", "cldf_plus": "0.9", "supervised_decoder": "0.1"}
+        merge_rows(
+            tmp_path / "weak_validation.csv",
+            key,
+            [
+                {**key, "method": method, "area_auroc": auroc, "dice": dice}
+                for (method, auroc), dice in zip(weak.items(), ("0.3", "0.5", "0.7", "0.9"))
+            ],
+        )
+    return tmp_path
+
+
+def cells(text: str, heading: str) -> dict[str, dict[str, str]]:
+    """The rows of the table below a heading, by their first cell."""
+    section = text.split(f"### {heading}\n")[1].split("\n#")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if "|" in line]
+    header = lines[0]
+    return {line[0]: dict(zip(header, line)) for line in lines[2:]}
+
+
+def test_each_seed_and_the_mean_over_seeds_are_in_the_strict_table(results: Path) -> None:
+    table = cells(write_tables(results).read_text(), "Strict scores")
+    assert list(table) == [
+        "gradcam", "cldf", "cldf_plus", "supervised_decoder *", "oracle_intensity †",
+    ]  # fmt: skip
+    ours = table["cldf"]
+    # seed 0: (0.4 + 0.6) / 2; seed 1: (0.6 + 0.2 + 0) / 3, with a false alarm
+    assert (ours["seed 0"], ours["seed 1"]) == ("0.500", "0.267")
+    assert re.fullmatch(r"0\.383 \[0\.\d+, 0\.\d+\]", ours["Dice [95 %]"])
+    assert ours["false alarms"] == "0, 1"
+    assert ours["misses"] == "0, 0"
+    assert table["oracle_intensity †"]["seed 1"] == "0.300"
+
+
+def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> None:
+    text = write_tables(results).read_text()
+    plus = cells(text, "cldf_plus minus the other rows")
+    # a: (0.4 + 0.2) / 2, b: (0.4 + 0.4) / 2
+    gradcam = plus["gradcam"]
+    assert gradcam["Dice [95 %]"] == "+0.350 [+0.300, +0.400]"
+    assert (gradcam["p"], gradcam["p (Holm)"]) == ("0.5000", "0.5000"), "1 of 2 sign patterns"
+    assert (gradcam["better"], gradcam["worse"], gradcam["patients"]) == (
+        "2/2, 2/2",
+        "0/2, 0/2",
+        "2",
+    )
+    assert (plus["cldf"]["better"], plus["cldf"]["p (Holm)"]) == ("2/2, 1/2", "-")
+    assert plus["supervised_decoder *"]["p"] == plus["oracle_intensity †"]["p"] == "-"
+    assert plus["supervised_decoder *"]["Dice [95 %]"].startswith("-0.150")
+    assert set(cells(text, "cldf minus the other rows")) >= {"gradcam", "cldf_plus"}
+
+
+def test_a_variant_is_compared_with_the_base_of_its_seed(results: Path) -> None:
+    table = cells(write_tables(results).read_text(), "Ablations")
+    base, warm = table["base"], table["warm"]
+    assert base["seeds"] == warm["seeds"] == "0"
+    assert (base["Dice of cldf"], warm["Dice of cldf"]) == ("0.500", "0.700")
+    assert warm["cldf minus base [95 %]"] == "+0.200 [+0.100, +0.300]"
+    assert (warm["Dice of cldf_plus"], warm["cldf_plus minus base [95 %]"]) == ("-", "-")
+    assert (base["seed recall"], warm["seed recall"]) == ("0.500", "1.000")
+
+
+def test_rows_that_saw_masks_are_left_out_of_the_rank_correlation(results: Path) -> None:
+    table = cells(write_tables(results).read_text(), "Without any mask")
+    assert table["0"] == {"seed": "0", "rank correlation": "+1.000", "rows": "3"}
+    assert rank_correlation([(1, 3), (2, 2), (3, 1)]) == pytest.approx(-1)
+    assert rank_correlation([(1, 3), (2, 2)]) is None
+    assert rank_correlation([(1, 3), (1, 2), (1, 1)]) is None
+
+
+def test_equal_keys_are_replaced_and_new_columns_kept(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.csv"
+    keys = [{"experiment": "a", "seed": seed, "variant": "base"} for seed in ("10", "2")]
+    for key in keys:
+        merge_rows(path, key, [{**key, "method": m, "dice": "0.1"} for m in ("x", "y")])
+    merge_rows(path, keys[0], [{**keys[0], "method": "x", "dice": "0.5", "iou": "0.3"}])
+    rows = read_rows(path)
+    assert [(row["seed"], row["method"], row["dice"]) for row in rows] == [
+        ("2", "x", "0.1"), ("2", "y", "0.1"), ("10", "x", "0.5"),
+    ]  # fmt: skip
+    assert [row["iou"] for row in rows] == ["", "", "0.3"]
+    before = path.read_bytes()
+    merge_rows(path, keys[0], rows[2:])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_best_median_and_worst_patient_are_those_of_the_best_row_of_ours() -> None:
+    key = {"experiment": "e", "seed": "0", "variant": "base"}
+    dice = {"a": 0.9, "b": 0.1, "c": None, "d": 0.5, "e": 0.6}
+    rows = [{**key, **case(patient, "cldf", value)} for patient, value in dice.items()]
+    scores = StrictScores.of(rows)
+    assert picked_patients(scores) == {
+        "best": ("a", 0.9),
+        "median": ("d", 0.5),
+        "worst": ("b", 0.1),
+    }
+    plus = [{**row, "method": "cldf_plus", "dice": "0.7"} for row in rows[:1]]
+    assert picked_patients(StrictScores.of([*rows, *plus]))["worst"] == ("a", 0.7)
+    assert picked_patients(StrictScores.of(rows[2:3])) == {}
+
+
+def test_marks() -> None:
+    assert [marked(m) for m in ("cldf", "supervised_decoder", "oracle_intensity")] == [
+        "cldf", "supervised_decoder *", "oracle_intensity †",
+    ]  # fmt: skip
+    assert not used_masks("raw_patches")
+
+
+def test_without_results_there_are_no_tables(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no rows; run: cldf study"):
+        write_tables(tmp_path)
