@@ -208,7 +208,7 @@ class Features:
     taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
     noise_levels: tuple[int, ...] = (50, 150, 300)  # timesteps
     # drawn | none: what is added to the slice; none: it is only scaled as at that noise level
-    noise: str = "drawn"
+    noise: str = "none"
     draws: int = 1  # of the noise, at each noise level
     combine_levels: str = "stack"  # stack | average: one feature map per noise level, or their mean
     combine_draws: str = "average"  # average | stack
@@ -332,7 +332,7 @@ class Segment:
     batch_size: int = 16  # slices per forward pass and process
     tile_pixels: int = 16_384  # that a decoder embeds at a time, of one slice or several
     gate_probability: float = (
-        0.5  # slices that the external classifier puts below are emptied; 0: off
+        0.5  # slices that the classifiers, on average, put below are emptied; 0: off
     )
     negative_fraction: float = (
         0.01  # headline rule: share of negative validation pixels above the cut

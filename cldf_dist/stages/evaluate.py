@@ -82,7 +82,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if not patients:
         print(
             f"evaluate: no test patient has a truth mask in {prepare}: masks cannot be scored, "
-            "only how the classifier tells slices apart; see docs/data.md to add masks",
+            "only how the classifiers tell slices apart; see docs/data.md to add masks",
             file=sys.stderr,
         )
         methods = []
@@ -269,7 +269,7 @@ def _num_without_object(cases: Iterable[Case]) -> int:
 
 
 def _gate(config: Config, shards: ShardSet, folder: Path) -> dict[str, dict[str, Any]]:
-    """How well the external classifier tells labelled slices apart; without a gate, at cut 0.5."""
+    """How well the classifiers together tell labelled slices apart; without a gate, at cut 0.5."""
     cut = config.segment.gate_probability or 0.5
     result = {}
     for split in ("validation", "test"):
@@ -286,7 +286,7 @@ def _gate(config: Config, shards: ShardSet, folder: Path) -> dict[str, dict[str,
 def _slice_probabilities(
     shards: ShardSet, split: str, folder: Path
 ) -> tuple[Mask, npt.NDArray[np.float64]]:
-    """Per labelled slice of a split: is it positive, and the classifier's probability of that."""
+    """Per labelled slice of a split: is it positive, and the classifiers' probability of that."""
     table = shards.split(split)
     known: dict[tuple[str, int], float] = {}
     for patient in sorted(set(table.patients)):

@@ -45,7 +45,7 @@ class PatientScores:
 
     patient: str
     scores: dict[str, FloatArray]  # method -> (slices, height, width); higher means object
-    probability: FloatArray  # (slices,) of the object, from the external classifier
+    probability: FloatArray  # (slices,) of the object: the mean of what the classifiers say
     foreground: Mask  # (slices, height, width) of the subject
 
     def save(self, folder: Path) -> None:

@@ -52,7 +52,7 @@ class Segmentation:
     mask: Mask  # (x, y, slices)
     probability: FloatArray  # (x, y, slices) in [0, 1]; 0.5 at the cut
     affine: Affine  # (4, 4), voxel index to mm
-    slice_probability: FloatArray  # (slices,) p(object) by the classifier; nan where not prepared
+    slice_probability: FloatArray  # (slices,) p(object) by the classifiers; nan where not prepared
     config: Config
     geometry: Geometry
     dicom_files: tuple[Path, ...] = ()
@@ -180,7 +180,7 @@ def load_segmenter(
 ) -> ScanSegmenter:
     """The segmenter of a finished run, from its folder such as `runs/brats`.
 
-    Slices that the classifier puts below `gate_probability` are emptied (0: none is); components
+    Slices that the classifiers put below `gate_probability` are emptied (0: none is); components
     below `min_component_ml` are removed. Without a value the run's own settings count. Raises
     FileNotFoundError where the run is not finished up to its segment stage.
     """

@@ -108,16 +108,23 @@ class Segmenter:
     def _score_batch(
         self, images: FloatArray, keys: list[str], rows: Sequence[str]
     ) -> dict[str, Tensor]:
-        """The score map of each row, and "probability", which gates them all."""
+        """The score map of each row, and "probability", which gates them all: p(object), the mean
+        of what the classifiers of the run say."""
         config, nets = self.config, self.nets
         device = accelerator().device
         inside = torch.from_numpy(foreground(images)).to(device)
         pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
-        maps, probability = gradient_map_of(config, nets, pixels, keys)
+        maps, verdict = gradient_map_of(config, nets, pixels, keys)
+        verdicts = [verdict, slice_probability(nets.cam, pixels)]
         scaled = {"gradient_map": maps}
         cams = [row for row in CAMS if row in rows]
         if cams:
             scaled |= class_activation_maps(nets.cam, pixels, config.cam.layer, cams)
+        patches = None
+        if nets.patch_classifier is not None:
+            patches = patch_maps(nets.patch_classifier, pixels, inside)
+            verdicts.append(slice_probability(nets.patch_classifier, pixels))
+        probability = torch.stack(verdicts).mean(0)
         # a map scaled within its slice says where, p(object) says whether: only the product
         # can be compared with one cut across slices
         sure = probability[:, None, None]
@@ -127,9 +134,7 @@ class Segmenter:
             if row in rows
         }
         scores |= _counterfactuals(config, nets, pixels, keys, rows)
-        patches = None
-        if nets.patch_classifier is not None:
-            patches = patch_maps(nets.patch_classifier, pixels, inside)
+        if patches is not None:
             scores["patch_classifier"] = patches.evidence.sigmoid()
         decoded = [row for row in self.decoders if row in rows]
         scores |= self._decoded(pixels, keys, decoded, patches)
@@ -163,6 +168,13 @@ class Segmenter:
         if patches is not None and self.config.plus.patch_tap:
             features[PATCH_TAP] = patches.activations
         return {tap: as_stored(features.pop(tap), settings.storage) for tap in list(features)}
+
+
+@torch.no_grad()
+def slice_probability(classifier: torch.nn.Module, pixels: Tensor) -> Tensor:
+    """p(object) (batch,) of clean slices (batch, channels, height, width)."""
+    logits: Tensor = classifier(pixels)
+    return logits.float().softmax(1)[:, 1]
 
 
 def score_maps(

@@ -18,7 +18,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     if not strict["num_test_patients"]:
         return (
             f"None of the {unscored} test patients has a truth mask: masks are not scored.\n"
-            "How the slice classifier (the gate) tells labelled slices apart:\n"
+            "How the slice classifiers (the gate) tell labelled slices apart:\n"
             + _gate_block(summary["gate"])
             + "\n"
         )
