@@ -126,9 +126,7 @@ def _sizes(arguments: argparse.Namespace, about: Circumstances, folder: Path) ->
     for case in [train_setup.DEBUG] if arguments.tiny else NETS:
         for storage in STORAGES:
             config = case.config(f"features.storage={storage}")
-            shapes = row_shapes(
-                train_setup.meta_net(config), config.data.image_size, config.features
-            )
+            shapes = row_shapes(train_setup.meta_net(config), config)
             count, taps = arguments.slices_per_shard, config.features.taps
             least = sum(2 * int(np.prod(shapes[tap][0])) for tap in taps)
             _write_zeros(folder / "store", shapes, count)

@@ -37,7 +37,7 @@ from cldf_dist.stages.cache import bytes_per_slice, row_shapes
 
 RESULTS = Path(__file__).parent / "results" / "stages.csv"
 PACKAGES = ("torch", "triton", "monai", "accelerate")
-TRAININGS = ("train-diffusion", "train-classifier", "train-cam")
+TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
 STAGES = (*TRAININGS, "cache", "train-decoder", "segment")
 SMALL_MICRO_BATCH = 16
 LOCAL_BATCHES = (1, 2, 4, 8, 16)  # slices of one step and process
@@ -249,14 +249,21 @@ def _units(config: Config, stage: str, train_slices: int, batch: int) -> int:
         "train-diffusion": config.diffusion.fit.steps,
         "train-classifier": config.classifier.fit.steps,
         "train-cam": config.cam.fit.steps,
-        # the upper bound is a second training
-        "train-decoder": config.decoder.fit.steps * (2 if config.evaluate.upper_bound else 1),
+        "train-patch-classifier": config.patch_classifier.fit.steps,
+        "train-decoder": config.decoder.fit.steps * _num_decoders(config),
     }
     if stage in steps:
         return steps[stage]
     validation, test = config.data.validation_fraction, config.data.test_fraction
     share = {"cache": 1 - test, "segment": validation + test}[stage]
     return -(-round(train_slices * share / (1 - validation - test)) // batch)
+
+
+def _num_decoders(config: Config) -> int:
+    """Trainings of a decoder: cldf and cldf_plus, the control of the latter, and upper bounds."""
+    plus = config.patch_classifier.enabled
+    control = plus and config.plus.patch_tap and config.evaluate.controls
+    return (1 + plus) * (2 if config.evaluate.upper_bound else 1) + control
 
 
 def _precision(config: Config, stage: str) -> str:

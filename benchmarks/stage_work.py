@@ -33,10 +33,13 @@ from cldf_dist.fit import Batch, Batches, fit
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.processes import accelerator
 from cldf_dist.run import Run
 from cldf_dist.stages.cache import FrozenNets, Slices, cached_slices, compute_shard
+from cldf_dist.stages.evidence import PATCH_TAP, plus_taps
 from cldf_dist.stages.loading import noise_schedule, place
+from cldf_dist.stages.masks import PLUS
 from cldf_dist.stages.segment import Segmenter
 from cldf_dist.tasks.classify import Classify, NoiseRange
 from cldf_dist.tasks.contrast import Contrast
@@ -93,13 +96,18 @@ class Training:
 
 
 def trainings_of_slices(config: Config) -> tuple[Training, ...]:
-    """The three trainings that read slices."""
+    """The trainings that read slices."""
     stream = MadeUp(num_channels(config), config.data.image_size)
-    return (
+    patches = config.patch_classifier
+    trainings = [
         Training("train-diffusion", config.diffusion.fit, partial(make_task, config), stream),
         Training("train-classifier", config.classifier.fit, partial(_classifier, config), stream),
         Training("train-cam", config.cam.fit, partial(_cam, config), stream),
-    )
+    ]
+    if patches.enabled:
+        make = partial(_patch_classifier, config)
+        trainings.append(Training("train-patch-classifier", patches.fit, make, stream))
+    return tuple(trainings)
 
 
 def decoder_training(config: Config, folder: Path, num_slices: int, num_workers: int) -> Training:
@@ -123,9 +131,15 @@ def cached_batch(config: Config, folder: Path) -> Callable[[], object]:
 def segmented_batch(config: Config, rows: tuple[str, ...] | None) -> Callable[[], object]:
     """A call that makes the score maps of one batch of slices, for these rows or all."""
     nets = FrozenNets.untrained(config, num_channels(config))
-    decoder = place(_decoder(config, nets.diffusion))
     prototypes = torch.eye(2, config.decoder.embedding, device=accelerator().device)
-    segmenter: Any = Segmenter(config, nets, {"cldf": (decoder, prototypes)})  # type: ignore[dict-item]
+    taps = {"cldf": config.features.taps}
+    if config.patch_classifier.enabled:
+        taps[PLUS] = plus_taps(config)
+    decoders: Any = {
+        row: (place(_decoder(config, nets.diffusion, of_row)), prototypes)
+        for row, of_row in taps.items()
+    }
+    segmenter = Segmenter(config, nets, decoders)
     images = _made_up_images(config, config.segment.batch_size)
     keys = [f"made_up_{number}" for number in range(len(images))]
     return lambda: segmenter.score("made_up", keys, images, rows)
@@ -153,6 +167,12 @@ def _cam(config: Config) -> Classify:
     return Classify(net, label_smoothing=config.cam.label_smoothing, noise=None, seed=config.seed)
 
 
+def _patch_classifier(config: Config) -> Classify:
+    settings = config.patch_classifier
+    net = PatchClassifier(settings, num_channels(config))
+    return Classify(net, label_smoothing=settings.label_smoothing, noise=None, seed=config.seed)
+
+
 def _contrast(config: Config, cache: FeatureCache) -> Contrast:
     shapes = {tap: cache.row_shape(tap) for tap in config.features.taps}
     settings, contrast = config.decoder, config.decoder.contrast
@@ -169,9 +189,11 @@ def _contrast(config: Config, cache: FeatureCache) -> Contrast:
     )
 
 
-def _decoder(config: Config, net: nn.Module) -> PixelDecoder:
+def _decoder(config: Config, net: nn.Module, taps: tuple[str, ...]) -> PixelDecoder:
     found = tap_shapes(net, config.data.image_size, config.features)
-    channels = {tap: shape[0] * shape[1] for tap, shape in found.items()}
+    widths = {tap: shape[0] * shape[1] for tap, shape in found.items()}
+    widths[PATCH_TAP] = config.patch_classifier.channels
+    channels = {tap: widths[tap] for tap in taps}
     return PixelDecoder(channels, config.decoder.hidden, config.decoder.embedding)
 
 

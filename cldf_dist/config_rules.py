@@ -433,5 +433,10 @@ def _rows(config: Config) -> Iterator[str]:
             yield f"segment.rows must be of {', '.join(ROWS)}, got {row!r}"
     if len(set(rows)) != len(rows):
         yield f"segment.rows must differ, got {list(rows)}"
+    if rows and config.segment.mask_row not in ("auto", *rows):
+        yield (
+            f"segment.rows must hold {config.segment.mask_row}, whose masks segment.mask_row asks "
+            f"for, got {list(rows)}"
+        )
     if rows and "cldf" not in rows:
         yield f"segment.rows must hold cldf, with which the others are compared, got {list(rows)}"

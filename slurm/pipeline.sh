@@ -39,7 +39,7 @@ while IFS='|' read -r id comment; do
     if [[ -n $comment ]]; then waiting[$comment]=$id; fi
 done < <(squeue --me --noheader --format='%F|%k' 2>/dev/null || true)
 
-printf '%-17s %-9s %-17s %-34s %s\n' stage state job options after
+printf '%-22s %-9s %-22s %-34s %s\n' stage state job options after
 while read -r stage state nodes array needs; do
     options=() words=("$@") after='' id=-
     queued=${waiting[$run/$stage]:-}
@@ -68,5 +68,5 @@ while read -r stage state nodes array needs; do
         fi
         job[$stage]=$id
     fi
-    printf '%-17s %-9s %-17s %-34s %s\n' "$stage" "$state" "$id" "${options[*]:--}" "${after:--}"
+    printf '%-22s %-9s %-22s %-34s %s\n' "$stage" "$state" "$id" "${options[*]:--}" "${after:--}"
 done <<<"$table"

@@ -20,9 +20,11 @@ MEASURED = {
     ("train-diffusion", "fit, local batch 2"): 0,
     ("train-classifier", "fit"): 6,
     ("train-cam", "fit"): 6,
+    ("train-patch-classifier", "fit"): 6,
     # of 60 / (1 - 0.15 - 0.25) = 100 slices, in batches of 8 and of 16
     ("cache", "one batch"): 10,
-    ("train-decoder", "fit, 0 loaders"): 12,  # and as many of the upper bound
+    # cldf, cldf_plus and their upper bounds, and the control of cldf_plus
+    ("train-decoder", "fit, 0 loaders"): 5 * 6,
     ("segment", "cldf"): 3,
     ("segment", "all rows"): 3,
 }

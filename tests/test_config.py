@@ -150,6 +150,15 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("segment.rows", ["cldf", "cldf_best"], r"must be of gradcam, .*, got 'cldf_best'"),
         ("segment.rows", ["gradcam"], r"segment\.rows must hold cldf"),
         ("segment.rows", ["cldf", "cldf"], r"segment\.rows must differ"),
+        ("segment.mask_row", "best", r"mask_row must be one of auto, cldf, cldf_plus, got 'best'"),
+        ("patch_classifier.downsample", 3, r"must divide data\.image_size \(128\), got 3"),
+        ("patch_classifier.pooled_share", 0.0, r"pooled_share must lie in \(0, 1\], got 0\.0"),
+        ("patch_classifier.pooled_share", 1.5, r"pooled_share must lie in \(0, 1\], got 1\.5"),
+        ("patch_classifier.dropout", 1.0, r"classifier\.dropout must lie in \[0, 1\), got 1"),
+        ("patch_classifier.label_smoothing", -0.1, r"label_smoothing must lie in .*got -0\.1"),
+        ("patch_classifier.fit.steps", 0, r"patch_classifier\.fit\.steps must be >= 1, got 0"),
+        ("plus.foreground", 0.0, r"plus\.foreground must lie in \(0, 1\), got 0\.0"),
+        ("plus.foreground", 1.0, r"plus\.foreground must lie in \(0, 1\), got 1\.0"),
         ("segment.negative_fraction", 0.0, r"must lie in \(0, 1\), got 0\.0"),
         ("diffusion.label_dropout", 1.0, r"label_dropout must lie in \[0, 1\), got 1"),
         ("diffusion.net.channels", [], r"diffusion\.net\.channels must have at least one level"),
@@ -188,6 +197,18 @@ def test_counts_are_at_least_one(path: str) -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
     with pytest.raises(ValueError, match=rf"{path} must be >= 1, got 0"):
         check(changed(sound, path, 0))
+
+
+def test_masks_are_of_a_row_that_the_run_has() -> None:
+    sound = Config(name="sound", data=Data(dataset="phantom"))
+    plus = changed(sound, "segment.mask_row", "cldf_plus")
+    check(plus)
+    check(changed(sound, "patch_classifier.enabled", False))
+    with pytest.raises(ValueError, match=r"mask_row=cldf_plus needs patch_classifier\.enabled="):
+        check(changed(plus, "patch_classifier.enabled", False))
+    check(changed(plus, "segment.rows", ["cldf", "cldf_plus"]))
+    with pytest.raises(ValueError, match=r"segment\.rows must hold cldf_plus, .*got \['cldf'\]"):
+        check(changed(plus, "segment.rows", ["cldf"]))
 
 
 def test_the_rules_of_a_net_are_those_of_its_builder() -> None:
@@ -255,7 +276,10 @@ def test_all_broken_rules_are_told_at_once() -> None:
 
 def test_a_bare_fit_word_means_the_training_of_the_stage(phantom: str) -> None:
     sections = {stage.name: stage.fit_section for stage in STAGES if stage.fit_section}
-    assert list(sections) == ["train-diffusion", "train-classifier", "train-cam", "train-decoder"]
+    assert list(sections) == [
+        "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+        "train-decoder",
+    ]  # fmt: skip
     for section in sections.values():
         config = load([phantom], ["fit.log_every=7"], fit_section=section)
         assert flatten(config)[f"{section}.log_every"] == 7

@@ -531,7 +531,9 @@ def test_seeds_differ_by_purpose_step_and_seed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train-cam", "train-patch-classifier"])
 def test_sigterm_through_the_command_line_then_the_same_command_finishes(
+    stage: str,
     debug_run: Any,
     tmp_path: Path,
     start: Callable[..., "subprocess.Popen[str]"],
@@ -541,21 +543,21 @@ def test_sigterm_through_the_command_line_then_the_same_command_finishes(
 
     settings = ["fit.steps=100", "fit.log_every=1", "fit.validate_every=0"]
     whole = debug_run.copy_to(tmp_path / "whole", "prepare")
-    assert main(["train-cam", *whole.words, *settings]) == 0
+    assert main([stage, *whole.words, *settings]) == 0
     run = debug_run.copy_to(tmp_path / "stopped", "prepare")
-    command = ["train-cam", *run.words, *settings]
+    command = [stage, *run.words, *settings]
     process = start("-m", "cldf_dist", *command)
-    log = run.folder / "train-cam" / "metrics.jsonl"
+    log = run.folder / stage / "metrics.jsonl"
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped by SIGTERM after step" in errors
     assert "the same command resumes" in errors
-    assert not (run.folder / "train-cam" / "DONE").exists()
+    assert not (run.folder / stage / "DONE").exists()
     assert len(log.read_text().splitlines()) < 100
     assert main(command) == 0
-    net = "train-cam/net.safetensors"
+    net = f"{stage}/net.safetensors"
     assert (run.folder / net).read_bytes() == (whole.folder / net).read_bytes()
 
 

@@ -11,7 +11,7 @@ from cldf_dist.__main__ import main
 from cldf_dist.config import load
 from cldf_dist.data.nifti import read_nifti, write_nifti
 from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
-from cldf_dist.joint import join_new_scans, one_per_object
+from cldf_dist.joint import join_new_scans, mask_row, one_per_object
 
 DEBUG = str(Path(__file__).resolve().parents[1] / "configs" / "debug.yaml")
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
@@ -148,7 +148,8 @@ def test_one_command_segments_every_object_of_a_study(
         assert labels.shape == truth.shape
         np.testing.assert_allclose(affine, true_affine, atol=1e-4)
         for value, name in ((1, "lesion"), (2, "block")):
-            mask = read_nifti(study / name / "segment" / "masks" / "cldf" / file.name)[0] > 0
+            segment = study / name / "segment"
+            mask = read_nifti(segment / "masks" / mask_row(segment) / file.name)[0] > 0
             assert not (labels == value)[~mask].any()
             assert np.isin(labels[mask], (1, 2)).all()
     scans = [*words, f"input={root / 'imagesTr'}", f"output={tmp_path / 'out'}"]

@@ -18,12 +18,12 @@ from cldf_dist.model_card import LOAD_WITH_MONAI, write_card
 from cldf_dist.run import Run, read_config
 from cldf_dist.stages import train_cam, train_decoder, train_diffusion
 from cldf_dist.stages.loading import load_diffusion
-from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.masks import PATCH_FEATURES, PLUS, UPPER_BOUNDS
 
 ROOT = Path(__file__).parents[1]
 CARDS = (
-    "train-diffusion", "train-classifier", "train-cam", "train-decoder",
-    f"train-decoder/{SUPERVISED}",
+    "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier", "train-decoder",
+    *(f"train-decoder/{row}" for row in (PLUS, PATCH_FEATURES, *UPPER_BOUNDS)),
 )  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def test_every_trained_net_has_a_card_that_says_what_the_run_knows(
         f"{len(labels)}: {labels.count(1)} with the object, {labels.count(0)} without, "
         f"{labels.count(-1)} undecided"
     )
-    section = {"train-diffusion": "diffusion", "train-classifier": "classifier", "train-cam": "cam"}
-    assert said[f"`{section.get(stage, 'decoder')}.fit.steps`"] == "6"
+    section = stage.split("/")[0].removeprefix("train-").replace("-", "_")
+    assert said[f"`{section}.fit.steps`"] == "6"
     start = json.loads((debug_run.folder / stage / "provenance.json").read_text())["starts"][0]
     assert said["started"] == start["time"]
     assert start["git"]["commit"] in said["commit"]
@@ -107,8 +107,12 @@ def test_validation_numbers_are_the_last_of_the_run(debug_run: Any) -> None:
 
 
 def test_the_reference_says_that_it_saw_masks(debug_run: Any) -> None:
-    assert "no mask was read" in rows(card(debug_run, "train-decoder"))["learnt from"]
-    assert "true masks" in rows(card(debug_run, f"train-decoder/{SUPERVISED}"))["learnt from"]
+    saw_masks = {f"train-decoder/{row}" for row in UPPER_BOUNDS}
+    assert saw_masks < set(CARDS)
+    for stage in CARDS:
+        said = rows(card(debug_run, stage))["learnt from"]
+        assert ("true masks" in said) == (stage in saw_masks), stage
+        assert ("no mask was read" in said) == (stage not in saw_masks), stage
 
 
 @pytest.mark.parametrize("stage", CARDS[1:])

@@ -15,9 +15,9 @@ from cldf_dist.data.phantom import PhantomSettings, phantom_patient
 from cldf_dist.data.shards import DamagedShardError, ShardSet
 from cldf_dist.run import read_config
 from cldf_dist.stages import STAGES, Stage
-from cldf_dist.stages.masks import METHODS, SUPERVISED
+from cldf_dist.stages.masks import METHODS, PATCH_FEATURES, PLUS, SUPERVISED, UPPER_BOUNDS
 
-TRAININGS = ("train-diffusion", "train-classifier", "train-cam")
+TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -55,7 +55,11 @@ def test_every_stage_of_the_debug_pipeline_finishes(debug_run: Any) -> None:
 
 def test_summary_has_every_row(debug_run: Any) -> None:
     summary = json.loads((debug_run.folder / "evaluate" / "summary.json").read_text())
-    assert {*METHODS, SUPERVISED} <= set(summary["strict"]["methods"])
+    assert {*METHODS, PATCH_FEATURES, *UPPER_BOUNDS} == set(summary["strict"]["methods"])
+    for name, row in (("comparisons", "cldf"), ("comparisons_plus", PLUS)):
+        assert set(summary["strict"][name]) == set(summary["strict"]["methods"]) - {row}
+    assert summary["mask_row"] in ("cldf", PLUS)
+    assert summary["seeds_plus"]["slices"] == summary["seeds"]["slices"] > 0
     assert (debug_run.folder / "report" / "report.html").stat().st_size > 1000
 
 
@@ -74,7 +78,7 @@ def test_a_finished_run_is_not_computed_again(
 def test_masks_lie_in_the_geometry_of_their_scan(debug_run: Any) -> None:
     truth = sorted((debug_run.folder / "prepare" / "truth").glob("*.nii.gz"))
     assert len(truth) == 3
-    for row in (*METHODS, SUPERVISED):
+    for row in (*METHODS, PATCH_FEATURES, *UPPER_BOUNDS):
         masks = sorted((debug_run.folder / "segment" / "masks" / row).glob("*.nii.gz"))
         assert [path.name for path in masks] == [path.name for path in truth]
         for mask, true in zip(masks, truth):
@@ -120,7 +124,7 @@ def test_dry_run_tells_everything_and_writes_nothing(
     assert "steps:  6 of 4 samples over all processes" in said
     assert "patients: 12" in said
     assert "MB per slice" in said
-    assert len(re.findall(r"time: about \d+ (s|min|h) on this machine's", said)) == 3
+    assert len(re.findall(r"time: about \d+ (s|min|h) on this machine's", said)) == len(TRAININGS)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,9 +180,10 @@ def test_no_training_opens_a_mask(
     identity = run.folder / "cache" / "run.json"  # taken over from another run, knowingly
     identity.write_text(json.dumps({**json.loads(identity.read_text()), "inputs": {}}))
     assert main(["train-decoder", *run.words, "evaluate.upper_bound=false"]) == 0
-    net = "train-decoder/net.safetensors"
-    assert (run.folder / net).read_bytes() == (debug_run.folder / net).read_bytes()
-    assert not (run.folder / "train-decoder" / SUPERVISED).exists()
+    for row in (".", PLUS, PATCH_FEATURES):
+        net = f"train-decoder/{row}/net.safetensors"
+        assert (run.folder / net).read_bytes() == (debug_run.folder / net).read_bytes()
+    assert not any((run.folder / "train-decoder" / row).exists() for row in UPPER_BOUNDS)
     shutil.rmtree(run.folder / "train-decoder")
     capsys.readouterr()
     assert main(["train-decoder", *run.words]) == 1, "the reference row is the one that does"

@@ -23,7 +23,8 @@ LAUNCH = (
     "-m", "cldf_dist",
 )  # fmt: skip
 TRAININGS = (
-    "train-diffusion", "train-classifier", "train-cam", "train-decoder/supervised_decoder",
+    "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "train-decoder/supervised_decoder",
 )  # fmt: skip
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -21,7 +21,9 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
+from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import read_nifti
+from cldf_dist.data.pixel_labels import EvidenceLabels
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.staging import ShardCache
 from cldf_dist.method.metrics import CaseScore, auroc, score_case
@@ -35,6 +37,8 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
 from cldf_dist.run import DONE, Run, write_atomically
+from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
+from cldf_dist.stages.evidence import seed_report
 from cldf_dist.stages.intensity import ORACLE_INTENSITY, oracle_intensity
 from cldf_dist.stages.legacy import LegacySlice, legacy_csv, legacy_summary, score_slices
 from cldf_dist.stages.masks import (
@@ -122,7 +126,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
-        "seeds_plus": json.loads((decoder / DONE).read_text()).get("seeds_plus") or {},
+        "seeds_plus": _seeds_of_plus(shards, cache / STORE, decoder),
         "mask_row": rule["mask_row"],
     }
     cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
@@ -135,6 +139,19 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
     return {"num_test_patients": len(patients), "dice": dice}
+
+
+def _seeds_of_plus(shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
+    """Here, because a training opens no mask but those of the upper bounds."""
+    cut = json.loads((decoder / DONE).read_text()).get("evidence_cut")
+    if cut is None:
+        return {}
+    if not store.is_dir():
+        print(f"evaluate: {store} is gone: the seeds of {PLUS} are not scored", file=sys.stderr)
+        return {}
+    cache, slices = FeatureCache(store), cached_slices(shards)
+    check_same_slices(cache, slices)
+    return seed_report(EvidenceLabels(cache, cut), slices.tables[0])
 
 
 def truth_path(prepare: Path, patient: str) -> Path:

@@ -47,7 +47,7 @@ from cldf_dist.processes import (
 from cldf_dist.run import Run
 from cldf_dist.seeding import sample_seed
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
-from cldf_dist.stages.evidence import PATCH_TAP, evidence_labels, plus_taps, seed_report
+from cldf_dist.stages.evidence import PATCH_TAP, evidence_labels, plus_taps
 from cldf_dist.stages.loading import shard_set
 from cldf_dist.stages.masks import (
     PATCH_FEATURES,
@@ -120,7 +120,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if config.patch_classifier.enabled:
         labels = evidence_labels(config, cache, table)
         result["evidence_cut"] = labels.cut
-        result["seeds_plus"] = seed_report(labels, table) if run.is_main else {}
         others += _rows_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
         masks = MaskLabels(table)

@@ -99,7 +99,10 @@ def test_a_failing_stage_takes_those_behind_it_along(
 def test_a_killed_element_of_an_array_is_submitted_alone(
     cluster: Cluster, debug_run: Any, tmp_path: Path
 ) -> None:
-    run = debug_run.copy_to(tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam")
+    run = debug_run.copy_to(
+        tmp_path,
+        *("prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier"),
+    )
     words = [STAGE, "cache", *run.words, "cache.part=task/3"]
     job = cluster.submit("--array=1-3", *words)
     mine = ["cache.part=2/3", f"runs={run.runs}"]

@@ -20,6 +20,9 @@ from cldf_dist.stages.cache import FrozenNets, cached_slices, compute_shard
 from cldf_dist.stages.cache_parts import COUNT_FILE
 
 STORE = Path("cache") / "features.zarr"
+EARLIER = (
+    "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -87,9 +90,7 @@ def test_a_shard_computed_again_is_the_same_bit_by_bit(
 def test_an_interrupted_extraction_goes_on_with_the_shards_that_are_missing(
     debug_run: Any, tmp_path: Path
 ) -> None:
-    run = debug_run.copy_to(
-        tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam", "cache"
-    )
+    run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
     store = run.folder / STORE
     # as after a power failure: shard 2 is half written and not signed, shard 3 was never begun
     (run.folder / "cache" / "DONE").unlink()
@@ -108,9 +109,7 @@ def test_an_interrupted_extraction_goes_on_with_the_shards_that_are_missing(
 @pytest.fixture
 def inputs(debug_run: Any, tmp_path: Path) -> Any:
     """A run with everything that the cache stage needs, and no cache."""
-    return debug_run.copy_to(
-        tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam"
-    )
+    return debug_run.copy_to(tmp_path, *EARLIER)
 
 
 def test_kills_ranks_and_parts_change_nothing(
@@ -118,12 +117,7 @@ def test_kills_ranks_and_parts_change_nothing(
 ) -> None:
     """One test, because torch is imported once: the same store, bit by bit, from one process, from
     two, and from one that was killed twenty times."""
-    runs = [
-        debug_run.copy_to(
-            tmp_path / name, "prepare", "train-diffusion", "train-classifier", "train-cam"
-        )
-        for name in ("one", "two", "killed")
-    ]
+    runs = [debug_run.copy_to(tmp_path / name, *EARLIER) for name in ("one", "two", "killed")]
     one, two, killed = ([*run.words, "cache.slices_per_shard=1"] for run in runs)
     stores = [run.folder / STORE for run in runs]
     plan = [
@@ -223,9 +217,7 @@ def test_a_part_is_for_the_cache_stage_alone(
 def test_verification_makes_again_what_is_damaged_and_nothing_else(
     debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_processes: int
 ) -> None:
-    run = debug_run.copy_to(
-        tmp_path, "prepare", "train-diffusion", "train-classifier", "train-cam", "cache"
-    )
+    run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
     store = run.folder / STORE
     features, lost, done, key, about, intact = (
         store / name

@@ -46,6 +46,7 @@ def result_of(config, patient):
     return PatientResult(
         PatientScores.load(segment / "scores", patient),
         ShardSet(prepare).geometry(patient),
+        "cldf",
         read_mask(mask_path(segment, "cldf", patient)),
         read_mask(truth) if truth.is_file() else None,
     )
@@ -227,7 +228,7 @@ def test_picture_does_not_depend_on_the_orientation_of_the_file(config, tmp_path
         axes="".join(nib.aff2axcodes(affine)),
     )
     assert geometry.axes != result.geometry.axes
-    turned = PatientResult(result.scores, geometry, mask, truth)
+    turned = PatientResult(result.scores, geometry, result.row, mask, truth)
     table = ShardSet(config.run_folder / "prepare").split("test")
     for name, which in (("straight", result), ("turned", turned)):
         write_overlay(tmp_path / f"{name}.png", which, table, config)

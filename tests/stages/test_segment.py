@@ -14,16 +14,31 @@ from cldf_dist.config_rules import ROWS
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.slices import foreground
 from cldf_dist.data.stored_features import to_stored
+from cldf_dist.joint import mask_row
+from cldf_dist.layout import fast_layout
 from cldf_dist.method.features import extract_features
 from cldf_dist.run import Run
 from cldf_dist.stages.cache import FrozenNets
-from cldf_dist.stages.masks import METHODS, RAW_PATCHES, SUPERVISED, PatientScores
+from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
+from cldf_dist.stages.masks import (
+    METHODS,
+    PATCH_FEATURES,
+    PLUS,
+    RAW_PATCHES,
+    SUPERVISED,
+    UPPER_BOUNDS,
+    PatientScores,
+)
 from cldf_dist.stages.segment import Segmenter, my_share, score_maps
 
 EARLIER = (
-    "prepare", "train-diffusion", "train-classifier", "train-cam", "cache", "train-decoder",
+    "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "cache", "train-decoder",
 )  # fmt: skip
+ALL_ROWS = (*METHODS, PATCH_FEATURES, *UPPER_BOUNDS)  # of the debug run
+TAPS = ("up0.1", "up1.1", PATCH_TAP)
 
 
 def test_features_of_new_slices_are_those_of_the_cache(debug_run: Any) -> None:
@@ -66,10 +81,18 @@ def cached_taps(run: Any, rows: range) -> dict[str, torch.Tensor]:
     """{tap: (slices, levels x channels, h, w)} as the decoder's training reads them."""
     cache = FeatureCache(run.folder / "cache" / "features.zarr")
     taps = {}
-    for tap in ("up0.1", "up1.1"):
+    for tap in TAPS:
         stored = np.stack([cache.read(tap, row) for row in rows])  # levels, h, w, channels
         taps[tap] = torch.from_numpy(stored).float().permute(0, 1, 4, 2, 3).flatten(1, 2)
     return taps
+
+
+def patches_of(segmenter: Segmenter, images: np.ndarray[Any, Any]) -> PatchMaps:
+    """As `Segmenter.score` makes them."""
+    net = segmenter.nets.patch_classifier
+    assert net is not None
+    pixels = torch.from_numpy(images).contiguous(memory_format=fast_layout(torch.device("cpu")))
+    return patch_maps(net, pixels, torch.from_numpy(foreground(images)))
 
 
 def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
@@ -80,9 +103,13 @@ def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
         rows = cache.rows_of(shard)
         keys, images = cached_slices_of(debug_run, rows)
         stored = cached_taps(debug_run, rows)
-        found = segmenter.decoder_taps(torch.from_numpy(images), keys)
+        found = segmenter.decoder_taps(
+            torch.from_numpy(images), keys, patches_of(segmenter, images)
+        )
         assert set(found) == set(stored)
-        alone = segmenter.decoder_taps(torch.from_numpy(images[-1:]), keys[-1:])
+        alone = segmenter.decoder_taps(
+            torch.from_numpy(images[-1:]), keys[-1:], patches_of(segmenter, images[-1:])
+        )
         for tap, features in found.items():
             assert features.dtype == torch.float32
             assert torch.equal(features, stored[tap]), tap
@@ -90,17 +117,34 @@ def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
             assert torch.equal(alone[tap], alone[tap].half().float()), "rounded as the cache is"
 
 
+def test_evidence_of_new_slices_is_that_of_the_cache(debug_run: Any) -> None:
+    """Bit for bit in the cache's batch; the row `patch_classifier` is its probability."""
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    segmenter = segmenter_of(debug_run)
+    rows = cache.rows_of(0)
+    keys, images = cached_slices_of(debug_run, rows)
+    stored = np.stack([cache.read("evidence", row) for row in rows])
+    found = patches_of(segmenter, images).evidence
+    np.testing.assert_array_equal(found.half().numpy(), stored)
+    np.testing.assert_array_equal(np.isfinite(stored), foreground(images))
+    assert stored[np.isfinite(stored)].std() > 1e-3, "or nothing was compared"
+    scores = segmenter.score("someone", keys, images, rows=("patch_classifier",)).scores
+    np.testing.assert_array_equal(scores["patch_classifier"], found.sigmoid().numpy())
+
+
 def test_scores_are_those_of_cached_features_decoded_in_the_naive_order(debug_run: Any) -> None:
     segmenter = segmenter_of(debug_run, "segment.tile_pixels=300")
     rows = FeatureCache(debug_run.folder / "cache" / "features.zarr").rows_of(0)
     keys, images = cached_slices_of(debug_run, rows)
-    found = segmenter.score("someone", keys, images, rows=("cldf", SUPERVISED)).scores
-    upsampled = [
-        torch.nn.functional.interpolate(tap, size=images.shape[2:], mode="bilinear")
-        for tap in cached_taps(debug_run, rows).values()
-    ]
-    pixels = torch.cat(upsampled, 1).movedim(1, -1).flatten(0, 2)
+    assert set(segmenter.decoders) == {"cldf", PLUS, PATCH_FEATURES, *UPPER_BOUNDS}
+    found = segmenter.score("someone", keys, images, rows=tuple(segmenter.decoders)).scores
+    upsampled = {
+        name: torch.nn.functional.interpolate(tap, size=images.shape[2:], mode="bilinear")
+        for name, tap in cached_taps(debug_run, rows).items()
+    }
     for row, (decoder, prototypes) in segmenter.decoders.items():
+        taps = [upsampled[name] for name in decoder.tap_channels]
+        pixels = torch.cat(taps, 1).movedim(1, -1).flatten(0, 2)
         with torch.no_grad():
             cosines = decoder(pixels) @ prototypes.T
         expected = ((cosines[:, 1] - cosines[:, 0]) / 2 + 1) / 2
@@ -125,7 +169,7 @@ def test_several_decoders_share_one_extraction(debug_run: Any) -> None:
     keys, images = cached_slices_of(debug_run, range(3))
     passes = []
     hook = segmenter.nets.diffusion.register_forward_pre_hook(lambda *_: passes.append(1))
-    for decoders in (("cldf",), ("cldf", SUPERVISED)):
+    for decoders in (("cldf",), ("cldf", PLUS, SUPERVISED)):
         segmenter.score("someone", keys, images, rows=decoders)
     hook.remove()
     assert len(passes) == 2 * len(segmenter.config.features.noise_levels)
@@ -152,7 +196,7 @@ def test_scores_are_kept_for_validation_and_test_patients(debug_run: Any) -> Non
     assert sorted(path.stem for path in folder.iterdir()) == expected
     for patient in expected:
         scores = PatientScores.load(folder, patient)
-        assert set(scores.scores) == {*METHODS, SUPERVISED}
+        assert set(scores.scores) == set(ALL_ROWS)
         for maps in scores.scores.values():
             assert maps.shape == scores.foreground.shape == (len(scores.probability), 32, 32)
             assert np.isfinite(maps).all()
@@ -163,7 +207,7 @@ def test_each_cut_is_exceeded_by_the_share_of_negative_validation_pixels(debug_r
     prepared = ShardSet(debug_run.folder / "prepare")
     table = prepared.split("validation")
     stored = json.loads((debug_run.folder / "segment" / "thresholds.json").read_text())
-    assert set(stored["cuts"]) == {*METHODS, SUPERVISED}
+    assert tuple(stored["cuts"]) == ALL_ROWS
     for row, cut in stored["cuts"].items():
         pool = []
         for patient in prepared.patients["validation"]:
@@ -172,14 +216,14 @@ def test_each_cut_is_exceeded_by_the_share_of_negative_validation_pixels(debug_r
             pool.append(scores.scores[row][negative][scores.foreground[negative]])
         above = float((np.concatenate(pool) > cut).mean())
         assert above <= stored["negative_fraction"] + 1e-9
-        assert above > 0 or cut == np.concatenate(pool).max() or row != "cldf"
+        assert above > 0 or cut == np.concatenate(pool).max() or row not in ("cldf", PLUS)
 
 
 def test_the_mask_is_where_the_probability_exceeds_one_half(debug_run: Any) -> None:
     folder = debug_run.folder / "segment"
     for path in (folder / "probability").iterdir():
         probability, _ = read_nifti(path)
-        mask, _ = read_nifti(folder / "masks" / "cldf" / path.name)
+        mask, _ = read_nifti(folder / "masks" / mask_row(folder) / path.name)
         sure = np.abs(probability - 0.5) > 1e-6
         np.testing.assert_array_equal(mask[sure] > 0, probability[sure] > 0.5)
 
@@ -206,7 +250,7 @@ def test_slices_below_the_gate_are_emptied(debug_run: Any, tmp_path: Path) -> No
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["segment", *run.words, "segment.gate_probability=0.9999"]) == 0
     masks = list((run.folder / "segment" / "masks").rglob("*.nii.gz"))
-    assert len(masks) == 3 * (len(METHODS) + 1)
+    assert len(masks) == 3 * len(ALL_ROWS)
     assert not any(read_nifti(path)[0].any() for path in masks)
 
 
@@ -216,16 +260,16 @@ def test_the_reference_row_is_there_only_where_it_was_trained(
     run = debug_run.copy_to(tmp_path, *EARLIER)
     shutil.rmtree(run.folder / "train-decoder" / SUPERVISED)
     config = load([run.words[0]], run.words[1:])
-    assert Segmenter.load(config, Run(config, "segment", ())).rows == METHODS
-    config = load([debug_run.words[0]], debug_run.words[1:])
-    assert Segmenter.load(config, Run(config, "segment", ())).rows == (*METHODS, SUPERVISED)
+    rest = tuple(row for row in ALL_ROWS if row != SUPERVISED)
+    assert Segmenter.load(config, Run(config, "segment", ())).rows == rest
+    assert segmenter_of(debug_run).rows == ALL_ROWS
 
 
 def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
     debug_run: Any, tmp_path: Path
 ) -> None:
     """It knows the slice alone: without diffusion features it is the method itself."""
-    trained = ("prepare", "train-diffusion", "train-classifier", "train-cam")
+    trained = EARLIER[:5]
     run = debug_run.copy_to(tmp_path / "both", *trained)
     words = [*run.words, "features.taps=[up1.1,image3]", "evaluate.upper_bound=false"]
     for stage in ("cache", "train-decoder", "segment", "evaluate"):
@@ -237,7 +281,7 @@ def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
     assert own.read_bytes() == (alone.folder / "train-decoder" / "net.safetensors").read_bytes()
     assert not (alone.folder / "train-decoder" / RAW_PATCHES).exists()
     rows = json.loads((run.folder / "segment" / "thresholds.json").read_text())["cuts"]
-    assert list(rows) == [*METHODS, RAW_PATCHES]
+    assert list(rows) == [*METHODS, RAW_PATCHES, PATCH_FEATURES]
     assert RAW_PATCHES in (run.folder / "evaluate" / "table.txt").read_text()
     assert main(["train-decoder", *words, "evaluate.controls=false"]) == 1  # another setting
     shutil.rmtree(run.folder / "train-decoder")
@@ -247,7 +291,7 @@ def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
 
 def test_only_the_rows_of_the_settings_are_in_the_run(debug_run: Any, tmp_path: Path) -> None:
     """From the masks to the report; a row that was not trained is no error."""
-    assert set(ROWS) >= {*METHODS, RAW_PATCHES, SUPERVISED}
+    assert set(ROWS) == {*ALL_ROWS, RAW_PATCHES}
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["run", *run.words, f"segment.rows=[{SUPERVISED},cldf,{RAW_PATCHES}]"]) == 0
     masks = run.folder / "segment" / "masks"
@@ -265,7 +309,7 @@ def test_rows_that_are_switched_off_are_nowhere(debug_run: Any, tmp_path: Path) 
     words = [*run.words, "cg_diff.enabled=false", "cg_cdm.enabled=false"]
     for stage in ("segment", "evaluate", "report"):
         assert main([stage, *words]) == 0
-    rows = {*METHODS, SUPERVISED} - {"cg_diff", "cg_cdm"}
+    rows = {*ALL_ROWS} - {"cg_diff", "cg_cdm"}
     folder = run.folder / "segment"
     assert set(json.loads((folder / "thresholds.json").read_text())["cuts"]) == rows
     assert {path.name for path in (folder / "masks").iterdir()} == rows

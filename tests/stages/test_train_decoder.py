@@ -19,7 +19,7 @@ from cldf_dist.data.slices import foreground
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.stages import train_decoder
 from cldf_dist.stages.loading import load_decoder
-from cldf_dist.stages.masks import SUPERVISED
+from cldf_dist.stages.masks import PATCH_FEATURES, PLUS, SUPERVISED
 from cldf_dist.stages.train_decoder import feature_statistics
 
 EARLIER = ("prepare", "cache")
@@ -226,15 +226,17 @@ def test_triton_kernels_train_the_same_decoder(
         words = [f"decoder.contrast.backend={backend}", "decoder.contrast.precision=fp32"]
         words += ["decoder.fit.steps=2", "evaluate.upper_bound=false"]
         assert main(["train-decoder", *run.words, *words]) == 0
-        weights[backend] = load_file(run.folder / "train-decoder" / "net.safetensors")
-        assert launched == (
-            []
-            if backend == "torch"
-            else ["symmetric_sums_kernel", *["symmetric_sums_kernel", "softmax_keys_kernel"] * 2]
-        )
-    moved = 0.0
-    start = load_file(debug_run.folder / "train-decoder" / "net.safetensors")
-    for name, expected in weights["torch"].items():
-        torch.testing.assert_close(weights["triton"][name], expected, rtol=1e-4, atol=1e-5)
-        moved = max(moved, (expected - start[name]).abs().max().item())
-    assert moved > 1e-3
+        weights[backend] = {row: net_of(run, row) for row in (".", PLUS, PATCH_FEATURES)}
+        one = ["symmetric_sums_kernel", *["symmetric_sums_kernel", "softmax_keys_kernel"] * 2]
+        assert launched == ([] if backend == "torch" else one * 3)
+    for row, of_row in weights["torch"].items():
+        moved, start = 0.0, net_of(debug_run, row)
+        for name, expected in of_row.items():
+            found = weights["triton"][row][name]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            moved = max(moved, (expected - start[name]).abs().max().item())
+        assert moved > 1e-3, row
+
+
+def net_of(run: Any, row: str) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "train-decoder" / row / "net.safetensors")
