@@ -15,7 +15,7 @@ from cldf_dist.data.phantom import PhantomSettings, phantom_patient
 from cldf_dist.data.shards import DamagedShardError, ShardSet
 from cldf_dist.run import read_config
 from cldf_dist.stages import STAGES, Stage
-from cldf_dist.stages.masks import METHODS, PATCH_FEATURES, PLUS, SUPERVISED, UPPER_BOUNDS
+from cldf_dist.stages.masks import METHODS, PATCH_FEATURES, PLUS, UPPER_BOUNDS
 
 TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
 
