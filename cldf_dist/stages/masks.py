@@ -36,6 +36,7 @@ CONTROLS = (RAW_PATCHES, PATCH_FEATURES)
 # reference rows: cldf and cldf_plus with the true masks of the training slices for seeds
 SUPERVISED, SUPERVISED_PLUS = "supervised_decoder", "supervised_plus"
 UPPER_BOUNDS = (SUPERVISED, SUPERVISED_PLUS)
+SURE = 1e-3  # a slice's p(object) counts as no closer to 0 or 1 than this
 PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
 
 
@@ -102,6 +103,15 @@ def mask_and_probability(
     )
     probability = 1 / (1 + np.exp(-np.clip((native - cut) / PROBABILITY_WIDTH, -30, 30)))
     return mask, np.where(allowed, probability, 0).astype(np.float32)
+
+
+def smoothed_over_slices(probability: FloatArray) -> FloatArray:
+    """p(object) (slices,) of neighbouring slices, its logits weighted 1 : 2 : 1 with those of the
+    slices below and above: an object spans slices, a classifier's mistake often does not."""
+    bounded = np.clip(probability.astype(np.float64), SURE, 1 - SURE)
+    logits = np.pad(np.log(bounded / (1 - bounded)), 1, mode="edge")
+    mean = (logits[:-2] + 2 * logits[1:-1] + logits[2:]) / 4
+    return np.asarray(1 / (1 + np.exp(-mean)), dtype=np.float32)
 
 
 def open_slices(patient: PatientScores, gate_probability: float) -> Mask:

@@ -45,6 +45,7 @@ from cldf_dist.stages.masks import (
     FloatArray,
     PatientScores,
     mask_and_probability,
+    smoothed_over_slices,
     write_own_layout,
 )
 from cldf_dist.stages.weak import weak_rows
@@ -103,7 +104,8 @@ class Segmenter:
             scores = self._score_batch(images[batch], keys[batch], wanted)
             parts.append({name: part.cpu() for name, part in scores.items()})
         joined = {n: torch.cat([p.pop(n) for p in parts]).numpy() for n in list(parts[0])}
-        return PatientScores(patient, joined, joined.pop("probability"), foreground(images))
+        probability = smoothed_over_slices(joined.pop("probability"))
+        return PatientScores(patient, joined, probability, foreground(images))
 
     def _score_batch(
         self, images: FloatArray, keys: list[str], rows: Sequence[str]
