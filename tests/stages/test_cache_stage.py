@@ -270,7 +270,10 @@ def test_a_full_disk_is_told_before_anything_is_computed(
 
 @pytest.mark.parametrize(
     "words",
-    [["features.storage=int8"], ["features.combine_levels=average", "features.draws=2"]],
+    [
+        ["features.storage=int8"],
+        ["features.noise=drawn", "features.combine_levels=average", "features.draws=2"],
+    ],
     ids=["int8", "average"],
 )
 def test_every_form_of_features_trains_and_segments(inputs: Any, words: list[str]) -> None:
