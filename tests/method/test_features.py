@@ -17,7 +17,7 @@ from cldf_dist.nets.unet import build_unet
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
 KEYS = ["a/1", "a/2", "b/7"]
-SETTINGS = Features(taps=("up0.1", "up1.0", "up2.1"), noise_levels=(50, 300))
+SETTINGS = Features(taps=("up0.1", "up1.0", "up2.1"), noise_levels=(50, 300), noise="drawn")
 
 
 @pytest.fixture(scope="module")
