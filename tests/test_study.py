@@ -21,7 +21,7 @@ from cldf_dist.locks import FolderLock
 from cldf_dist.stages import STAGES
 from cldf_dist.study.child import Child, wait_for_others
 from cldf_dist.study.command import STOPPED
-from cldf_dist.study.plan import planned_runs, read_study
+from cldf_dist.study.plan import ROWS_OF_VARIANTS, planned_runs, read_study
 from cldf_dist.study.sharing import share_finished_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_the_ready_study_plans_every_run_once(monkeypatch: pytest.MonkeyPatch) -
     assert len(variants) >= 12
     base = runs[0].config
     for run in variants:
-        assert run.config.segment.rows[0] == "cldf"
+        assert run.config.segment.rows == ROWS_OF_VARIANTS
         assert not base.segment.rows
     brats = runs[1].config.data
     assert (brats.root, brats.splits) == (str(ROOT), str(ROOT / "configs/brats_24_splits.json"))
@@ -309,7 +309,8 @@ def test_a_variant_has_the_very_nets_of_its_base(finished: FinishedStudy) -> Non
     decoder = "train-decoder/net.safetensors"
     assert (warm / decoder).read_bytes() != (base / decoder).read_bytes()
     rows = json.loads((warm / "segment" / "thresholds.json").read_text())["cuts"]
-    assert list(rows) == ["cldf"], "of the rows that a variant needs those that it has"
+    has = ["patch_classifier", "cldf", "cldf_plus", "patch_features"]
+    assert list(rows) == has, "of the rows that a variant needs those that it has"
 
 
 @pytest.mark.slow

@@ -132,6 +132,18 @@ def test_equal_keys_are_replaced_and_new_columns_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_that_is_read_again_keeps_its_place(results: Path) -> None:
+    """In every order of repeats; the columns and the rows of the others stay too."""
+    before = {path.name: path.read_bytes() for path in results.glob("*.csv")}
+    for name in before:
+        for variant in ("base", "warm", "base"):
+            key = {"experiment": "phantom", "seed": "0", "variant": variant}
+            rows = [row for row in read_rows(results / name) if key.items() <= row.items()]
+            assert rows
+            merge_rows(results / name, key, rows)
+        assert (results / name).read_bytes() == before[name]
+
+
 def test_best_median_and_worst_patient_are_those_of_the_best_row_of_ours() -> None:
     key = {"experiment": "e", "seed": "0", "variant": "base"}
     dice = {"a": 0.9, "b": 0.1, "c": None, "d": 0.5, "e": 0.6}

@@ -24,7 +24,7 @@ LAUNCH = (
 )  # fmt: skip
 TRAININGS = (
     "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
-    "train-decoder/supervised_decoder",
+    "train-decoder/supervised_decoder", "train-decoder/supervised_plus",
 )  # fmt: skip
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -59,8 +59,11 @@ def test_two_processes_do_what_one_does(
         check_same_metrics(debug_run.folder / stage, run.folder / stage)
         check_same_net(debug_run.folder / stage, run.folder / stage)
     # a map that differs in its last bit may move a seed, and so the pixels that are drawn
-    decoders = [folder / "train-decoder" for folder in (debug_run.folder, run.folder)]
-    check_same_metrics(*decoders, tolerance=0.05)
+    for row in (".", "cldf_plus", "patch_features"):
+        decoders = [folder / "train-decoder" / row for folder in (debug_run.folder, run.folder)]
+        check_same_metrics(*decoders, tolerance=0.05)
+    cuts = [json.loads((r.folder / "train-decoder/DONE").read_text()) for r in (debug_run, run)]
+    assert cuts[0]["evidence_cut"] == pytest.approx(cuts[1]["evidence_cut"], abs=1e-2)
     check_same_cache(debug_run.folder / "cache", run.folder / "cache")
     check_same_geometry(debug_run.folder / "segment", run.folder / "segment")
     provenance = json.loads((run.folder / "segment" / "provenance.json").read_text())
@@ -98,6 +101,9 @@ def check_same_cache(one: Path, two: Path) -> None:
         (mine.read("seeds", row) != theirs.read("seeds", row)).mean() for row in range(len(mine))
     ]
     assert np.mean(moved) < 1e-3
+    for row in range(len(mine)):  # -inf outside the subject
+        evidence = [cache.read("evidence", row).astype(np.float32) for cache in (mine, theirs)]
+        np.testing.assert_allclose(*evidence, rtol=1e-2, atol=1e-2)
 
 
 def check_same_geometry(one: Path, two: Path) -> None:

@@ -42,9 +42,13 @@ def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
 
 
 def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
-    """Replace the rows of `key` in a CSV file by `rows`; the file changes in one step."""
-    others = [row for row in read_rows(path) if any(row[name] != key[name] for name in KEY)]
-    merged = [*others, *rows]
+    """Replace the rows of `key` in a CSV file by `rows`, in their place; the file changes in one
+    step."""
+    before = read_rows(path)
+    of_key = [all(row[name] == key[name] for name in KEY) for row in before]
+    place = of_key.index(True) if any(of_key) else len(before)
+    others = [row for row, replaced in zip(before, of_key) if not replaced]
+    merged = [*others[:place], *rows, *others[place:]]
     columns = list(dict.fromkeys([*KEY, *(name for row in merged for name in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

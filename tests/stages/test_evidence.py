@@ -1,4 +1,4 @@
-"""The evidence of windows: cut and seeds of `cldf_plus`, and whose masks a run stands for."""
+"""The evidence of small windows: cut and seeds of `cldf_plus`, and whose masks a run is for."""
 
 import json
 import shutil
