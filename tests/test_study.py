@@ -20,7 +20,7 @@ from cldf_dist.config import load
 from cldf_dist.locks import FolderLock
 from cldf_dist.stages import STAGES
 from cldf_dist.study.child import Child, wait_for_others
-from cldf_dist.study.command import STOPPED
+from cldf_dist.study.command import STOPPED, study_lock
 from cldf_dist.study.plan import ROWS_OF_VARIANTS, planned_runs, read_study
 from cldf_dist.study.sharing import share_finished_stages
 
@@ -102,6 +102,14 @@ def test_a_wrong_study_is_one_line_before_anything_runs(
     assert line.startswith("cldf: error: ")
     assert said in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_study_at_a_time_and_its_runs_may_make_their_trackers_tables(tmp_path: Path) -> None:
+    held = study_lock(tmp_path / "runs")
+    with pytest.raises(RuntimeError, match="in use by process"):
+        study_lock(tmp_path / "runs")
+    FolderLock(tmp_path / "runs").release()  # the tracker's
+    held.release()
 
 
 def test_a_study_that_is_not_there_and_an_option_of_another_command_are_refused(

@@ -49,12 +49,19 @@ def run(words: Sequence[str], *, dry: bool = False, tables_only: bool = False) -
         for planned in runs:
             print(f"{planned.name}: {'finished' if _is_finished(planned) else 'to do'}")
         return 0
-    Path(study.runs).mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(Path(study.runs))
+    lock = study_lock(Path(study.runs))
     try:
         return _run_all(study, runs)
     finally:
         lock.release()
+
+
+def study_lock(runs: Path) -> FolderLock:
+    """Keeps a second study out of the folder `runs`. Not by the lock of that folder itself: its
+    tracker takes that one when it makes its tables."""
+    folder = runs / ".study"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FolderLock(folder)
 
 
 def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
