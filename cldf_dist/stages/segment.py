@@ -321,8 +321,14 @@ def _mask_row(config: Config, shards: ShardSet, folder: Path, cuts: Mapping[str,
     """The row whose masks new scans get: as set, or the best of ours by weak validation, the first
     of equals."""
     ours = {row: cuts[row] for row in OURS if row in cuts}
-    if config.segment.mask_row != "auto":
-        return config.segment.mask_row
+    chosen = config.segment.mask_row
+    if chosen in ours:
+        return chosen
+    if chosen != "auto":
+        raise ValueError(
+            f"segment.mask_row={chosen} is no row of this run, which has {', '.join(ours)}: it was "
+            "left out in train-decoder; take another or auto"
+        )
     weak = weak_rows(shards, folder, ours)
     return max(ours, key=lambda row: weak[row]["area_auroc"] or 0.0)
 

@@ -163,12 +163,20 @@ def _train_other(
     own = Run(config, f"{run.stage}/{other.row}", run.sections, run.inputs)
     if from_main(own.is_finished):
         return
+    num_slices = len(cached_slices(shards).tables[0])
+    pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
+    if other.row in (PLUS, PATCH_FEATURES) and not len(pixels.rows_with(OBJECT)):
+        if run.is_main:
+            print(
+                f"train-decoder: {other.row} is left out: no pixel of a positive training slice "
+                "has evidence above the cut; raise plus.foreground",
+                file=sys.stderr,
+            )
+        return
     if run.is_main:
         own.open()
     wait_for_everyone()
     try:
-        num_slices = len(cached_slices(shards).tables[0])
-        pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
         result = _train(config, own, pixels)
         if run.is_main:
             write_card(own, shards, other.card)

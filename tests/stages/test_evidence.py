@@ -1,6 +1,7 @@
 """The evidence of small windows: cut and seeds of `cldf_plus`, and whose masks a run is for."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,14 @@ from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.slices import foreground
 from cldf_dist.joint import mask_row
 from cldf_dist.stages.evidence import evidence_labels
-from cldf_dist.stages.masks import METHODS, PATCH_FEATURES, PLUS, UPPER_BOUNDS, PatientScores
+from cldf_dist.stages.masks import (
+    METHODS,
+    PATCH_FEATURES,
+    PLUS,
+    UPPER_BOUNDS,
+    PatientScores,
+    smoothed_over_slices,
+)
 from cldf_dist.stages.segment import _mask_row
 from cldf_dist.weights import read_description
 
@@ -176,6 +184,38 @@ def test_without_the_patch_tap_cldf_plus_learns_from_diffusion_alone(
     assert set(rule["cuts"]) == {*METHODS, *UPPER_BOUNDS} - {"cg_diff", "cg_cdm"}
     with_tap = debug_run.folder / "train-decoder" / PLUS
     assert list(read_description(with_tap)["tap_channels"]) == ["up0.1", "up1.1", "patch"]
+
+
+def test_without_any_object_seed_cldf_plus_is_left_out_and_the_run_goes_on(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *TRAINED, "cache")
+    cache = FeatureCache(run.folder / STORE)
+    for shard in range(cache.num_shards):
+        rows = cache.rows_of(shard)
+        values = {n: np.stack([cache.read(n, row) for row in rows]) for n in cache.names}
+        values["evidence"][values["label"] == 1] -= 100  # nothing speaks for the object
+        keys = [cache.keys[row] for row in rows]
+        cache.write_shard(shard, keys, values)
+    assert main(["run", *run.words, *QUICK]) == 0
+    assert "cldf_plus is left out: no pixel of a positive" in capsys.readouterr().err
+    rule = json.loads((run.folder / "segment" / "thresholds.json").read_text())
+    assert set(rule["cuts"]) == {*METHODS} - {PLUS, "cg_diff", "cg_cdm"}
+    assert rule["mask_row"] == "cldf"
+    shutil.rmtree(run.folder / "segment")
+    assert main(["segment", *run.words, *QUICK, "segment.mask_row=cldf_plus"]) == 1
+    assert "segment.mask_row=cldf_plus is no row of this run" in capsys.readouterr().err
+
+
+def test_the_gate_hears_the_neighbouring_slices() -> None:
+    found = smoothed_over_slices(np.array([0.5, 0.9, 0.5], np.float32))
+    half = 1 / (1 + math.exp(-math.log(9) / 2))  # the logit of 0.9 is log 9, of 0.5 it is 0
+    quarter = 1 / (1 + math.exp(-math.log(9) / 4))
+    np.testing.assert_allclose(found, [quarter, half, quarter], rtol=1e-6)
+    np.testing.assert_allclose(
+        smoothed_over_slices(np.float32([0, 1])), [0.0306, 0.9694], atol=1e-4
+    )
+    np.testing.assert_allclose(smoothed_over_slices(np.float32([0.3])), [0.3], rtol=1e-6)
 
 
 def test_a_store_that_is_gone_leaves_the_rest_of_the_evaluation(
