@@ -43,7 +43,8 @@ def results(tmp_path: Path) -> Path:
                 rows.append({**key, **case("a", method, 0.99, rule="otsu")})
         rows += [{**key, **case(p, "oracle_intensity", 0.3, rule="oracle")} for p in "ab"]
         merge_rows(tmp_path / "cases.csv", key, rows)
-        quality = {"object_precision": "0.75", "object_recall": "0.5" if variant == "base" else "1"}
+        recall = "0.5" if variant == "base" else "1"
+        quality = {"row": "cldf", "object_precision": "0.75", "object_recall": recall}
         merge_rows(tmp_path / "seeds.csv", key, [{**key, **quality}])
         weak = {"gradcam": "0.6", "cldf": "0.7", "cldf_plus": "0.9", "supervised_decoder": "0.1"}
         merge_rows(
@@ -104,7 +105,14 @@ def test_a_variant_is_compared_with_the_base_of_its_seed(results: Path) -> None:
     assert (base["Dice of cldf"], warm["Dice of cldf"]) == ("0.500", "0.700")
     assert warm["cldf minus base [95 %]"] == "+0.200 [+0.100, +0.300]"
     assert (warm["Dice of cldf_plus"], warm["cldf_plus minus base [95 %]"]) == ("-", "-")
-    assert (base["seed recall"], warm["seed recall"]) == ("0.500", "1.000")
+    quality = [row["cldf: seed precision, recall"] for row in (base, warm)]
+    assert quality == ["0.750, 0.500", "0.750, 1.000"]
+    assert base["cldf_plus: seed precision, recall"] == "-, -"
+
+
+def test_the_seeds_of_each_training_are_in_a_table(results: Path) -> None:
+    table = cells(write_tables(results).read_text(), "Seeds")
+    assert table["cldf"]["seed 0"] == "0.750, 0.500"
 
 
 def test_rows_that_saw_masks_are_left_out_of_the_rank_correlation(results: Path) -> None:

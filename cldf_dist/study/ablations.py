@@ -27,7 +27,7 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
     header = [
         "variant", "seeds", *(f"Dice of {marked(method)}" for method in methods),
         *(cell for method in ours for cell in (f"{method} minus base [95 %]", "p")),
-        "seed precision", "seed recall",
+        *(f"{method}: seed precision, recall" for method in ours),
     ]  # fmt: skip
     varied = [row for row in cases if row["variant"] != BASE]
     lines = []
@@ -42,7 +42,7 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
                 ", ".join(seeds),
                 *(_dice_cell(scores, method) for method in methods),
                 *_differences(scores, _scores_of(cases, BASE, seeds), variant, ours),
-                *(_mean_of(quality, f"object_{kind}") for kind in ("precision", "recall")),
+                *(seed_quality([row for row in quality if row["row"] == m]) for m in ours),
             ]
         )
     said = (
@@ -76,6 +76,10 @@ def _dice_cell(scores: StrictScores, method: str) -> str:
     return number_cell(mean_of_trainings(scores.values(method, "dice")))
 
 
-def _mean_of(rows: Sequence[Row], column: str) -> str:
-    values = [float(row[column]) for row in rows if row.get(column)]
-    return number_cell(float(np.mean(values))) if values else "-"
+def seed_quality(rows: Sequence[Row]) -> str:
+    """Precision and recall of object seeds, means over the rows of seeds.csv."""
+    cells = []
+    for column in ("object_precision", "object_recall"):
+        values = [float(row[column]) for row in rows if row.get(column)]
+        cells.append(number_cell(float(np.mean(values))) if values else "-")
+    return ", ".join(cells)

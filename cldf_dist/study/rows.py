@@ -32,7 +32,7 @@ def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
         "cases": _cases(run_folder / "evaluate" / "cases.csv"),
         "legacy": _legacy(summary["legacy"]),
         "weak_validation": _weak_validation(summary),
-        "seeds": [summary["seeds"]] if summary["seeds"] else [],
+        "seeds": _seeds(summary),
         "oracle_intensity": _oracle_intensity(summary["strict"]),
         "provenance": [_provenance(run_folder)],
     }
@@ -92,6 +92,12 @@ def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for method, row in summary["weak_validation"].items()
         if method in strict
     ]
+
+
+def _seeds(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The quality of the seeds of each of our rows, where training masks are known."""
+    found = {"cldf": summary["seeds"], "cldf_plus": summary["seeds_plus"]}
+    return [{"row": row, **quality} for row, quality in found.items() if quality]
 
 
 def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from cldf_dist.method.repeated_trainings import paired_over_trainings, training_means
 from cldf_dist.method.statistics import holm
 from cldf_dist.run import write_atomically
-from cldf_dist.study.ablations import ablation_table
+from cldf_dist.study.ablations import ablation_table, seed_quality
 from cldf_dist.study.cells import (
     counts_cell,
     difference_cell,
@@ -76,11 +76,30 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
         for ours in scores.ours:
             blocks += [f"### {ours} minus the other rows", _paired_table(scores, ours)]
         blocks += _pictures(name, scores, results)
+        if base["seeds"]:
+            blocks += ["### Seeds", _seeds_table(base["seeds"])]
         blocks += ["### Without any mask", _weak_table(base["weak_validation"])]
         blocks += ["### As papers score (legacy)", _legacy_table(base["legacy"])]
     if any(row["variant"] != BASE for row in rows["cases"]):
         blocks += ["### Ablations", ablation_table(rows["cases"], rows["seeds"])]
     return blocks
+
+
+def _seeds_table(rows: Sequence[Row]) -> str:
+    """How good the seeds of each of our rows are, by training."""
+    seeds = tuple(dict.fromkeys(row["seed"] for row in rows))
+    lines = [
+        [
+            method,
+            *(
+                seed_quality([r for r in rows if (r["row"], r["seed"]) == (method, s)])
+                for s in seeds
+            ),
+        ]
+        for method in dict.fromkeys(row["row"] for row in rows)
+    ]
+    said = "Precision and recall of object seeds on training slices: diagnostics that see masks."
+    return f"{said}\n\n{table(['row', *(f'seed {seed}' for seed in seeds)], lines)}"
 
 
 def _made_by(provenance: Sequence[Row]) -> str:
