@@ -49,7 +49,7 @@ TITLES = {
     RAW_PATCHES: "raw patches",
     PATCH_FEATURES: "patch features",
     SUPERVISED: "supervised decoder",
-    SUPERVISED_PLUS: "supervised CLDF+ decoder",
+    SUPERVISED_PLUS: "supervised CLDF+",
 }
 MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"
 OBJECT_SEED, BACKGROUND_SEED = (0.90, 0.10, 0.15, 0.75), (0.15, 0.40, 0.95, 0.40)
