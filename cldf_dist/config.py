@@ -234,9 +234,11 @@ class Seeds:
 class Plus:
     """`cldf_plus`: the same contrastive stage, from the seeds of the patch classifier."""
 
-    # share of the subject's pixels of negative training slices whose evidence may exceed the cut;
-    # what exceeds it in positive slices is an object seed
-    foreground: float = 0.001
+    # share of the subject's pixels of negative validation slices whose evidence may exceed the cut
+    foreground: float = 0.01
+    # what exceeds the cut in a positive slice is an object seed where the activation map, scaled to
+    # [0, 1] within the slice, exceeds this; 0: the evidence alone decides
+    cam: float = 0.3
     patch_tap: bool = True  # the patch classifier's activations are features too
 
 

@@ -416,6 +416,7 @@ def _shares(config: Config) -> Iterator[str]:
         ("diffusion.label_dropout", config.diffusion.label_dropout),
         ("classifier.clean_share", config.classifier.clean_share),
         ("segment.gate_probability", config.segment.gate_probability),
+        ("plus.cam", config.plus.cam),
         ("patch_classifier.dropout", config.patch_classifier.dropout),
         ("patch_classifier.label_smoothing", config.patch_classifier.label_smoothing),
         ("decoder.dropout", config.decoder.dropout),

@@ -43,21 +43,31 @@ class SeedLabels:
 
 @dataclass(frozen=True)
 class EvidenceLabels:
-    """Seeds by the patch classifier's evidence: object above `cut` in positive slices, background
-    in all of the subject of negative ones; whatever else is in a positive slice is unknown."""
+    """Seeds where the patch classifier's evidence and the activation map agree: object above both
+    cuts in positive slices, background in all of the subject of negative ones; whatever else is in
+    a positive slice is unknown."""
 
     cache: FeatureCache
     cut: float  # logit
+    cam_cut: float  # of the map scaled to [0, 1] within the subject; 0: it is not asked
 
     def labels(self, row: int) -> Labels:
         evidence = self.cache.read("evidence", row)
+        inside = np.isfinite(evidence)
         seeds = np.full(evidence.shape, UNKNOWN, np.int8)
         label = int(self.cache.read("label", row))
         if label == 1:
-            seeds[evidence > self.cut] = OBJECT
+            seeds[(evidence > self.cut) & self._in_cam(row, inside)] = OBJECT
         elif label == 0:
-            seeds[np.isfinite(evidence)] = BACKGROUND
+            seeds[inside] = BACKGROUND
         return seeds
+
+    def _in_cam(self, row: int, inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        if self.cam_cut == 0:
+            return inside
+        cam = self.cache.read("cam", row).astype(np.float32)
+        low, high = cam[inside].min(initial=np.inf), cam[inside].max(initial=-np.inf)
+        return np.asarray(inside & (cam - low > self.cam_cut * (high - low)))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
-        "seeds_plus": _seeds_of_plus(shards, cache / STORE, decoder),
+        "seeds_plus": _seeds_of_plus(config, shards, cache / STORE, decoder),
         "mask_row": rule["mask_row"],
     }
     cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
@@ -141,7 +141,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"num_test_patients": len(patients), "dice": dice}
 
 
-def _seeds_of_plus(shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
+def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
     """Here, because a training opens no mask but those of the upper bounds."""
     cut = json.loads((decoder / DONE).read_text()).get("evidence_cut")
     if cut is None:
@@ -151,7 +151,7 @@ def _seeds_of_plus(shards: ShardSet, store: Path, decoder: Path) -> dict[str, An
         return {}
     cache, slices = FeatureCache(store), cached_slices(shards)
     check_same_slices(cache, slices)
-    return seed_report(EvidenceLabels(cache, cut), slices.tables[0])
+    return seed_report(EvidenceLabels(cache, cut, config.plus.cam), slices.tables[0])
 
 
 def truth_path(prepare: Path, patient: str) -> Path:

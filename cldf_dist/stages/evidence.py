@@ -18,7 +18,7 @@ from cldf_dist.nets.patch_classifier import PatchClassifier
 
 PATCH_TAP = "patch"  # the patch classifier's activations among the features of a pixel
 EVIDENCE = "evidence"  # its logits, in the cache
-CUT_SLICES = 2048  # negative training slices that the cut is taken from, at most
+CUT_SLICES = 2048  # negative validation slices that the cut is taken from, at most
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,25 @@ def plus_taps(config: Config) -> tuple[str, ...]:
     return (*config.features.taps, *([PATCH_TAP] if config.plus.patch_tap else []))
 
 
-def evidence_labels(config: Config, cache: FeatureCache, table: SliceTable) -> EvidenceLabels:
-    """The seeds of `cldf_plus` in the training slices, the first rows of the cache.
+def evidence_labels(
+    config: Config, cache: FeatureCache, train: SliceTable, validation: SliceTable
+) -> EvidenceLabels:
+    """The seeds of `cldf_plus` in the training slices; the cache holds those, then the others.
 
-    The cut is the evidence that `plus.foreground` of the subject's pixels of negative training
-    slices exceed: there all evidence is false, so that image-level labels alone set it. Raises
-    ValueError where there is no such slice.
+    The cut is the evidence that `plus.foreground` of the subject's pixels of negative validation
+    slices exceed: there all evidence is false, so that image-level labels alone set it, and the net
+    has not learnt them. Raises ValueError where there is no such slice.
     """
-    negative = np.flatnonzero(table.labels == 0)
+    negative = len(train) + np.flatnonzero(validation.labels == 0)
     if not len(negative):
         raise ValueError(
-            "cldf_plus takes its cut from negative training slices, and there is none; "
+            "cldf_plus takes its cut from negative validation slices, and there is none; "
             "set patch_classifier.enabled=false"
         )
     spread = np.linspace(0, len(negative) - 1, min(len(negative), CUT_SLICES)).round().astype(int)
     found = [cache.read(EVIDENCE, int(row)).astype(np.float32) for row in negative[spread]]
     scores = np.concatenate([evidence[np.isfinite(evidence)] for evidence in found])
-    return EvidenceLabels(cache, negative_cut(scores, config.plus.foreground))
+    return EvidenceLabels(cache, negative_cut(scores, config.plus.foreground), config.plus.cam)
 
 
 def seed_report(labels: PixelLabels, table: SliceTable) -> dict[str, float | int | None]:

@@ -118,7 +118,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         write_card(run, shards, NET_CARD)
     others = _controls_of_cldf(config, cache)
     if config.patch_classifier.enabled:
-        labels = evidence_labels(config, cache, table)
+        labels = evidence_labels(config, cache, *slices.tables)
         result["evidence_cut"] = labels.cut
         others += _rows_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
@@ -169,7 +169,7 @@ def _train_other(
         if run.is_main:
             print(
                 f"train-decoder: {other.row} is left out: no pixel of a positive training slice "
-                "has evidence above the cut; raise plus.foreground",
+                "is above both cuts; raise plus.foreground or lower plus.cam",
                 file=sys.stderr,
             )
         return

@@ -46,10 +46,13 @@ NOTHING = -np.inf  # outside the subject
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     """Four slices of 2 x 3 pixels, of which the first is outside the subject."""
     folder = tmp_path_factory.mktemp("cache") / "features.zarr"
-    shapes = {"evidence": ((2, 3), "float16"), "label": ((), "int8")}
+    square = ((2, 3), "float16")
+    shapes = {"evidence": square, "cam": square, "label": ((), "int8")}
     cache = FeatureCache.create(folder, 4, shapes, slices_per_shard=4, attributes={})
     evidence = np.array([[[NOTHING, -2, 0.5], [0.5, 1, 3]]] * 4)
-    values = {"evidence": evidence, "label": np.array(LABELS)}
+    # within the subject from 1 to 5; outside it does not count
+    cam = np.array([[[9, 1, 5], [5, 2, 3]]] * 4)
+    values = {"evidence": evidence, "cam": cam, "label": np.array(LABELS)}
     cache.write_shard(0, list("abcd"), values)
     return cache
 
@@ -57,14 +60,21 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
 def test_seeds_are_object_above_the_cut_and_background_in_negative_slices(
     made_up: FeatureCache,
 ) -> None:
-    labels = EvidenceLabels(made_up, 0.5)
+    labels = EvidenceLabels(made_up, 0.5, 0)
     assert labels.labels(0).tolist() == [[-1, 0, 0], [0, 0, 0]], "negative, above the cut or not"
     assert labels.labels(1).tolist() == [[-1, -1, -1], [-1, 1, 1]], "at the cut is not above it"
     assert (labels.labels(2) == -1).all(), "its label is not known"
     assert labels.labels(1).dtype == np.int8
     assert count_labels(labels, np.arange(4)).tolist() == [[5, 0], [0, 2], [0, 0], [5, 0]]
-    nothing = EvidenceLabels(made_up, 3.0)
+    nothing = EvidenceLabels(made_up, 3.0, 0)
     assert (nothing.labels(1) == -1).all()
+
+
+def test_object_seeds_are_where_the_activation_map_agrees(made_up: FeatureCache) -> None:
+    assert EvidenceLabels(made_up, 0.5, 0.3).labels(1).tolist() == [[-1, -1, -1], [-1, -1, 1]]
+    assert EvidenceLabels(made_up, 0.0, 0.3).labels(1).tolist() == [[-1, -1, 1], [1, -1, 1]]
+    assert EvidenceLabels(made_up, 0.5, 0.5).labels(1).max() == -1, "at the cut is not above it"
+    assert EvidenceLabels(made_up, 0.5, 0.3).labels(0).tolist() == [[-1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("foreground_share", [0.01, 0.1, 0.3])
@@ -72,13 +82,14 @@ def test_the_cut_leaves_at_most_the_share_of_negative_pixels_above(
     debug_run: Any, foreground_share: float
 ) -> None:
     words = [*debug_run.words[1:], f"plus.foreground={foreground_share}"]
-    table = ShardSet(debug_run.folder / "prepare").split("train")
+    shards = ShardSet(debug_run.folder / "prepare")
+    train, validation = shards.split("train"), shards.split("validation")
     cache = FeatureCache(debug_run.folder / STORE)
-    cut = evidence_labels(load([debug_run.words[0]], words), cache, table).cut
+    cut = evidence_labels(load([debug_run.words[0]], words), cache, train, validation).cut
     pool = []
-    for row in np.flatnonzero(table.labels == 0):
-        inside = foreground(table.read_image(int(row)))
-        evidence = cache.read("evidence", int(row))
+    for row in np.flatnonzero(validation.labels == 0):
+        inside = foreground(validation.read_image(int(row)))
+        evidence = cache.read("evidence", len(train) + int(row))
         np.testing.assert_array_equal(np.isfinite(evidence), inside)
         pool.append(evidence[inside].astype(np.float64))
     scores = np.concatenate(pool)
@@ -89,14 +100,16 @@ def test_the_cut_leaves_at_most_the_share_of_negative_pixels_above(
 def test_without_negative_slices_the_way_out_is_told(made_up: FeatureCache) -> None:
     table: Any = SimpleNamespace(labels=np.array([1, 1, -1]))
     with pytest.raises(ValueError, match=r"there is none; set patch_classifier\.enabled=false"):
-        evidence_labels(Config(), made_up, table)
+        evidence_labels(Config(), made_up, [], table)  # type: ignore[arg-type]
 
 
 def test_the_cut_of_the_training_is_kept_with_it(debug_run: Any) -> None:
     done = json.loads((debug_run.folder / "train-decoder" / "DONE").read_text())
     config = load([debug_run.words[0]], debug_run.words[1:])
-    table = ShardSet(debug_run.folder / "prepare").split("train")
-    labels = evidence_labels(config, FeatureCache(debug_run.folder / STORE), table)
+    shards = ShardSet(debug_run.folder / "prepare")
+    table, validation = shards.split("train"), shards.split("validation")
+    cache = FeatureCache(debug_run.folder / STORE)
+    labels = evidence_labels(config, cache, table, validation)
     assert done["evidence_cut"] == labels.cut
     plus = json.loads((debug_run.folder / "train-decoder" / PLUS / "DONE").read_text())
     num_object = count_labels(labels, np.arange(len(table)))[:, 1]
