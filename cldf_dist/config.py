@@ -312,6 +312,7 @@ class CgDiff:
     noise_level: int = 152
     steps: int = 20  # of DDIM, each way, evenly spaced; both codes take every timestep
     scale: float = 100.0  # of the classifier's gradient; Wolleb et al.
+    label_scale: float = 1.0  # of classifier-free guidance by "no object"; 1: the label alone
     smooth_pixels: float = 1.0
 
 

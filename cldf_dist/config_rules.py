@@ -304,10 +304,14 @@ def _counterfactuals(config: Config) -> Iterator[str]:
                 f"that the classifier never saw in training, or {path}.scale be 0; "
                 f"got {row.noise_level}"
             )
-    if config.cg_diff.enabled and config.cg_diff.inversion and config.diffusion.label_dropout == 0:
+    if config.cg_diff.label_scale < 0:
+        yield f"cg_diff.label_scale must be >= 0, got {config.cg_diff.label_scale}"
+    needs_plain = config.cg_diff.inversion or config.cg_diff.label_scale != 1
+    if config.cg_diff.enabled and needs_plain and config.diffusion.label_dropout == 0:
         yield (
-            "cg_diff.inversion needs a diffusion model that was trained without labels too: "
-            "diffusion.label_dropout > 0, or cg_diff.inversion=false, or cg_diff.enabled=false"
+            "cg_diff.inversion and a cg_diff.label_scale other than 1 need a diffusion model that "
+            "was trained without labels too: diffusion.label_dropout > 0, or "
+            "cg_diff.inversion=false cg_diff.label_scale=1, or cg_diff.enabled=false"
         )
     if config.cg_cdm.enabled and not 0 <= config.cg_cdm.tau < 1:
         yield f"cg_cdm.tau must lie in [0, 1), got {config.cg_cdm.tau}"

@@ -7,7 +7,7 @@ All maps are >= 0 and on one scale for all slices: a single cut holds for them. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -69,25 +69,30 @@ def cg_diff(
     scale: float,
     inversion: bool,
     smooth_pixels: float,
+    label_scale: float = 1.0,
 ) -> Tensor:
     """Saliency (batch, height, width) >= 0: |what changes where the object is taken away|.
 
     From `noise_level` down to timestep 0 in `steps` deterministic DDIM steps, with the label "no
     object" and the classifier's gradient towards it, times `scale`. The difference is summed over
-    channels, then smoothed.
+    channels, then smoothed. With a `label_scale` other than 1 the steps down go by classifier-free
+    guidance (Ho and Salimans 2021): so many times what the label changes in the output.
 
     `inversion` (Wolleb et al. 2022): the slice is encoded by the same steps upwards, without a
     label, and the result compared with the slice itself. Else, as in the code of Hu et al. 2023:
     the slice gets noise, and the result is compared with a second branch from the same noise,
     which is denoised and guided towards "object".
     """
-    sampler = _Guided(_labelled(net), classifier, schedule, scale)
+    sampler = _Guided(_guided_by_label(net, label_scale), classifier, schedule, scale)
     down = _path(noise_level, steps)
     if inversion:
         noised = images
-        unlabelled = _classes(images, UNCONDITIONAL)
+        unlabelled, encoder = (
+            _classes(images, UNCONDITIONAL),
+            replace(sampler, denoise=_labelled(net)),
+        )
         for upper, lower in reversed(down):
-            noised = sampler.step(noised, lower, upper, unlabelled)
+            noised = encoder.step(noised, lower, upper, unlabelled)
         targets = _classes(images, NO_OBJECT)
     else:
         noised = _noised(schedule, images, keys, noise_level).repeat(2, 1, 1, 1)
@@ -183,6 +188,19 @@ def _class_gradient(
 
 def _labelled(net: nn.Module) -> Denoiser:
     return lambda noised, timesteps, labels: net(noised, timesteps, class_labels=labels)
+
+
+def _guided_by_label(net: nn.Module, scale: float) -> Denoiser:
+    """The net's output without a label, and `scale` times what the label changes in it."""
+    if scale == 1:
+        return _labelled(net)
+
+    def denoise(noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        plain: Tensor = net(noised, timesteps, class_labels=torch.full_like(labels, UNCONDITIONAL))
+        labelled: Tensor = net(noised, timesteps, class_labels=labels)
+        return plain + scale * (labelled - plain)
+
+    return denoise
 
 
 def _with_label_between(net: nn.Module, tau: float) -> tuple[Denoiser, int]:

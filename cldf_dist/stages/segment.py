@@ -225,6 +225,7 @@ def _counterfactuals(
             scale=config.cg_diff.scale,
             inversion=config.cg_diff.inversion,
             smooth_pixels=config.cg_diff.smooth_pixels,
+            label_scale=config.cg_diff.label_scale,
         )
     if "cg_cdm" in rows:
         scores["cg_cdm"] = cg_cdm(

@@ -122,6 +122,17 @@ def test_cg_diff_is_what_the_label_no_object_changes(inversion: bool):
     torch.testing.assert_close(saliency, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_classifier_free_guidance_is_a_multiple_of_what_the_label_changes():
+    """Encoded without a label and decoded with "no object": the net sees noise 1, 0, 0.25 for
+    "object", "no object" and none; so decoding sees 0.25 + 3 (0 - 0.25) = -0.5."""
+    net = ByLabel([0.0, 1.0, 0.25])
+    plain = cg_diff(net, indifferent, SCHEDULE, IMAGES, KEYS, **DIFF)
+    three = cg_diff(net, indifferent, SCHEDULE, IMAGES, KEYS, **DIFF, label_scale=3.0)
+    torch.testing.assert_close(three, 3 * plain, atol=1e-4, rtol=1e-3)
+    none = cg_diff(net, indifferent, SCHEDULE, IMAGES, KEYS, **DIFF, label_scale=0.0)
+    assert none.max() < 0.02 * plain.max()
+
+
 def test_without_label_and_classifier_nothing_changes():
     class Unlabelled(ByLabel):
         def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
