@@ -139,7 +139,7 @@ def test_predictions_come_from_measured_rows(modules, tmp_path):
     assert "configs/debug.yaml on GPU" in table
     assert "| 1 | 4 | 4 | 40 ms (0 exposed) | 1.00 | 40 ms (0 exposed) | 1.00 |" in table
     assert "| 8 | 4 | does not divide | | | | |" in table
-    # 48.2 kB a slice: a test of bench_stages has it
+    # 48.1 kB a slice: a test of bench_stages has it
     assert "| cache writes | 80 | 3.85 MB/s | 30.8 MB/s | 246 MB/s | 986 MB/s |" in table
     assert "has no rows of" in modules["scaling_table"].predictions(["configs/demo.yaml"], path)
 
