@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from slurm_cluster import Cluster
 
+from cldf_dist.stages import STAGES
+
 STAGE = "slurm/stage.sbatch"
 LONG = ["diffusion.fit.steps=120", "classifier.fit.steps=120", "decoder.fit.steps=400"]
 pytestmark = pytest.mark.slurm
@@ -27,7 +29,7 @@ def study(cluster: Cluster, debug_run: Any, tmp_path_factory: pytest.TempPathFac
     words = [*run.words, *LONG]
     planned = cluster.run("slurm/pipeline.sh", "--dry-run", *words, CLDF_CLUSTER_ENV=str(settings))
     assert planned.returncode == 0, planned.stderr
-    assert len(planned.stdout.splitlines()) == 10
+    assert len(planned.stdout.splitlines()) == 1 + len(STAGES)
     assert not run.folder.exists()
     submitted = cluster.run("slurm/pipeline.sh", *words, CLDF_CLUSTER_ENV=str(settings))
     assert submitted.returncode == 0, submitted.stderr
