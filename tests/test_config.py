@@ -366,7 +366,11 @@ def test_the_ready_configurations_keep_every_rule(name: str) -> None:
         ),
         ("cg_cdm.tau", 1.0, r"cg_cdm\.tau must lie in \[0, 1\), got 1\.0"),
         ("cg_cdm.smooth_pixels", 43.0, r"cg_cdm\.smooth_pixels must be >= 0 .* got 43\.0"),
-        ("diffusion.label_dropout", 0.0, r"cg_diff\.inversion .* need .* diffusion\.label_dropout >"),
+        (
+            "diffusion.label_dropout",
+            0.0,
+            r"cg_diff\.inversion .* need .* diffusion\.label_dropout >",
+        ),
     ],
 )
 def test_counterfactual_rows_keep_their_rules_where_they_are_on(
