@@ -37,7 +37,13 @@ from cldf_dist.stages.cache import bytes_per_slice, row_shapes
 
 RESULTS = Path(__file__).parent / "results" / "stages.csv"
 PACKAGES = ("torch", "triton", "monai", "accelerate")
-TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
+TRAININGS = (
+    "train-diffusion",
+    "tune-labels",
+    "train-classifier",
+    "train-cam",
+    "train-patch-classifier",
+)
 STAGES = (*TRAININGS, "cache", "train-decoder", "segment")
 SMALL_MICRO_BATCH = 16
 LOCAL_BATCHES = (1, 2, 4, 8, 16)  # slices of one step and process
@@ -247,6 +253,7 @@ def _units(config: Config, stage: str, train_slices: int, batch: int) -> int:
     """Steps of a training; batches of the cache and of `segment`, by the shares of the patients."""
     steps = {
         "train-diffusion": config.diffusion.fit.steps,
+        "tune-labels": config.label_tuning.fit.steps,
         "train-classifier": config.classifier.fit.steps,
         "train-cam": config.cam.fit.steps,
         "train-patch-classifier": config.patch_classifier.fit.steps,

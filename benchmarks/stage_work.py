@@ -34,6 +34,7 @@ from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.nets.patch_classifier import PatchClassifier
+from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator
 from cldf_dist.run import Run
 from cldf_dist.stages.cache import FrozenNets, Slices, cached_slices, compute_shard
@@ -43,6 +44,7 @@ from cldf_dist.stages.masks import PLUS
 from cldf_dist.stages.segment import Segmenter
 from cldf_dist.tasks.classify import Classify, NoiseRange
 from cldf_dist.tasks.contrast import Contrast
+from cldf_dist.tasks.tell_apart import TellApart
 
 WARMUP_STEPS = 3
 ENDLESS = 10**9  # steps; the time is over before
@@ -98,9 +100,14 @@ class Training:
 def trainings_of_slices(config: Config) -> tuple[Training, ...]:
     """The trainings that read slices."""
     stream = MadeUp(num_channels(config), config.data.image_size)
-    patches = config.patch_classifier
+    labels, patches = config.label_tuning, config.patch_classifier
     trainings = [
         Training("train-diffusion", config.diffusion.fit, partial(make_task, config), stream),
+        *(
+            [Training("tune-labels", labels.fit, partial(_labels, config), stream)]
+            if labels.enabled
+            else []
+        ),
         Training("train-classifier", config.classifier.fit, partial(_classifier, config), stream),
         Training("train-cam", config.cam.fit, partial(_cam, config), stream),
     ]
@@ -187,6 +194,12 @@ def _contrast(config: Config, cache: FeatureCache) -> Contrast:
         precision=contrast.precision,
         deterministic=contrast.deterministic,
     )
+
+
+def _labels(config: Config) -> TellApart:
+    diffusion = place(build_unet(config.diffusion.net, num_channels(config)))
+    levels = config.label_tuning.noise_levels
+    return TellApart(diffusion, noise_schedule(config), noise_levels=levels, seed=config.seed)
 
 
 def _decoder(config: Config, net: nn.Module, taps: tuple[str, ...]) -> PixelDecoder:

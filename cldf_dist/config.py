@@ -137,6 +137,31 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
+class LabelTuning:
+    """The CDM's label embedding alone, trained on until a wrong label predicts the noise worse."""
+
+    enabled: bool = True  # false leaves the embedding as `train-diffusion` made it
+    noise_levels: tuple[int, int] = (50, 600)  # timesteps: lowest, and the first that is too high
+    # the better of the two embeddings is kept: by saliency at these timesteps, on so many
+    # validation slices, and their labels
+    compared_levels: tuple[int, ...] = (100, 200, 300, 400)
+    compared_slices: int = 128
+    augment: Augment = field(default_factory=Augment)
+    fit: Fit = field(
+        default_factory=lambda: Fit(
+            steps=300,
+            batch_size=16,
+            learning_rate=1e-2,
+            warmup_steps=10,
+            weight_decay=0.0,
+            average_decay=0.95,
+            checkpoint_every=100,
+            validate_every=100,
+        )
+    )
+
+
+@dataclass(frozen=True)
 class Classifier:
     """The external classifier: it sees noised slices, its gradient is the gradient map."""
 
@@ -385,6 +410,7 @@ class Config:
     output: str = ""  # segment only: where its masks go
     data: Data = field(default_factory=Data)
     diffusion: Diffusion = field(default_factory=Diffusion)
+    label_tuning: LabelTuning = field(default_factory=LabelTuning)
     classifier: Classifier = field(default_factory=Classifier)
     cam: Cam = field(default_factory=Cam)
     patch_classifier: PatchClassifier = field(default_factory=PatchClassifier)

@@ -29,7 +29,8 @@ COUNTS = (
     "segment.tile_pixels", "evaluate.resamples",
     "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
     "diffusion.num_timesteps", "data.min_object_pixels", "data.slices_per_shard",
-    "patch_classifier.channels", "patch_classifier.layers", "patch_classifier.downsample",
+    "label_tuning.compared_slices", "patch_classifier.channels", "patch_classifier.layers",
+    "patch_classifier.downsample",
 )  # fmt: skip
 # every row that `segment` may have, as in stages/masks.py, which imports torch
 ROWS = (
@@ -37,6 +38,7 @@ ROWS = (
     "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",
     "supervised_decoder", "supervised_plus",
 )  # fmt: skip
+FITTED = ("diffusion", "label_tuning", "classifier", "cam", "patch_classifier", "decoder")
 LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
 IMAGE_TAP = re.compile(r"image[13579]")  # as in method/features.py, which imports torch
@@ -62,7 +64,7 @@ def broken_rules(config: Config) -> list[str]:
         *_shares(config),
         *_rows(config),
     ]
-    for section in ("diffusion", "classifier", "cam", "patch_classifier", "decoder"):
+    for section in FITTED:
         broken += _fit(f"{section}.fit", getattr(config, section).fit)
     return broken
 
@@ -269,10 +271,17 @@ def _noise_levels(config: Config) -> Iterator[str]:
         ("features.noise_levels", config.features.noise_levels),
         ("gradient_map.noise_levels", config.gradient_map.noise_levels),
         ("saliency.noise_levels", config.saliency.noise_levels),
+        ("label_tuning.compared_levels", config.label_tuning.compared_levels),
         ("classifier.max_noise_level", (config.classifier.max_noise_level,)),
     ):
         if not levels or any(not 0 <= level <= last for level in levels):
             yield f"{path} must be timesteps in 0..{last}, got {list(levels)}"
+    tuned = config.label_tuning.noise_levels
+    if len(tuned) != 2 or not 0 <= tuned[0] < tuned[1] <= last + 1:
+        yield (
+            "label_tuning.noise_levels must be two timesteps (low, high), 0 <= low < high <= "
+            f"{last + 1}, got {list(tuned)}"
+        )
     highest = max(config.gradient_map.noise_levels, default=0)
     if highest >= config.classifier.max_noise_level:
         yield (

@@ -18,6 +18,7 @@ TINY = (
 MEASURED = {
     ("train-diffusion", "fit"): 6,
     ("train-diffusion", "fit, local batch 2"): 0,
+    ("tune-labels", "fit"): 6,
     ("train-classifier", "fit"): 6,
     ("train-cam", "fit"): 6,
     ("train-patch-classifier", "fit"): 6,
@@ -46,7 +47,7 @@ def test_benchmark_runs_at_tiny_size_and_appends_its_rows(tmp_path, command, cap
         hours = int(row["units"] or 0) * milliseconds / 3.6e6
         assert float(row["hours"] or 0) == pytest.approx(hours, rel=0.01)
         assert float(row["peak_gb"]) > 0
-        assert bool(row["parameters"]) == row["stage"].startswith("train")
+        assert bool(row["parameters"]) == row["stage"].startswith(("train", "tune"))
         assert bool(row["cache_mb_per_slice"]) == (row["stage"] == "cache")
     assert str(tmp_path) not in output.read_text()
     assert list(tmp_path.iterdir()) == [output], "what was written is removed"

@@ -277,7 +277,7 @@ def test_all_broken_rules_are_told_at_once() -> None:
 def test_a_bare_fit_word_means_the_training_of_the_stage(phantom: str) -> None:
     sections = {stage.name: stage.fit_section for stage in STAGES if stage.fit_section}
     assert list(sections) == [
-        "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+        "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
         "train-decoder",
     ]  # fmt: skip
     for section in sections.values():

@@ -22,7 +22,8 @@ from cldf_dist.stages.masks import PATCH_FEATURES, PLUS, UPPER_BOUNDS
 
 ROOT = Path(__file__).parents[1]
 CARDS = (
-    "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier", "train-decoder",
+    "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
+    "train-decoder",
     *(f"train-decoder/{row}" for row in (PLUS, PATCH_FEATURES, *UPPER_BOUNDS)),
 )  # fmt: skip
 

@@ -17,7 +17,13 @@ from cldf_dist.run import read_config
 from cldf_dist.stages import STAGES, Stage
 from cldf_dist.stages.masks import METHODS, PATCH_FEATURES, PLUS, UPPER_BOUNDS
 
-TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
+TRAININGS = (
+    "train-diffusion",
+    "tune-labels",
+    "train-classifier",
+    "train-cam",
+    "train-patch-classifier",
+)
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:

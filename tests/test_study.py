@@ -27,7 +27,13 @@ from cldf_dist.study.sharing import share_finished_stages
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG = str(ROOT / "configs" / "debug.yaml")
 QUIET = "tracking.enabled=false"
-TRAININGS = ("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier")
+TRAININGS = (
+    "train-diffusion",
+    "tune-labels",
+    "train-classifier",
+    "train-cam",
+    "train-patch-classifier",
+)
 
 
 def write_study(folder: Path, **changes: Any) -> str:
@@ -152,7 +158,7 @@ def test_a_run_shares_the_stages_that_its_settings_do_not_change(
     leftover.mkdir(parents=True)
     (leftover / "half").touch()
     assert share_finished_stages(source, other) == [
-        "prepare", "train-diffusion", "train-classifier", "train-patch-classifier",
+        "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-patch-classifier",
     ]  # fmt: skip
     assert not list(other.run_folder.rglob("half"))
     assert not list(other.run_folder.rglob(".lock")), "each run locks its own folders"
@@ -161,7 +167,7 @@ def test_a_run_shares_the_stages_that_its_settings_do_not_change(
     assert share_finished_stages(source, other) == [], "a repeat takes over nothing"
     begun = load([DEBUG], [*words, "name=begun"])
     (begun.run_folder / "train-diffusion").mkdir(parents=True)
-    assert share_finished_stages(source, begun) == ["prepare", *TRAININGS[1:]]
+    assert share_finished_stages(source, begun) == ["prepare", *TRAININGS[2:]]
     splits = tmp_path / "splits.json"
     splits.write_text("{}")
     resplit = load([DEBUG], [*words, "name=resplit", f"data.splits={splits}"])

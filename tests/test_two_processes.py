@@ -23,7 +23,7 @@ LAUNCH = (
     "-m", "cldf_dist",
 )  # fmt: skip
 TRAININGS = (
-    "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
     "train-decoder/supervised_decoder", "train-decoder/supervised_plus",
 )  # fmt: skip
 

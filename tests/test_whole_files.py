@@ -42,7 +42,7 @@ def test_what_killed_writers_left_is_removed_when_the_stage_starts_again(
 ) -> None:
     run = debug_run.copy_to(
         tmp_path,
-        *("prepare", "train-diffusion", "train-classifier", "train-cam"),
+        *("prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam"),
         *("train-patch-classifier", "cache", "train-decoder", "segment"),
     )
     segment = run.folder / "segment"

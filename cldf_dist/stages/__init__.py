@@ -56,6 +56,13 @@ STAGES = (
         fit_section="diffusion.fit",
     ),
     Stage(
+        "tune-labels",
+        "the CDM's label embedding, so that the model uses its label",
+        needs=("train-diffusion",),
+        sections=("label_tuning",),
+        fit_section="label_tuning.fit",
+    ),
+    Stage(
         "train-classifier",
         "the external classifier of noised slices, for gradient maps",
         needs=("prepare",),
@@ -83,7 +90,7 @@ STAGES = (
     Stage(
         "cache",
         "diffusion features, maps and seeds of the training slices, once",
-        needs=("train-diffusion", "train-classifier", "train-cam", "train-patch-classifier"),
+        needs=("tune-labels", "train-classifier", "train-cam", "train-patch-classifier"),
         sections=("cache", "features", "gradient_map", "seeds", "plus.patch_tap"),
     ),
     Stage(

@@ -83,7 +83,8 @@ class FrozenNets:
 
     @classmethod
     def load(cls, config: Config, run: Run) -> FrozenNets:
-        diffusion, schedule = load_diffusion(run.needs("train-diffusion"))
+        tuned = run.needs("tune-labels") if config.label_tuning.enabled else None
+        diffusion, schedule = load_diffusion(run.needs("train-diffusion"), tuned)
         return cls(
             diffusion,
             schedule,

@@ -47,12 +47,26 @@ def noise_schedule(config: Config) -> Schedule:
     return Schedule(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction)
 
 
-def load_diffusion(folder: Path) -> tuple[nn.Module, Schedule]:
-    """The frozen CDM on this process's device, and its noise schedule."""
+def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module, Schedule]:
+    """The frozen CDM on this process's device, and its noise schedule.
+
+    With the label embedding of the folder `labels`, of `tune-labels`, in place of its own.
+    """
     about = read_description(folder)
-    net = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
+    net: Any = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
     schedule = Schedule(about["num_timesteps"], about["schedule"], about["prediction"])
-    return _ready(net, folder), schedule
+    load_net(net, folder)
+    if labels:
+        net.class_embedding = load_label_embedding(labels)
+    return place(net), schedule
+
+
+def load_label_embedding(folder: Path) -> nn.Embedding:
+    """The tuned label embedding of the CDM: a row for no object, object, and no label given."""
+    about = read_description(folder)
+    net = nn.Embedding(about["num_labels"], about["num_features"])
+    load_net(net, folder)
+    return net
 
 
 def load_classifier(folder: Path) -> nn.Module:

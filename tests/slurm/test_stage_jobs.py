@@ -101,7 +101,14 @@ def test_a_killed_element_of_an_array_is_submitted_alone(
 ) -> None:
     run = debug_run.copy_to(
         tmp_path,
-        *("prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier"),
+        *(
+            "prepare",
+            "train-diffusion",
+            "tune-labels",
+            "train-classifier",
+            "train-cam",
+            "train-patch-classifier",
+        ),
     )
     words = [STAGE, "cache", *run.words, "cache.part=task/3"]
     job = cluster.submit("--array=1-3", *words)

@@ -21,7 +21,8 @@ from cldf_dist.stages.cache_parts import COUNT_FILE
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (
-    "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "train-patch-classifier",
 )  # fmt: skip
 
 

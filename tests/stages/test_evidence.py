@@ -34,7 +34,8 @@ from cldf_dist.weights import read_description
 
 STORE = Path("cache") / "features.zarr"
 TRAINED = (
-    "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "train-patch-classifier",
 )  # fmt: skip
 LATER = ("cache", "train-decoder")
 QUICK = ("cg_diff.enabled=false", "cg_cdm.enabled=false", "evaluate.upper_bound=false")

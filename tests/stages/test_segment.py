@@ -34,7 +34,8 @@ from cldf_dist.stages.masks import (
 from cldf_dist.stages.segment import Segmenter, my_share, score_maps
 
 EARLIER = (
-    "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
+    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "train-patch-classifier",
     "cache", "train-decoder",
 )  # fmt: skip
 ALL_ROWS = (*METHODS, PATCH_FEATURES, *UPPER_BOUNDS)  # of the debug run

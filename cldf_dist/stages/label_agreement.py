@@ -1,0 +1,81 @@
+"""How well CDM saliency agrees with the slice labels of the validation patients: no mask in it."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cldf_dist.config import Config
+from cldf_dist.data.shards import SliceTable
+from cldf_dist.data.slices import NO_OBJECT, OBJECT, foreground
+from cldf_dist.layout import fast_layout
+from cldf_dist.method.counterfactual import cdm_saliency
+from cldf_dist.method.noise import Schedule
+from cldf_dist.method.threshold import negative_cut
+from cldf_dist.method.weak_validation import area_shares, weak_validation
+from cldf_dist.processes import accelerator, from_all, processes
+
+# as the defaults of `saliency` and `segment`, which may change without training anything again
+SMOOTH_PIXELS = 1.0
+NEGATIVE_FRACTION = 0.01
+
+
+def saliency_agreement(
+    config: Config, table: SliceTable, diffusion: nn.Module, schedule: Schedule
+) -> float | None:
+    """The AUROC of the area above the cut for the slice label, of saliency as in the row `cdm`.
+
+    Over `label_tuning.compared_slices` slices of known label, evenly spread. All processes share
+    the work and get the same number; None where the slices have one label only.
+    """
+    rows = _spread(table.labels, config.label_tuning.compared_slices)
+    mine = rows[processes().rank :: processes().world_size]
+    found = chain.from_iterable(from_all(_saliency(config, table, mine, diffusion, schedule)))
+    by_row = {row: (score, inside) for row, score, inside in found}
+    labels = table.labels[rows]
+    if not {NO_OBJECT, OBJECT} <= set(labels.tolist()):
+        return None
+    scores = np.stack([by_row[row][0] for row in rows.tolist()])
+    subject = np.stack([by_row[row][1] for row in rows.tolist()])
+    negative = labels == NO_OBJECT
+    cut = negative_cut(scores[negative][subject[negative]], NEGATIVE_FRACTION)
+    agreement = weak_validation(area_shares(scores, subject, cut), labels)["area_auroc"]
+    return None if agreement is None else float(agreement)
+
+
+def _spread(labels: npt.NDArray[np.integer], most: int) -> npt.NDArray[np.intp]:
+    """At most so many rows of known label, evenly spread."""
+    known = np.flatnonzero(labels >= 0)
+    places = np.linspace(0, len(known) - 1, min(most, len(known))).round()
+    return known[places.astype(np.intp)]
+
+
+def _saliency(
+    config: Config,
+    table: SliceTable,
+    rows: npt.NDArray[np.intp],
+    diffusion: nn.Module,
+    schedule: Schedule,
+) -> list[tuple[int, Any, Any]]:
+    """(row, saliency (height, width), subject (height, width)) of these slices."""
+    device = accelerator().device
+    found: list[tuple[int, Any, Any]] = []
+    for start in range(0, len(rows), config.cache.batch_size):
+        batch = rows[start : start + config.cache.batch_size]
+        images = table.read_images(batch)
+        saliency = cdm_saliency(
+            diffusion,
+            schedule,
+            torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device)),
+            [table.keys[row] for row in batch],
+            noise_levels=config.label_tuning.compared_levels,
+            draws=1,
+            smooth_pixels=SMOOTH_PIXELS,
+        )
+        found += zip(batch.tolist(), saliency.cpu().numpy(), foreground(images), strict=True)
+    return found

@@ -1,0 +1,101 @@
+"""Tune the label embedding of the trained diffusion model, and nothing else of it.
+
+The tuned embedding is kept where CDM saliency then agrees better with the slice labels of the
+validation patients, else the one that `train-diffusion` made.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cldf_dist.config import Config
+from cldf_dist.data import datasets
+from cldf_dist.fit import fit
+from cldf_dist.model_card import NetCard, load_with_package, write_card
+from cldf_dist.nets.unet import build_unet
+from cldf_dist.run import Run
+from cldf_dist.stages.label_agreement import saliency_agreement
+from cldf_dist.stages.loading import (
+    load_diffusion,
+    noise_schedule,
+    place,
+    shard_set,
+    training_stream,
+    validation_stream,
+)
+from cldf_dist.stages.timing import training_time
+from cldf_dist.tasks.tell_apart import TellApart
+from cldf_dist.weights import save_net
+
+NET_CARD = NetCard(
+    title="Label embedding of a class-conditional diffusion model",
+    does=(
+        "Three rows, for no object, object, and no label given (which stays as it was). They take "
+        "the place of `class_embedding.weight` in the diffusion model that `train-diffusion` made: "
+        "tuned so that the right label predicts a slice's noise better than the wrong one, unless "
+        "`net.json` says that the trained ones were kept."
+    ),
+    learnt_from="labels of whole slices: object or not; no mask was read in the training",
+    loading=load_with_package("load_label_embedding"),
+    section="label_tuning",
+    tags=("diffusion",),
+)
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    settings = config.label_tuning
+    if not settings.enabled:
+        return {"enabled": False}
+    shards = shard_set(config, run)
+    diffusion, schedule = load_diffusion(run.needs("train-diffusion"))
+    stream = training_stream(config, shards, settings.augment)
+    task = _task(config, diffusion)
+    tuned: Any = fit(task, stream, settings.fit, run, validation_stream(config, shards))
+    embeddings = {"trained": diffusion.get_submodule("class_embedding"), "tuned": tuned}
+    agreement = {}
+    for name, embedding in embeddings.items():
+        diffusion.class_embedding = embedding
+        table = shards.split("validation")
+        agreement[name] = saliency_agreement(config, table, diffusion, schedule)
+    kept = "tuned" if (agreement["tuned"] or 0) > (agreement["trained"] or 0) else "trained"
+    words = ", ".join(f"{name} {_shown(value)}" for name, value in agreement.items())
+    if run.is_main:
+        print(f"tune-labels: agreement with slice labels: {words}; kept: {kept}", file=sys.stderr)
+        num_labels, num_features = tuned.weight.shape
+        about = {
+            "kind": "label embedding of the diffusion model",
+            "num_labels": num_labels,
+            "num_features": num_features,
+            "kept": kept,
+            "area_auroc": agreement,
+        }
+        save_net(embeddings[kept], run.folder, about)
+        write_card(run, shards, NET_CARD)
+    return {"enabled": True, "kept": kept, "area_auroc": agreement}
+
+
+def estimate(config: Config, folder: Path) -> dict[str, str]:
+    """What `--dry-run` prints: size of what is trained, and time."""
+    settings = config.label_tuning
+    if not settings.enabled:
+        return {"time": "none: label_tuning.enabled=false"}
+    num_channels = len(datasets.channels(config.data))
+    diffusion = place(build_unet(config.diffusion.net, num_channels))
+    return training_time(
+        _task(config, diffusion), settings.fit, num_channels, config.data.image_size
+    )
+
+
+def _shown(agreement: float | None) -> str:
+    return "unknown" if agreement is None else f"{agreement:.3f}"
+
+
+def _task(config: Config, diffusion: nn.Module) -> TellApart:
+    torch.manual_seed(config.seed)
+    levels = config.label_tuning.noise_levels
+    return TellApart(diffusion, noise_schedule(config), noise_levels=levels, seed=config.seed)
