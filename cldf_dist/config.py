@@ -149,7 +149,7 @@ class LabelTuning:
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
         default_factory=lambda: Fit(
-            steps=300,
+            steps=200,
             batch_size=16,
             learning_rate=1e-2,
             warmup_steps=10,
