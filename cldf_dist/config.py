@@ -299,7 +299,9 @@ class Decoder:
     embedding: int = 16
     dropout: float = 0.5  # of the standardised features
     noise: float = 0.5  # standard deviation added to the standardised features
-    prototype_pixels: int = 20_000  # training seeds per class behind a prototype
+    prototype_pixels: int = 20_000  # training seeds per class behind its prototypes
+    prototypes_per_class: int = 1  # 1: the mean direction; more: centres of spherical k-means
+    loss: str = "contrastive"  # contrastive | cross_entropy, of a linear classifier, to compare
     contrast: Contrast = field(default_factory=Contrast)
     fit: Fit = field(
         default_factory=lambda: Fit(

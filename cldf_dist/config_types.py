@@ -10,8 +10,12 @@ import typing
 from typing import Any
 
 
-def build(section: type, mapping: Any, prefix: str) -> Any:
-    """An instance of the dataclass `section` from a mapping; unknown keys and types are errors."""
+def build(section: type, mapping: Any, prefix: str, base: Any = None) -> Any:
+    """An instance of the dataclass `section` from a mapping; unknown keys and types are errors.
+
+    What the mapping leaves out is as in `base`, else as in the section's defaults: a section within
+    it keeps the defaults that `section` gives it, not those of its own class.
+    """
     if not isinstance(mapping, dict):
         raise ValueError(f"{prefix.rstrip('.')} must hold keys, got {mapping!r}")
     hints = typing.get_type_hints(section)
@@ -23,12 +27,21 @@ def build(section: type, mapping: Any, prefix: str) -> Any:
             remedy = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
             raise ValueError(f"unknown config key {path}; {remedy}")
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = build(typing.cast(type, hints[key]), value, f"{path}.")
+            kept = _default_of(section, key) if base is None else getattr(base, key)
+            values[key] = build(typing.cast(type, hints[key]), value, f"{path}.", kept)
         elif typing.get_origin(hints[key]) is dict:
             values[key] = _named_sections(typing.get_args(hints[key])[1], value, path)
         else:
             values[key] = _coerce(hints[key], value, path)
-    return section(**values)
+    return section(**values) if base is None else dataclasses.replace(base, **values)
+
+
+def _default_of(section: type, key: str) -> Any:
+    """The default of a field that is a section, None where it must be given."""
+    field = next(field for field in dataclasses.fields(section) if field.name == key)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _named_sections(section: type, mapping: Any, path: str) -> dict[str, Any]:

@@ -274,6 +274,18 @@ def test_all_broken_rules_are_told_at_once() -> None:
         check(broken)
 
 
+def test_a_word_leaves_the_other_settings_of_its_section_as_they_are(phantom: str) -> None:
+    """Sections of one class have defaults of their own: a training of 300 steps keeps them."""
+    plain = flatten(load([phantom]))
+    for stage in STAGES:
+        if section := stage.fit_section:
+            path = f"{section}.keep"
+            changed = flatten(load([phantom], [f"{path}=7"]))
+            assert {key for key in plain if plain[key] != changed[key]} == {path}
+    bare = Config()
+    assert bare.decoder.fit.weight_decay != Fit().weight_decay, "or the test shows nothing"
+
+
 def test_a_bare_fit_word_means_the_training_of_the_stage(phantom: str) -> None:
     sections = {stage.name: stage.fit_section for stage in STAGES if stage.fit_section}
     assert list(sections) == [

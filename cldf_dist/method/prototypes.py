@@ -1,4 +1,4 @@
-"""Prototypes: one direction per class, to which pixels are compared."""
+"""Prototypes: one or several directions per class, to which pixels are compared."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+ITERATIONS = 50  # of k-means, at most; it stops where nothing moves
 
-def class_prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Unit-length (2, embedding): the mean directions of background (row 0) and object (row 1).
 
-    `embeddings` is (pixels, embedding), `labels` (pixels,) holds 1 object, 0 background and
-    negative numbers for pixels that do not count. Raises ValueError where a class has no pixel.
+def class_prototypes(
+    embeddings: Tensor, labels: Tensor, per_class: int = 1, *, seed: int = 0
+) -> Tensor:
+    """Unit-length (2 * per_class, embedding): directions of background, then of object.
+
+    One per class is the mean direction; more are the centres of spherical k-means (Dhillon and
+    Modha 2001) within the class. `embeddings` is (pixels, embedding), `labels` (pixels,) holds 1
+    object, 0 background and negative numbers for pixels that do not count. Raises ValueError where
+    a class has fewer pixels than prototypes.
     """
-    means = []
+    found = []
     for index, name in enumerate(("background", "object")):
         chosen = embeddings[labels == index]
         if len(chosen) == 0:
@@ -21,15 +27,52 @@ def class_prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
                 f"no {name} pixel among {len(labels)} seeds, so there is no {name} prototype; "
                 "loosen seeds.foreground or seeds.background"
             )
-        means.append(chosen.double().mean(0))
-    return functional.normalize(torch.stack(means), dim=1).to(embeddings.dtype)
+        if len(chosen) < per_class:
+            raise ValueError(
+                f"decoder.prototypes_per_class={per_class} needs as many {name} seeds, there are "
+                f"{len(chosen)}"
+            )
+        if per_class == 1:
+            found.append(functional.normalize(chosen.double().mean(0, keepdim=True), dim=1))
+        else:
+            found.append(spherical_k_means(chosen.double(), per_class, seed=seed))
+    return torch.cat(found).to(embeddings.dtype)
+
+
+def spherical_k_means(points: Tensor, count: int, *, seed: int) -> Tensor:
+    """Unit-length centres (count, embedding) of unit-length points (n, embedding), n >= count.
+
+    It begins with points far from each other (k-means++: Arthur and Vassilvitskii 2007). A centre
+    that loses all its points stays where it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < count:
+        gap = (1 - (points @ centres.T).amax(1)).clamp(min=1e-12)  # half the squared distance
+        centres = torch.cat([centres, points[torch.multinomial(gap, 1, generator=generator)]])
+    nearest = torch.full((len(points),), -1)
+    for _ in range(ITERATIONS):
+        now = (points @ centres.T).argmax(1)
+        if torch.equal(now, nearest):
+            break
+        nearest = now
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        lost = ~sums.any(1, keepdim=True)
+        centres = torch.where(lost, centres, functional.normalize(sums, dim=1))
+    return centres
 
 
 def prototype_score(embeddings: Tensor, prototypes: Tensor) -> Tensor:
     """How much nearer to the object: (..., embedding) -> (...) in [0, 1], 0.5 in the middle.
 
-    (cos(z, object) - cos(z, background)) / 2, mapped from [-1, 1] to [0, 1].
+    (cos(z, object) - cos(z, background)) / 2, mapped from [-1, 1] to [0, 1]; of several prototypes
+    the nearest of each class counts. `prototypes` is as `class_prototypes` gives them.
     """
-    background, objects = prototypes
-    difference: Tensor = embeddings @ (objects - background)
+    if len(prototypes) == 2:
+        background, objects = prototypes
+        difference: Tensor = embeddings @ (objects - background)
+    else:
+        cosines = embeddings @ prototypes.T
+        background, objects = (part.amax(-1) for part in cosines.chunk(2, -1))
+        difference = objects - background
     return (difference / 2 + 1) / 2

@@ -48,6 +48,11 @@ class PixelDecoder(nn.Module):
     def num_features(self) -> int:
         return self.first.in_features
 
+    @property
+    def num_dimensions(self) -> int:
+        """Of the embedding."""
+        return len(self.rest[-1].get_parameter("bias"))
+
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Set the statistics (num_features,) of the training features; std 0 counts as 1."""
         if mean.shape != self.mean.shape or std.shape != self.std.shape:

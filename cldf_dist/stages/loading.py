@@ -94,7 +94,7 @@ def load_patch_classifier(folder: Path) -> PatchClassifier:
 
 
 def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
-    """The frozen pixel decoder on this process's device, and its prototypes (2, embedding)."""
+    """The frozen pixel decoder on this process's device, and what `class_prototypes` gave."""
     about = read_description(folder)
     net = PixelDecoder(about["tap_channels"], about["hidden"], about["embedding"])
     ready: Any = _ready(net, folder)

@@ -189,7 +189,7 @@ def score_maps(
 ) -> Tensor:
     """The scores (batch, *size) of whole slices, of which no embedding is kept.
 
-    `taps` is as in `PixelDecoder.embed_maps`, `prototypes` (2, embedding).
+    `taps` is as in `PixelDecoder.embed_maps`, `prototypes` as of `class_prototypes`.
     """
     first = next(iter(taps.values()))
     scores = first.new_empty(len(first), *size, dtype=torch.float32)

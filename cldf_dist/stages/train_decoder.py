@@ -56,7 +56,7 @@ from cldf_dist.stages.masks import (
     SUPERVISED,
     SUPERVISED_PLUS,
 )
-from cldf_dist.tasks.contrast import Contrast
+from cldf_dist.tasks.contrast import Contrast, CrossEntropy, OfPixels
 from cldf_dist.weights import save_net
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
@@ -67,8 +67,9 @@ NET_CARD = NetCard(
     title="Pixel decoder",
     does=(
         "`net(features)` takes diffusion features (pixels, features) and gives embeddings of unit "
-        "length; the nearer of the two prototypes (no object, object) is a pixel's class. "
-        "The features come from the diffusion model of the same run, and from no other."
+        "length; the nearest of the prototypes (half of no object, half of object) is a "
+        "pixel's class. The features come from the diffusion model of the same run, and from no "
+        "other."
     ),
     learnt_from="seed pixels of activation and gradient maps; no mask was read in the training",
     loading=load_with_package("load_decoder", "net, prototypes"),
@@ -202,15 +203,9 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         hard_pool=contrast.hard_pool,
     )
     items = SeedPixels(pixels, numbers, config.seed)
-    task = Contrast(
-        net,
-        temperature=contrast.temperature,
-        seed=config.seed,
-        backend=contrast.backend,
-        precision=contrast.precision,
-        deterministic=contrast.deterministic,
+    trained: Any = fit(
+        _task(config, net), Stream(items, items.shard_of, config.seed), settings.fit, run
     )
-    trained: Any = fit(task, Stream(items, items.shard_of, config.seed), settings.fit, run)
     if run.is_main:
         prototypes = _prototypes(config, trained, pixels)
         about = {
@@ -223,6 +218,20 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         }
         save_net(trained, run.folder, about)
     return {"slices_with_object_seeds": len(items.positive)}
+
+
+def _task(config: Config, net: PixelDecoder) -> OfPixels:
+    contrast = config.decoder.contrast
+    if config.decoder.loss == "cross_entropy":
+        return CrossEntropy(net, temperature=contrast.temperature, seed=config.seed)
+    return Contrast(
+        net,
+        temperature=contrast.temperature,
+        seed=config.seed,
+        backend=contrast.backend,
+        precision=contrast.precision,
+        deterministic=contrast.deterministic,
+    )
 
 
 def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,7 +264,7 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
 
 
 def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> torch.Tensor:
-    """Mean embedding of a random choice of training seeds of each class, unit length (2, E)."""
+    """Directions of a random choice of training seeds of each class, as `class_prototypes`."""
     rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
     embeddings, labels = [], []
     for label in (BACKGROUND, OBJECT):
@@ -268,7 +277,9 @@ def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> to
             with torch.no_grad():
                 embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
             labels.append(torch.full((len(features),), label))
-    return class_prototypes(torch.cat(embeddings), torch.cat(labels))
+    per_class = config.decoder.prototypes_per_class
+    seed = sample_seed(config.seed, 0, "k-means")
+    return class_prototypes(torch.cat(embeddings), torch.cat(labels), per_class, seed=seed)
 
 
 def _features_of(

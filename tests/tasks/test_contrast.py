@@ -11,7 +11,7 @@ from cldf_dist.data.pixel_labels import SeedLabels, count_labels
 from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels
 from cldf_dist.data.stream import Stream
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.tasks.contrast import Contrast
+from cldf_dist.tasks.contrast import Contrast, CrossEntropy, OfPixels
 
 
 def decoder(dropout: float = 0.0, noise: float = 0.0) -> PixelDecoder:
@@ -47,11 +47,24 @@ def test_loss_is_that_of_all_pixels_of_the_batch():
     torch.testing.assert_close(loss, expected)
 
 
-def test_unused_pixels_change_nothing():
+def test_cross_entropy_by_hand() -> None:
+    net, data = decoder(), batch()
+    task = CrossEntropy(net, temperature=0.2)
+    losses = []
+    for embedding, label in zip(net(data["features"]).flatten(0, 1), data["labels"].flatten()):
+        if label >= 0:
+            unit = task.directions / task.directions.norm(dim=1, keepdim=True)
+            cosines = unit @ embedding
+            losses.append((cosines / 0.2).logsumexp(0) - cosines[label] / 0.2)
+    torch.testing.assert_close(task(data)["loss"], torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("kind", [Contrast, CrossEntropy])
+def test_unused_pixels_change_nothing(kind: type[OfPixels]) -> None:
     data = batch()
     other = {name: tensor.clone() for name, tensor in data.items()}
     other["features"][data["labels"] < 0] = 1e3
-    task = Contrast(decoder(dropout=0.5, noise=0.5), temperature=0.1)
+    task = kind(decoder(dropout=0.5, noise=0.5), temperature=0.1)
     assert torch.equal(task(data)["loss"], task(other)["loss"])
 
 
@@ -74,13 +87,14 @@ def test_dropout_and_noise_each_act_alone(rates):
     assert (perturbed(batch())["loss"] - plain_loss).abs() > 1e-3
 
 
-def test_training_separates_the_classes():
+@pytest.mark.parametrize("kind", [Contrast, CrossEntropy])
+def test_training_separates_the_classes(kind: type[OfPixels]) -> None:
     data = batch()
     data["features"][..., :3] += 2.0 * (2 * data["labels"].clamp(min=0) - 1)[..., None]
     net = decoder(dropout=0.2, noise=0.1)
-    task = Contrast(net, temperature=0.1)
+    task = kind(net, temperature=0.1)
     before = class_similarity(net, data)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(task.parameters(), lr=1e-2)
     for step in range(40):
         optimizer.zero_grad()
         numbers = data["sample_number"] + 4 * step
@@ -158,29 +172,31 @@ def test_temperature_must_be_positive():
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_loss(tmp_path):
+@pytest.mark.parametrize("kind", [Contrast, CrossEntropy])
+def test_two_processes_share_one_loss(kind: type[OfPixels], tmp_path: Path) -> None:
     """Each process holds half of the samples; loss and averaged gradient are those of all."""
-    net = decoder(0.5, 0.5)
-    loss = Contrast(net, temperature=0.1)(unequal_batch())["loss"]
+    task = kind(decoder(0.5, 0.5), temperature=0.1)
+    loss = task(unequal_batch())["loss"]
     loss.backward()
-    multiprocessing.spawn(_one_process, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(found["loss"], loss.detach())
-        for gradient, parameter in zip(found["gradients"], net.parameters(), strict=True):
+    multiprocessing.spawn(_one_process, (kind, str(tmp_path)), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    # of the contrast each process knows the whole; cross-entropy is its own share, scaled
+    torch.testing.assert_close(torch.stack([one["loss"] for one in both]).mean(), loss.detach())
+    for found in both:
+        for gradient, parameter in zip(found["gradients"], task.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def _one_process(rank: int, folder: str) -> None:
+def _one_process(rank: int, kind: type[OfPixels], folder: str) -> None:
     torch.set_num_threads(1)
     store = distributed.FileStore(str(Path(folder) / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        net = decoder(0.5, 0.5)
-        task = torch.nn.parallel.DistributedDataParallel(Contrast(net, temperature=0.1))
+        plain = kind(decoder(0.5, 0.5), temperature=0.1)
+        task = torch.nn.parallel.DistributedDataParallel(plain)
         result = task(part(unequal_batch(), slice(2 * rank, 2 * rank + 2)))
         result["loss"].backward()
-        gradients = [parameter.grad for parameter in net.parameters()]
+        gradients = [parameter.grad for parameter in plain.parameters()]
         found = {"loss": result["loss"].detach(), "gradients": gradients}
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
