@@ -42,7 +42,7 @@ ROWS = (
 FITTED = ("diffusion", "label_tuning", "classifier", "cam", "patch_classifier", "decoder")
 LARGEST_IMAGE = 4096  # pixels: what is larger is a slip of the keyboard
 TAP = re.compile(r"up(\d+)\.(\d+)")
-IMAGE_TAP = re.compile(r"image[13579]")  # as in method/features.py, which imports torch
+OTHER_TAP = re.compile(r"image[13579]|cam[1234]")  # as in method/features.py, which imports torch
 
 
 def broken_rules(config: Config) -> list[str]:
@@ -337,15 +337,15 @@ def _taps(config: Config) -> Iterator[str]:
     if config.features.noise == "none" and config.features.draws != 1:
         yield f"features.draws must be 1 with features.noise=none, got {config.features.draws}"
     for tap in taps:
-        if IMAGE_TAP.fullmatch(tap):
+        if OTHER_TAP.fullmatch(tap):
             continue
         found = TAP.fullmatch(tap)
         level, block = (int(number) for number in found.groups()) if found else (-1, -1)
         if not (0 <= level < len(net.channels) and 0 <= block <= net.num_res_blocks):
             yield (
                 f"features.taps must be up<level>.<block>, level 0 to {len(net.channels) - 1} and "
-                f"block 0 to {net.num_res_blocks} with diffusion.net as it is, or image<size> with "
-                f"size 1, 3, 5, 7 or 9, got {tap!r}"
+                f"block 0 to {net.num_res_blocks} with diffusion.net as it is, image<size> with "
+                f"size 1, 3, 5, 7 or 9, or cam<layer> with layer 1 to 4, got {tap!r}"
             )
 
 
@@ -428,7 +428,6 @@ def _shares(config: Config) -> Iterator[str]:
         if not 0 < share < 1:
             yield f"{path} must lie in (0, 1), got {share}"
     for path, share in (
-        ("diffusion.label_dropout", config.diffusion.label_dropout),
         ("classifier.clean_share", config.classifier.clean_share),
         ("segment.gate_probability", config.segment.gate_probability),
         ("plus.cam", config.plus.cam),
@@ -438,6 +437,14 @@ def _shares(config: Config) -> Iterator[str]:
     ):
         if not 0 <= share < 1:
             yield f"{path} must lie in [0, 1), got {share}"
+    dropped = config.diffusion.label_dropout
+    if not 0 <= dropped <= 1:
+        yield f"diffusion.label_dropout must lie in [0, 1], got {dropped}"
+    if dropped == 1 and (config.features.condition != "none" or config.label_tuning.enabled):
+        yield (
+            "diffusion.label_dropout=1 trains a model that never sees a label; it needs "
+            "features.condition=none and label_tuning.enabled=false"
+        )
     if not config.segment.min_component_ml >= 0:
         yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"
 

@@ -23,6 +23,7 @@ from cldf_dist.method.noise import Schedule, key_noise
 
 CONDITIONS = {"no_object": 0, "object": 1, "none": UNCONDITIONAL}
 IMAGE_TAP = re.compile(r"image([13579])")
+CLASSIFIER_TAP = re.compile(r"cam([1234])")  # of the clean classifier's layers, finest first
 
 
 class FeatureTaps:
@@ -87,19 +88,23 @@ def extract_features(
     keys: Sequence[str],
     settings: Features,
     dtype: torch.dtype | None = None,
+    classifier: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """{tap: float32 (batch, levels, channels, h, w)} of images (batch, channels, height, width).
 
     `levels` are the maps that `num_levels` counts: the noise levels in their order (or their mean),
     each with its draws if those are stacked; with `settings.contrast` then the same number of
     differences "object" - "no object". A tap "image<size>" is the slice itself, as one level:
-    the square of that many pixels around each. `net` is in evaluation mode; `dtype` its autocast.
+    the square of that many pixels around each. A tap "cam<layer>" is what that layer of the clean
+    `classifier` puts out, as one level. `net` is in evaluation mode; `dtype` its autocast.
     """
     if settings.condition not in CONDITIONS:
         raise ValueError(
             f"features.condition must be one of {', '.join(CONDITIONS)}, got {settings.condition!r}"
         )
     own = {tap: image_patches(images, size) for tap in settings.taps if (size := patch_size(tap))}
+    if layers := {tap: f"layer{found[1]}" for tap in settings.taps if (found := _layer(tap))}:
+        own |= classifier_features(classifier, images, layers)
     of_net = tuple(tap for tap in settings.taps if tap not in own)
     if of_net or not own:
         own |= _of_net(net, schedule, images, keys, replace(settings, taps=of_net), dtype)
@@ -114,10 +119,37 @@ def image_patches(images: Tensor, size: int) -> Tensor:
     return patches.view(len(images), 1, -1, *images.shape[2:])
 
 
+def classifier_features(
+    classifier: nn.Module | None, images: Tensor, layers: dict[str, str]
+) -> dict[str, Tensor]:
+    """{tap: float32 (batch, 1, channels, h, w)}: outputs of the classifier's submodules that
+    `layers` names, for each tap one."""
+    if classifier is None:
+        raise ValueError(f"the taps {', '.join(layers)} need the classifier of clean slices")
+    kept: dict[str, Tensor] = {}
+    handles = []
+    for tap, name in layers.items():
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor, tap: str = tap) -> None:
+            kept[tap] = output.float()[:, None]
+
+        handles.append(classifier.get_submodule(name).register_forward_hook(keep))
+    try:
+        classifier(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
 def patch_size(tap: str) -> int:
     """Pixels across of the patch that a tap of the image means, such as 3 for "image3"; else 0."""
     found = IMAGE_TAP.fullmatch(tap)
     return int(found[1]) if found else 0
+
+
+def _layer(tap: str) -> re.Match[str] | None:
+    return CLASSIFIER_TAP.fullmatch(tap)
 
 
 def _of_net(
@@ -164,10 +196,13 @@ def num_levels(settings: Features) -> int:
 
 
 def tap_shapes(
-    net: nn.Module, image_size: int, settings: Features
+    net: nn.Module, image_size: int, settings: Features, classifier_channels: Sequence[int] = ()
 ) -> dict[str, tuple[int, int, int, int]]:
-    """{tap: (levels, channels, height, width)} that `extract_features` gives for square images."""
-    of_net = [tap for tap in settings.taps if not patch_size(tap)]
+    """{tap: (levels, channels, height, width)} that `extract_features` gives for square images.
+
+    `classifier_channels` are those of the clean classifier's layers, which halve the image.
+    """
+    of_net = [tap for tap in settings.taps if not (patch_size(tap) or _layer(tap))]
     if of_net or not settings.taps:
         FeatureTaps(net, of_net)  # refuses unknown names
     channels = list(reversed(net.block_out_channels))  # type: ignore[arg-type]
@@ -176,6 +211,11 @@ def tap_shapes(
         if across := patch_size(tap):
             num_values = int(net.in_channels) * across**2  # type: ignore[arg-type]
             shapes[tap] = (1, num_values, image_size, image_size)
+            continue
+        if layer := _layer(tap):
+            index = int(layer[1]) - 1
+            size = -(-image_size // 2**index)
+            shapes[tap] = (1, classifier_channels[index], size, size)
             continue
         level = int(tap.removeprefix("up").split(".")[0])
         size = image_size // 2 ** (len(channels) - 1 - level)

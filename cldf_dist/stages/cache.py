@@ -268,6 +268,7 @@ def _compute_batch(
         keys,
         config.features,
         features_dtype(config.features, device),
+        nets.cam,
     )
     stored: dict[str, Tensor] = {}
     if nets.patch_classifier is not None:
@@ -308,7 +309,7 @@ def row_shapes(net: nn.Module, config: Config) -> dict[str, tuple[tuple[int, ...
     features, image_size, patches = config.features, config.data.image_size, config.patch_classifier
     square = (image_size, image_size)
     taps: dict[str, tuple[tuple[int, ...], str]] = {}
-    shapes = tap_shapes(net, image_size, features)
+    shapes = tap_shapes(net, image_size, features, config.cam.channels)
     if patches.enabled:
         taps[EVIDENCE] = (square, "float16")
         if config.plus.patch_tap:

@@ -166,7 +166,9 @@ class Segmenter:
         the values that the decoders were trained on: rounded as in the cache."""
         nets, settings = self.nets, self.config.features
         dtype = features_dtype(settings, pixels.device)
-        features = extract_features(nets.diffusion, nets.schedule, pixels, keys, settings, dtype)
+        features = extract_features(
+            nets.diffusion, nets.schedule, pixels, keys, settings, dtype, nets.cam
+        )
         if patches is not None and self.config.plus.patch_tap:
             features[PATCH_TAP] = patches.activations
         return {tap: as_stored(features.pop(tap), settings.storage) for tap in list(features)}

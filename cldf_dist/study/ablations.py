@@ -14,6 +14,7 @@ from cldf_dist.study.rows import Row, methods_of
 from cldf_dist.study.scores import StrictScores, marked, used_masks
 
 SHOWN = ("cldf", "cldf_plus", "supervised_decoder", "supervised_plus")
+ASKED_FOR = ("cdm", "cg_diff", "cg_cdm")  # shown where a variant's `segment.rows` has them
 
 
 def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
@@ -22,14 +23,15 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
     The rows are those of one experiment, of all variants. The base is shown for the trainings that
     have a variant.
     """
+    varied = [row for row in cases if row["variant"] != BASE]
     methods = [method for method in SHOWN if method in methods_of(cases)]
     ours = [method for method in methods if not used_masks(method)]
+    methods += [method for method in ASKED_FOR if method in methods_of(varied)]
     header = [
         "variant", "seeds", *(f"Dice of {marked(method)}" for method in methods),
         *(cell for method in ours for cell in (f"{method} minus base [95 %]", "p")),
         *(f"{method}: seed precision, recall" for method in ours),
     ]  # fmt: skip
-    varied = [row for row in cases if row["variant"] != BASE]
     lines = []
     for variant in dict.fromkeys((BASE, *(row["variant"] for row in varied))):
         mine = varied if variant == BASE else [row for row in varied if row["variant"] == variant]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldf_dist.config import Features, UNet
+from cldf_dist.config import Cam, Features, UNet
 from cldf_dist.method.features import (
     FeatureTaps,
     extract_features,
@@ -13,6 +13,7 @@ from cldf_dist.method.features import (
     tap_shapes,
 )
 from cldf_dist.method.noise import Schedule, key_noise
+from cldf_dist.nets.classifiers import CamClassifier
 from cldf_dist.nets.unet import build_unet
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
@@ -225,6 +226,27 @@ def test_the_image_is_a_tap_beside_those_of_the_network(net, images, taps):
     without = dataclasses.replace(settings, taps=("up0.1", "up2.1"))
     for tap, expected in extract_features(net, SCHEDULE, images, KEYS, without).items():
         assert tap not in taps or torch.equal(features[tap], expected)
+
+
+@pytest.mark.parametrize("taps", [("up2.1", "cam2", "cam1"), ("cam4", "image3")])
+def test_layers_of_the_classifier_are_taps(net, images, taps):
+    torch.manual_seed(0)
+    classifier = CamClassifier(Cam(channels=(16, 16, 32, 48)), images.shape[1]).eval()
+    settings = dataclasses.replace(SETTINGS, taps=taps, contrast=True)
+    features = extract_features(net, SCHEDULE, images, KEYS, settings, classifier=classifier)
+    shapes = tap_shapes(net, 16, settings, (16, 16, 32, 48))
+    assert {tap: tuple(f.shape[1:]) for tap, f in features.items()} == shapes
+    assert list(features) == list(taps)
+    with torch.no_grad():
+        found = classifier.layer1(classifier.stem(images))
+        if "cam1" in taps:
+            assert torch.equal(features["cam1"][:, 0], found)
+        else:
+            found = classifier.layer4(classifier.layer3(classifier.layer2(found)))
+            assert torch.equal(features["cam4"][:, 0], found)
+    assert not any(module._forward_hooks for module in classifier.modules())
+    with pytest.raises(ValueError, match=r"the taps cam\d.* need the classifier"):
+        extract_features(net, SCHEDULE, images, KEYS, settings)
 
 
 def test_without_noise_a_level_is_the_scaled_slice(net, images):

@@ -73,6 +73,12 @@ def test_label_dropout_has_its_rate_and_unknown_classes_count_as_unlabelled():
     assert torch.equal(labels[10:][~dropped], data["label"][10:][~dropped])
 
 
+def test_an_unconditional_model_never_sees_a_label() -> None:
+    net = Recorder()
+    Denoise(net, SCHEDULE, **{**OPTIONS, "label_dropout": 1.0})(batch(torch.arange(50)))
+    assert (net.calls[0][2] == 2).all()
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     task = Denoise(small_unet(), SCHEDULE, **OPTIONS)
