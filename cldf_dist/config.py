@@ -151,7 +151,7 @@ class LabelTuning:
         default_factory=lambda: Fit(
             steps=200,
             batch_size=16,
-            learning_rate=1e-2,
+            learning_rate=6e-2,
             warmup_steps=10,
             weight_decay=0.0,
             average_decay=0.95,
