@@ -110,6 +110,15 @@ def test_a_variant_is_compared_with_the_base_of_its_seed(results: Path) -> None:
     assert base["cldf_plus: seed precision, recall"] == "-, -"
 
 
+def test_a_baseline_that_a_variant_scores_has_a_column(results: Path) -> None:
+    key = {"experiment": "phantom", "seed": "0", "variant": "warm"}
+    scored = [case("a", "cldf", 0.5), case("a", "cdm", 0.25)]
+    merge_rows(results / "cases.csv", key, [{**key, **row} for row in scored])
+    table = cells(write_tables(results).read_text(), "Ablations")
+    assert (table["base"]["Dice of cdm"], table["warm"]["Dice of cdm"]) == ("-", "0.250")
+    assert "Dice of gradcam" not in table["base"], "scored by the base alone"
+
+
 def test_the_seeds_of_each_training_are_in_a_table(results: Path) -> None:
     table = cells(write_tables(results).read_text(), "Seeds")
     assert table["cldf"]["seed 0"] == "0.750, 0.500"
