@@ -142,6 +142,9 @@ class LabelTuning:
 
     enabled: bool = True  # false leaves the embedding as `train-diffusion` made it
     noise_levels: tuple[int, int] = (50, 600)  # timesteps: lowest, and the first that is too high
+    # of the mean change of the prediction by the label, in root mean squared errors, beside the
+    # cross-entropy: the label changes what tells the classes apart, and little else
+    thrift: float = 0.1
     # the better of the two embeddings is kept: by saliency at these timesteps, on so many
     # validation slices, and their labels
     compared_levels: tuple[int, ...] = (100, 200, 300, 400)

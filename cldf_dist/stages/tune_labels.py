@@ -97,5 +97,10 @@ def _shown(agreement: float | None) -> str:
 
 def _task(config: Config, diffusion: nn.Module) -> TellApart:
     torch.manual_seed(config.seed)
-    levels = config.label_tuning.noise_levels
-    return TellApart(diffusion, noise_schedule(config), noise_levels=levels, seed=config.seed)
+    return TellApart(
+        diffusion,
+        noise_schedule(config),
+        noise_levels=config.label_tuning.noise_levels,
+        thrift=config.label_tuning.thrift,
+        seed=config.seed,
+    )

@@ -29,7 +29,13 @@ class TellApart(nn.Module):
     autocast = False  # it compares errors that are nearly equal
 
     def __init__(
-        self, diffusion: nn.Module, schedule: Schedule, *, noise_levels: tuple[int, int], seed: int
+        self,
+        diffusion: nn.Module,
+        schedule: Schedule,
+        *,
+        noise_levels: tuple[int, int],
+        thrift: float,
+        seed: int,
     ) -> None:
         super().__init__()
         weight = diffusion.get_parameter(EMBEDDING).detach()
@@ -40,20 +46,29 @@ class TellApart(nn.Module):
         self._diffusion = _Shared(diffusion)
         self.schedule = schedule
         self.noise_levels = noise_levels
+        self.thrift = thrift
         self.seed = seed
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = batch["label"].to(batch["image"].device)
-        errors = self.errors(batch["image"], batch["sample_number"])
+        errors, change = self.errors(batch["image"], batch["sample_number"])
         right = errors.gather(0, labels[None])[0].detach().clamp(min=LEAST_ERROR)
         gain = (errors[NO_OBJECT] - errors[OBJECT]) / right
         logits = self.log_scale.exp() * gain + self.offset
-        loss = functional.binary_cross_entropy_with_logits(logits, (labels == OBJECT).float())
+        told = functional.binary_cross_entropy_with_logits(logits, (labels == OBJECT).float())
+        spent = (change / right.sqrt()).mean()
         accuracy = ((logits > 0) == (labels == OBJECT)).float().mean()
-        return {"loss": loss, "accuracy": accuracy, "error": right.mean()}
+        return {
+            "loss": told + self.thrift * spent,
+            "cross_entropy": told.detach(),
+            "change": spent.detach(),
+            "accuracy": accuracy,
+            "error": right.mean(),
+        }
 
-    def errors(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Mean squared error of the noise (2, batch): told "no object", told "object"."""
+    def errors(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the noise (2, batch): told "no object", told "object"; and the mean
+        absolute difference of the two predictions (batch,)."""
         device = images.device
         timesteps = training_timesteps(numbers, self.seed, *self.noise_levels).to(device)
         noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", device)
@@ -67,7 +82,9 @@ class TellApart(nn.Module):
             {"class_labels": told},
         )
         found = self.schedule.predicted_noise(noised, timesteps, output.float())
-        return (found - noise.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)).view(2, -1)
+        errors = (found - noise.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)).view(2, -1)
+        absent, present = found.chunk(2)
+        return errors, (present - absent).abs().mean((1, 2, 3))
 
 
 class _Shared:
