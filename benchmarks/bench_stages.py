@@ -277,10 +277,10 @@ def _precision(config: Config, stage: str) -> str:
     """Of the nets: fit's autocast, or that of the features alone; float32 or TF32 elsewhere."""
     device = accelerator().device
     single = "tf32" if device.type == "cuda" else "fp32"
-    if stage in TRAININGS:
+    if stage in TRAININGS and stage != "tune-labels":  # whose task runs without autocast
         dtype = autocast_dtype(config.mixed_precision, device)
         return str(dtype).removeprefix("torch.") if dtype else single
-    if stage == "train-decoder":
+    if stage in ("tune-labels", "train-decoder"):
         return single
     half = features_dtype(config.features, device) is torch.bfloat16
     return f"features bfloat16, else {single}" if half else single

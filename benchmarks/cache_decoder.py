@@ -51,7 +51,7 @@ def write_store(config: Config, folder: Path, num_slices: int) -> FeatureCache:
     """Made-up features, maps and seeds in the sizes of the configuration; half are positive."""
     side = config.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    found = tap_shapes(train_setup.meta_net(config), side, config.features)
+    found = tap_shapes(train_setup.meta_net(config), side, config.features, config.cam.channels)
     for tap, (levels, channels, height, width) in found.items():
         shapes[tap] = ((levels, height, width, channels), "float16")
     shapes |= dict.fromkeys(ACTIVATIONS, ((side, side), "float16"))

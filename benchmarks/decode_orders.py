@@ -56,7 +56,7 @@ def make_decoding(config: Config, num_slices: int, device: torch.device) -> Deco
     """What `segment` would decode with these settings; weights and features are random."""
     torch.manual_seed(0)
     side = config.data.image_size
-    shapes = tap_shapes(meta_net(config), side, config.features)
+    shapes = tap_shapes(meta_net(config), side, config.features, config.cam.channels)
     taps = {
         name: torch.randn(num_slices, levels * channels, height, width, device=device)
         for name, (levels, channels, height, width) in shapes.items()

@@ -42,9 +42,9 @@ from cldf_dist.stages.evidence import PATCH_TAP, plus_taps
 from cldf_dist.stages.loading import noise_schedule, place
 from cldf_dist.stages.masks import PLUS
 from cldf_dist.stages.segment import Segmenter
+from cldf_dist.stages.tune_labels import tell_apart
 from cldf_dist.tasks.classify import Classify, NoiseRange
 from cldf_dist.tasks.contrast import Contrast
-from cldf_dist.tasks.tell_apart import TellApart
 
 WARMUP_STEPS = 3
 ENDLESS = 10**9  # steps; the time is over before
@@ -196,14 +196,13 @@ def _contrast(config: Config, cache: FeatureCache) -> Contrast:
     )
 
 
-def _labels(config: Config) -> TellApart:
+def _labels(config: Config) -> nn.Module:
     diffusion = place(build_unet(config.diffusion.net, num_channels(config)))
-    levels = config.label_tuning.noise_levels
-    return TellApart(diffusion, noise_schedule(config), noise_levels=levels, seed=config.seed)
+    return tell_apart(config, diffusion)
 
 
 def _decoder(config: Config, net: nn.Module, taps: tuple[str, ...]) -> PixelDecoder:
-    found = tap_shapes(net, config.data.image_size, config.features)
+    found = tap_shapes(net, config.data.image_size, config.features, config.cam.channels)
     widths = {tap: shape[0] * shape[1] for tap, shape in found.items()}
     widths[PATCH_TAP] = config.patch_classifier.channels
     channels = {tap: widths[tap] for tap in taps}

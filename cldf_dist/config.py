@@ -141,13 +141,8 @@ class LabelTuning:
     """The CDM's label embedding alone, trained on until a wrong label predicts the noise worse."""
 
     enabled: bool = True  # false leaves the embedding as `train-diffusion` made it
-    noise_levels: tuple[int, int] = (50, 600)  # timesteps: lowest, and the first that is too high
-    # of the mean change of the prediction by the label, in root mean squared errors, beside the
-    # cross-entropy: the label changes what tells the classes apart, and little else
-    thrift: float = 0.1
-    # the better of the two embeddings is kept: by saliency at these timesteps, on so many
-    # validation slices, and their labels
-    compared_levels: tuple[int, ...] = (100, 200, 300, 400)
+    noise_range: tuple[int, int] = (50, 600)  # timesteps: lowest, and the first that is too high
+    # validation slices by whose labels the better of the two embeddings is kept
     compared_slices: int = 128
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
@@ -323,8 +318,8 @@ class Decoder:
 class Saliency:
     """CDM saliency by condition flip: |prediction(object) - prediction(no object)|."""
 
-    noise_levels: tuple[int, ...] = (100, 200, 300, 400)  # timesteps
-    draws: int = 1
+    noise_levels: tuple[int, ...] = (250, 350)  # timesteps
+    draws: int = 2  # of the noise, per noise level
     smooth_pixels: float = 1.0
 
 

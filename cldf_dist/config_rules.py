@@ -56,6 +56,8 @@ def broken_rules(config: Config) -> list[str]:
         *_levels_of("classifier", config.classifier, middle_attends=False),
         *_cam(config),
         *_patch_classifier(config),
+        *_label_tuning(config),
+        *_unconditional(config),
         *_noise_levels(config),
         *_counterfactuals(config),
         *_taps(config),
@@ -267,23 +269,53 @@ def _patch_classifier(config: Config) -> Iterator[str]:
         yield "segment.mask_row=cldf_plus needs patch_classifier.enabled=true"
 
 
+def _label_tuning(config: Config) -> Iterator[str]:
+    settings, end = config.label_tuning, config.diffusion.num_timesteps
+    if not settings.enabled:
+        return
+    wanted = settings.noise_range
+    if len(wanted) != 2 or not 0 <= wanted[0] < wanted[1] <= end:
+        yield (
+            f"label_tuning.noise_range must be two timesteps (low, high), 0 <= low < high <= {end}"
+            f", got {list(wanted)}; label_tuning.enabled=false leaves the stage out"
+        )
+    if settings.fit.compile or settings.fit.channels_last != "auto":
+        yield (
+            "label_tuning.fit.compile and .channels_last must stay false and auto: the diffusion "
+            "model is frozen there, and not compiled"
+        )
+
+
+def _unconditional(config: Config) -> Iterator[str]:
+    """What a diffusion model that never sees a label cannot do."""
+    dropped, rows = config.diffusion.label_dropout, config.segment.rows
+    if not 0 <= dropped <= 1:
+        yield f"diffusion.label_dropout must lie in [0, 1], got {dropped}"
+    asks = (
+        config.features.condition != "none"
+        or config.features.contrast
+        or config.label_tuning.enabled
+        or not rows
+        or bool({"cdm", "cg_diff", "cg_cdm"} & set(rows))
+    )
+    if dropped == 1 and asks:
+        yield (
+            "diffusion.label_dropout=1 trains a model that never sees a label; it needs "
+            "features.condition=none, features.contrast=false, label_tuning.enabled=false, and "
+            "segment.rows without cdm, cg_diff and cg_cdm, e.g. segment.rows=[cldf]"
+        )
+
+
 def _noise_levels(config: Config) -> Iterator[str]:
     last = config.diffusion.num_timesteps - 1
     for path, levels in (
         ("features.noise_levels", config.features.noise_levels),
         ("gradient_map.noise_levels", config.gradient_map.noise_levels),
         ("saliency.noise_levels", config.saliency.noise_levels),
-        ("label_tuning.compared_levels", config.label_tuning.compared_levels),
         ("classifier.max_noise_level", (config.classifier.max_noise_level,)),
     ):
         if not levels or any(not 0 <= level <= last for level in levels):
             yield f"{path} must be timesteps in 0..{last}, got {list(levels)}"
-    tuned = config.label_tuning.noise_levels
-    if len(tuned) != 2 or not 0 <= tuned[0] < tuned[1] <= last + 1:
-        yield (
-            "label_tuning.noise_levels must be two timesteps (low, high), 0 <= low < high <= "
-            f"{last + 1}, got {list(tuned)}"
-        )
     highest = max(config.gradient_map.noise_levels, default=0)
     if highest >= config.classifier.max_noise_level:
         yield (
@@ -382,6 +414,16 @@ def _decoder(config: Config) -> Iterator[str]:
             f"decoder.contrast.precision={contrast.precision} needs Triton's kernels; with "
             "decoder.contrast.backend=torch take auto or fp32"
         )
+    plain = (contrast.backend, contrast.precision, contrast.deterministic) == (
+        "auto",
+        "auto",
+        False,
+    )
+    if config.decoder.loss == "cross_entropy" and not plain:
+        yield (
+            "decoder.contrast.backend, .precision and .deterministic are of the contrastive loss; "
+            "leave them out with decoder.loss=cross_entropy"
+        )
     batch = config.decoder.fit.batch_size
     for name, parts in (("foreground_pixels", 1), ("background_pixels", 2)):
         pixels = getattr(contrast, name)
@@ -437,14 +479,6 @@ def _shares(config: Config) -> Iterator[str]:
     ):
         if not 0 <= share < 1:
             yield f"{path} must lie in [0, 1), got {share}"
-    dropped = config.diffusion.label_dropout
-    if not 0 <= dropped <= 1:
-        yield f"diffusion.label_dropout must lie in [0, 1], got {dropped}"
-    if dropped == 1 and (config.features.condition != "none" or config.label_tuning.enabled):
-        yield (
-            "diffusion.label_dropout=1 trains a model that never sees a label; it needs "
-            "features.condition=none and label_tuning.enabled=false"
-        )
     if not config.segment.min_component_ml >= 0:
         yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"
 

@@ -56,6 +56,7 @@ class NetCard:
     section: str  # of the settings, with a `fit`
     tags: tuple[str, ...] = ()
     library: str = "cldf-dist"
+    is_trained: bool = True  # False: the training's own weights were not kept
 
 
 def load_with_package(function: str, result: str = "net") -> str:
@@ -120,6 +121,8 @@ def _settings(config: Config, net: NetCard) -> dict[str, str]:
 
 
 def _which_weights(run: Run, net: NetCard) -> str:
+    if not net.is_trained:
+        return "The file does not hold what this training made."
     decay = flatten(run.config)[f"{net.section}.fit.average_decay"]
     weights = "the moving average of the weights" if decay else "the weights after the last step"
     return f"The file holds {weights}. `batch_size` counts over all processes."

@@ -26,12 +26,30 @@ POLL_SECONDS = 0.2
 
 def run_all(config: Config) -> None:
     """All stages in order; finished ones are skipped."""
+    _check_batches(config)
     for stage in STAGES:
         asked = run_stage(config, stage)
         if asked:
             raise Stopped(asked, f"when {stage.name} was finished")
     if processes().is_main:
         print(summary(config))
+
+
+def _check_batches(config: Config) -> None:
+    """ValueError for a training, of those to come, whose batch these processes cannot share."""
+    num_processes = processes().world_size
+    for stage in STAGES:
+        if not stage.fit_section or from_main(_run_of(config, stage).is_finished):
+            continue
+        name = stage.fit_section.removesuffix(".fit")
+        section: Any = getattr(config, name)
+        parts = num_processes * section.fit.accumulate
+        if getattr(section, "enabled", True) and section.fit.batch_size % parts:
+            raise ValueError(
+                f"{stage.fit_section}.batch_size ({section.fit.batch_size}, over all processes) "
+                f"must be a multiple of processes x {stage.fit_section}.accumulate = "
+                f"{num_processes} x {section.fit.accumulate}"
+            )
 
 
 def run_stage(config: Config, stage: Stage) -> int:

@@ -250,6 +250,7 @@ def read_config(path: Path) -> Config:
 
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path))
+        plain.setdefault("label_tuning", {"enabled": False})  # made before there was any
         return configuration.from_plain(plain)
     except Exception as error:  # OmegaConf's and YAML's errors have no common kind
         raise ValueError(

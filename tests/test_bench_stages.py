@@ -61,6 +61,7 @@ def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     with output.open() as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert rows["train-diffusion"]["precision"] == "bfloat16"
+    assert rows["tune-labels"]["precision"] == "tf32"
     assert all(0 < float(row["peak_gb"]) < 10 for row in rows.values())
 
 

@@ -143,6 +143,22 @@ def test_dry_run_knows_what_is_finished(debug_run: Any, capsys: pytest.CaptureFi
     assert snapshot(debug_run.folder) == before
 
 
+def test_a_batch_that_does_not_divide_is_told_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        str(Path(__file__).parents[1] / "configs" / "debug.yaml"),
+        f"runs={tmp_path}",
+        "tracking.enabled=false",
+        "decoder.fit.accumulate=1",
+    ]
+    assert main(["run", *words, "cam.fit.batch_size=5", "cam.fit.accumulate=2"]) == 1
+    assert "cam.fit.batch_size (5, over all processes) must be a multiple of" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "debug").exists()
+
+
 @pytest.mark.parametrize(
     ("stage", "first", "word", "told"),
     [

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cldf_dist.config import Config, UNet
+from cldf_dist.config_rules import FITTED
 from cldf_dist.doctor.findings import Finding, Seen, error, hosts, ok, warning
 from cldf_dist.nets.attention import xformers_fault
 from cldf_dist.nets.unet import build_unet
@@ -91,8 +92,7 @@ def of_devices(everyone: Sequence[Seen]) -> Iterator[Finding]:
 def of_shared_memory(everyone: Sequence[Seen], config: Config) -> Iterator[Finding]:
     """Loader workers hand their batches over in /dev/shm."""
     least = min(everyone, key=lambda seen: seen.shared_memory_bytes)
-    sections = (config.diffusion, config.classifier, config.cam, config.decoder)
-    workers = max(section.fit.num_workers for section in sections)
+    workers = max(getattr(config, section).fit.num_workers for section in FITTED)
     said = f"{least.shared_memory_bytes / 1e9:.1f} GB free in /dev/shm of {least.host}"
     if workers and least.shared_memory_bytes < SMALL_SHARED_MEMORY:
         remedy = "enlarge it (containers: --shm-size), or take fewer workers"

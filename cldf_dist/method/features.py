@@ -196,7 +196,7 @@ def num_levels(settings: Features) -> int:
 
 
 def tap_shapes(
-    net: nn.Module, image_size: int, settings: Features, classifier_channels: Sequence[int] = ()
+    net: nn.Module, image_size: int, settings: Features, classifier_channels: Sequence[int]
 ) -> dict[str, tuple[int, int, int, int]]:
     """{tap: (levels, channels, height, width)} that `extract_features` gives for square images.
 

@@ -40,10 +40,10 @@ def class_prototypes(
 
 
 def spherical_k_means(points: Tensor, count: int, *, seed: int) -> Tensor:
-    """Unit-length centres (count, embedding) of unit-length points (n, embedding), n >= count.
+    """Unit-length centres (count, embedding) of unit-length points (n, embedding) on the CPU.
 
-    It begins with points far from each other (k-means++: Arthur and Vassilvitskii 2007). A centre
-    that loses all its points stays where it is.
+    n >= count. It begins with points far from each other (k-means++: Arthur and Vassilvitskii
+    2007). A centre that loses all its points stays where it is.
     """
     generator = torch.Generator().manual_seed(seed)
     centres = points[torch.randint(len(points), (1,), generator=generator)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor, nn
@@ -40,7 +41,9 @@ RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _recomputed(block: nn.Module, forward: Any, *inputs: Tensor) -> Tensor:
-    if not block.training:
+    # a frozen net in evaluation mode may be between the loss and what is trained
+    trained_before_it = torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
+    if not (block.training or trained_before_it):
         output: Tensor = forward(*inputs)
     else:  # nothing in the blocks is random: there is no generator to set back
         output = checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cldf_dist.config import Config
+from cldf_dist.config import Config, Saliency, Segment
 from cldf_dist.data.shards import SliceTable
 from cldf_dist.data.slices import NO_OBJECT, OBJECT, foreground
 from cldf_dist.layout import fast_layout
@@ -18,11 +18,11 @@ from cldf_dist.method.counterfactual import cdm_saliency
 from cldf_dist.method.noise import Schedule
 from cldf_dist.method.threshold import negative_cut
 from cldf_dist.method.weak_validation import area_shares, weak_validation
-from cldf_dist.processes import accelerator, from_all, processes
+from cldf_dist.processes import accelerator, from_all, processes, together
 
-# as the defaults of `saliency` and `segment`, which may change without training anything again
-SMOOTH_PIXELS = 1.0
-NEGATIVE_FRACTION = 0.01
+# the defaults: what a run says of its own rows may change without training anything again
+SALIENCY = Saliency()
+NEGATIVE_FRACTION = Segment().negative_fraction
 
 
 def saliency_agreement(
@@ -35,7 +35,9 @@ def saliency_agreement(
     """
     rows = _spread(table.labels, config.label_tuning.compared_slices)
     mine = rows[processes().rank :: processes().world_size]
-    found = chain.from_iterable(from_all(_saliency(config, table, mine, diffusion, schedule)))
+    with together():
+        own = _saliency(config, table, mine, diffusion, schedule)
+    found = chain.from_iterable(from_all(own))
     by_row = {row: (score, inside) for row, score, inside in found}
     labels = table.labels[rows]
     if not {NO_OBJECT, OBJECT} <= set(labels.tolist()):
@@ -73,9 +75,9 @@ def _saliency(
             schedule,
             torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device)),
             [table.keys[row] for row in batch],
-            noise_levels=config.label_tuning.compared_levels,
-            draws=1,
-            smooth_pixels=SMOOTH_PIXELS,
+            noise_levels=SALIENCY.noise_levels,
+            draws=SALIENCY.draws,
+            smooth_pixels=SALIENCY.smooth_pixels,
         )
         found += zip(batch.tolist(), saliency.cpu().numpy(), foreground(images), strict=True)
     return found

@@ -64,8 +64,8 @@ def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module,
 def load_label_embedding(folder: Path) -> nn.Embedding:
     """The tuned label embedding of the CDM: a row for no object, object, and no label given."""
     about = read_description(folder)
-    net = nn.Embedding(about["num_labels"], about["num_features"])
-    load_net(net, folder)
+    ready: Any = _ready(nn.Embedding(about["num_labels"], about["num_features"]), folder)
+    net: nn.Embedding = ready
     return net
 
 

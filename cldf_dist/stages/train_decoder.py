@@ -56,7 +56,7 @@ from cldf_dist.stages.masks import (
     SUPERVISED,
     SUPERVISED_PLUS,
 )
-from cldf_dist.tasks.contrast import Contrast, CrossEntropy, OfPixels
+from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 from cldf_dist.weights import save_net
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
@@ -67,9 +67,8 @@ NET_CARD = NetCard(
     title="Pixel decoder",
     does=(
         "`net(features)` takes diffusion features (pixels, features) and gives embeddings of unit "
-        "length; the nearest of the prototypes (half of no object, half of object) is a "
-        "pixel's class. The features come from the diffusion model of the same run, and from no "
-        "other."
+        "length; the class of the nearest prototype (no object, object) is a pixel's. The features "
+        "come from the nets of the same run, and from no other."
     ),
     learnt_from="seed pixels of activation and gradient maps; no mask was read in the training",
     loading=load_with_package("load_decoder", "net, prototypes"),
@@ -86,8 +85,8 @@ PATCH_FEATURES_CARD = dataclasses.replace(
     title="Pixel decoder of the patch classifier's activations (control)",
     does=(
         "`net(features)` takes the patch classifier's activations (pixels, features) and gives "
-        "embeddings of unit length; the nearer of the two prototypes (no object, object) is a "
-        "pixel's class. It shows what `cldf_plus` does without diffusion."
+        "embeddings of unit length; the class of the nearest prototype (no object, object) is a "
+        "pixel's. It shows what `cldf_plus` does without diffusion."
     ),
 )
 RAW_PATCHES_CARD = dataclasses.replace(
@@ -95,8 +94,8 @@ RAW_PATCHES_CARD = dataclasses.replace(
     title="Pixel decoder of raw patches (control)",
     does=(
         "`net(features)` takes the values of the slice in a square around each pixel (pixels, "
-        "features) and gives embeddings of unit length; the nearer of the two prototypes (no "
-        "object, object) is a pixel's class. It shows what the method does without diffusion."
+        "features) and gives embeddings of unit length; the class of the nearest prototype (no "
+        "object, object) is a pixel's. It shows what the method does without diffusion."
     ),
 )
 SUPERVISED_CARD = dataclasses.replace(
@@ -195,6 +194,7 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         tap_channels, settings.hidden, settings.embedding, settings.dropout, settings.noise
     )
     net.standardise(*feature_statistics(pixels, config.seed))
+    _check_enough_seeds(pixels, settings.prototypes_per_class)
     contrast, batch = settings.contrast, settings.fit.batch_size
     numbers = PixelsPerItem(  # the rules of the configuration leave no remainder
         num_foreground=contrast.foreground_pixels // batch,
@@ -220,7 +220,18 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
     return {"slices_with_object_seeds": len(items.positive)}
 
 
-def _task(config: Config, net: PixelDecoder) -> OfPixels:
+def _check_enough_seeds(pixels: TrainingPixels, per_class: int) -> None:
+    """Before the training, on every process alike."""
+    for label, name in ((BACKGROUND, "background"), (OBJECT, "object")):
+        found = int(pixels.counts[:, label].sum())
+        if 0 < found < per_class:
+            raise ValueError(
+                f"decoder.prototypes_per_class={per_class} needs as many {name} seeds, there are "
+                f"{found}"
+            )
+
+
+def _task(config: Config, net: PixelDecoder) -> Contrast | CrossEntropy:
     contrast = config.decoder.contrast
     if config.decoder.loss == "cross_entropy":
         return CrossEntropy(net, temperature=contrast.temperature, seed=config.seed)

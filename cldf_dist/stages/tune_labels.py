@@ -6,17 +6,18 @@ validation patients, else the one that `train-diffusion` made.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cldf_dist.config import Config
 from cldf_dist.data import datasets
 from cldf_dist.fit import fit
-from cldf_dist.model_card import NetCard, load_with_package, write_card
+from cldf_dist.model_card import NetCard, write_card
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.run import Run
 from cldf_dist.stages.label_agreement import saliency_agreement
@@ -32,18 +33,33 @@ from cldf_dist.stages.timing import training_time
 from cldf_dist.tasks.tell_apart import TellApart
 from cldf_dist.weights import save_net
 
+LOAD_TOGETHER = """\
+from pathlib import Path
+
+from cldf_dist.stages.loading import load_diffusion
+
+net, schedule = load_diffusion(Path("../train-diffusion"), Path("."))
+"""
 NET_CARD = NetCard(
     title="Label embedding of a class-conditional diffusion model",
     does=(
         "Three rows, for no object, object, and no label given (which stays as it was). They take "
         "the place of `class_embedding.weight` in the diffusion model that `train-diffusion` made: "
-        "tuned so that the right label predicts a slice's noise better than the wrong one, unless "
-        "`net.json` says that the trained ones were kept."
+        "tuned so that the right label predicts a slice's noise better than the wrong one."
     ),
     learnt_from="labels of whole slices: object or not; no mask was read in the training",
-    loading=load_with_package("load_label_embedding"),
+    loading=LOAD_TOGETHER,
     section="label_tuning",
     tags=("diffusion",),
+)
+UNCHANGED_CARD = dataclasses.replace(
+    NET_CARD,
+    does=(
+        "The three rows of `class_embedding.weight` as `train-diffusion` made them: those that "
+        "the training below made agree no better with the slice labels of the validation patients "
+        "(`net.json` has both numbers), and are not kept."
+    ),
+    is_trained=False,
 )
 
 
@@ -54,7 +70,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     shards = shard_set(config, run)
     diffusion, schedule = load_diffusion(run.needs("train-diffusion"))
     stream = training_stream(config, shards, settings.augment)
-    task = _task(config, diffusion)
+    task = tell_apart(config, diffusion)
     tuned: Any = fit(task, stream, settings.fit, run, validation_stream(config, shards))
     embeddings = {"trained": diffusion.get_submodule("class_embedding"), "tuned": tuned}
     agreement = {}
@@ -62,7 +78,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         diffusion.class_embedding = embedding
         table = shards.split("validation")
         agreement[name] = saliency_agreement(config, table, diffusion, schedule)
-    kept = "tuned" if (agreement["tuned"] or 0) > (agreement["trained"] or 0) else "trained"
+    kept = kept_embedding(agreement)
     words = ", ".join(f"{name} {_shown(value)}" for name, value in agreement.items())
     if run.is_main:
         print(f"tune-labels: agreement with slice labels: {words}; kept: {kept}", file=sys.stderr)
@@ -75,7 +91,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "area_auroc": agreement,
         }
         save_net(embeddings[kept], run.folder, about)
-        write_card(run, shards, NET_CARD)
+        write_card(run, shards, NET_CARD if kept == "tuned" else UNCHANGED_CARD)
     return {"enabled": True, "kept": kept, "area_auroc": agreement}
 
 
@@ -87,20 +103,25 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
     num_channels = len(datasets.channels(config.data))
     diffusion = place(build_unet(config.diffusion.net, num_channels))
     return training_time(
-        _task(config, diffusion), settings.fit, num_channels, config.data.image_size
+        tell_apart(config, diffusion), settings.fit, num_channels, config.data.image_size
     )
+
+
+def kept_embedding(agreement: Mapping[str, float | None]) -> str:
+    """The name of the embedding that agrees better; "trained" where they are equal or unknown."""
+    trained, tuned = (agreement[name] or 0.0 for name in ("trained", "tuned"))
+    return "tuned" if tuned > trained else "trained"
 
 
 def _shown(agreement: float | None) -> str:
     return "unknown" if agreement is None else f"{agreement:.3f}"
 
 
-def _task(config: Config, diffusion: nn.Module) -> TellApart:
-    torch.manual_seed(config.seed)
+def tell_apart(config: Config, diffusion: nn.Module) -> TellApart:
+    """The task of the stage, on a frozen diffusion model."""
     return TellApart(
         diffusion,
         noise_schedule(config),
-        noise_levels=config.label_tuning.noise_levels,
-        thrift=config.label_tuning.thrift,
+        noise_range=config.label_tuning.noise_range,
         seed=config.seed,
     )

@@ -13,52 +13,17 @@ from cldf_dist.method.noise import sample_dropout, sample_noise
 from cldf_dist.nets.decoder import PixelDecoder
 
 
-class OfPixels(nn.Module):
-    """What is learnt from the sampled pixels of all processes.
+class Contrast(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020) between the sampled pixels of all processes.
 
     A batch holds "features" (batch, pixels, num_features), "labels" (batch, pixels): 1 object,
     0 background, -1 unused, and "sample_number" (batch,). The decoder's dropout and noise are
     drawn here, as functions of (seed, sample number), so that a resumed run repeats them.
+    `backend`, `precision` and `deterministic` are those of `cldf_kernels.supcon_loss`.
     """
 
     accumulates = False  # splitting a batch would change every pixel's negatives
     autocast = False
-
-    def __init__(self, net: PixelDecoder, *, temperature: float, seed: int) -> None:
-        super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"decoder.contrast.temperature must be > 0, got {temperature}")
-        self.net = net
-        self.temperature = temperature
-        self.seed = seed
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        embeddings = self._embeddings(batch["features"], batch["sample_number"])
-        labels = batch["labels"].to(embeddings.device)
-        return {"loss": self.pixel_loss(embeddings.flatten(0, 1), labels.flatten())}
-
-    def pixel_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Of unit-length embeddings (pixels, embedding) and labels (pixels,)."""
-        raise NotImplementedError
-
-    def _embeddings(self, features: Tensor, numbers: Tensor) -> Tensor:
-        scale = shift = None
-        if self.training:
-            shape, device = features.shape[1:], features.device
-            if self.net.dropout > 0:
-                scale = sample_dropout(shape, numbers, self.seed, self.net.dropout, device)
-            if self.net.noise > 0:
-                draws = sample_noise(shape, numbers, self.seed, "feature noise", device)
-                shift = self.net.noise * draws
-        embeddings: Tensor = self.net(features, scale=scale, shift=shift)
-        return embeddings
-
-
-class Contrast(OfPixels):
-    """Supervised contrastive loss (Khosla et al. 2020) between the pixels.
-
-    `backend`, `precision` and `deterministic` are those of `cldf_kernels.supcon_loss`.
-    """
 
     def __init__(
         self,
@@ -70,7 +35,9 @@ class Contrast(OfPixels):
         precision: str = "auto",
         deterministic: bool = False,
     ) -> None:
-        super().__init__(net, temperature=temperature, seed=seed)
+        super().__init__()
+        _check_temperature(temperature)
+        self.net = net
         options: Any = {
             "temperature": temperature,
             "backend": backend,
@@ -78,34 +45,65 @@ class Contrast(OfPixels):
             "deterministic": deterministic,
         }
         self.loss = SupConLoss(**options)
+        self.seed = seed
 
-    def pixel_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        group = distributed.group.WORLD if _several() else None
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        embeddings, labels = embedded_pixels(self.net, batch, self.seed, training=self.training)
+        group = distributed.group.WORLD if _has_group() else None
         loss: Tensor = self.loss(embeddings, labels, process_group=group)
-        return loss
+        return {"loss": loss}
 
 
-class CrossEntropy(OfPixels):
+class CrossEntropy(nn.Module):
     """Cross-entropy of a linear classifier of the embeddings: what the contrast is compared with.
 
     The logit of a class is the cosine to its learnt direction, over the temperature. The directions
-    serve the training alone; pixels are scored by prototypes, as after the contrastive loss.
+    serve the training alone; pixels are scored by prototypes, as after the contrastive loss. A
+    batch is that of `Contrast`; the gradient is that of the mean over the pixels of all processes.
     """
 
-    def __init__(self, net: PixelDecoder, *, temperature: float, seed: int = 0) -> None:
-        super().__init__(net, temperature=temperature, seed=seed)
+    autocast = False
+
+    def __init__(self, net: PixelDecoder, *, temperature: float, seed: int) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.net = net
+        self.temperature = temperature
+        self.seed = seed
         self.directions = nn.Parameter(torch.randn(2, net.num_dimensions))
 
-    def pixel_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        embeddings, labels = embedded_pixels(self.net, batch, self.seed, training=self.training)
         used = labels >= 0
         logits = embeddings[used] @ functional.normalize(self.directions, dim=1).T
         total = functional.cross_entropy(logits / self.temperature, labels[used], reduction="sum")
         count, world_size = used.sum().to(total.dtype), 1
-        if _several():  # gradients are averaged over the processes: each gives its share
+        if _has_group():  # gradients are averaged over the processes: each gives its share
             distributed.all_reduce(count)
             world_size = distributed.get_world_size()
-        return total * world_size / count.clamp(min=1)
+        return {"loss": total * world_size / count.clamp(min=1)}
 
 
-def _several() -> bool:
+def embedded_pixels(
+    net: PixelDecoder, batch: dict[str, Tensor], seed: int, *, training: bool
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (pixels, embedding) and labels (pixels,) of a batch, in training perturbed."""
+    features, numbers = batch["features"], batch["sample_number"]
+    scale = shift = None
+    if training:
+        shape, device = features.shape[1:], features.device
+        if net.dropout > 0:
+            scale = sample_dropout(shape, numbers, seed, net.dropout, device)
+        if net.noise > 0:
+            shift = net.noise * sample_noise(shape, numbers, seed, "feature noise", device)
+    embeddings: Tensor = net(features, scale=scale, shift=shift)
+    return embeddings.flatten(0, 1), batch["labels"].to(features.device).flatten()
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"decoder.contrast.temperature must be > 0, got {temperature}")
+
+
+def _has_group() -> bool:
     return distributed.is_available() and distributed.is_initialized()

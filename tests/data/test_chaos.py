@@ -27,7 +27,7 @@ from chaos_files import (
 from dicom_files import write_series
 
 from cldf_dist.__main__ import main
-from cldf_dist.config import load
+from cldf_dist.config import flatten, load
 from cldf_dist.config_rules import CHAOS_OBJECTS
 from cldf_dist.data.chaos import (
     channels,
@@ -284,8 +284,9 @@ def test_configurations_load_and_never_flip_the_sides(name: str) -> None:
     files = [str(CONFIGS / f"chaos_{name}.yaml"), str(CONFIGS / "small.yaml")]
     for paths in (files[:1], files):
         config = load(paths)
-        augments = (config.diffusion.augment, config.classifier.augment, config.cam.augment)
-        assert not any(augment.flip for augment in augments)
+        flips = {path: value for path, value in flatten(config).items() if path.endswith(".flip")}
+        assert len(flips) == 5
+        assert not any(flips.values()), flips
         assert config.data.object in (name, KIDNEYS)
     if name == "liver":
         assert load(files, ["data.modality=ct"]).data.modality == "ct"

@@ -70,7 +70,7 @@ def test_order_of_taps_is_kept_and_does_not_change_them(net, images):
 def test_shapes_are_as_announced(net, images, contrast):
     settings = dataclasses.replace(SETTINGS, contrast=contrast)
     features = extract_features(net, SCHEDULE, images, KEYS, settings)
-    announced = tap_shapes(net, 16, settings)
+    announced = tap_shapes(net, 16, settings, ())
     assert {tap: tuple(f.shape[1:]) for tap, f in features.items()} == announced
     assert announced["up0.1"] == (4 if contrast else 2, 16, 4, 4)
 
@@ -174,7 +174,7 @@ def test_levels_and_draws_are_stacked_or_averaged(net, images, contrast, levels,
     every = dataclasses.replace(settings, combine_levels="stack", combine_draws="stack")
     found = extract_features(net, SCHEDULE, images, KEYS, settings)
     single = extract_features(net, SCHEDULE, images, KEYS, every)
-    for tap, shape in tap_shapes(net, 16, settings).items():
+    for tap, shape in tap_shapes(net, 16, settings, ()).items():
         maps = single[tap].unflatten(1, (-1, 2, 2))  # (batch, plain or contrast, level, draw, ...)
         if draws == "average":
             maps = maps.mean(3, keepdim=True)
@@ -221,7 +221,9 @@ def test_patches_hold_the_neighbours_of_each_pixel_and_repeat_the_border(images)
 def test_the_image_is_a_tap_beside_those_of_the_network(net, images, taps):
     settings = dataclasses.replace(SETTINGS, taps=taps, contrast=True)
     features = extract_features(net, SCHEDULE, images, KEYS, settings)
-    assert {tap: tuple(f.shape[1:]) for tap, f in features.items()} == tap_shapes(net, 16, settings)
+    assert {tap: tuple(f.shape[1:]) for tap, f in features.items()} == tap_shapes(
+        net, 16, settings, ()
+    )
     assert list(features) == list(taps)
     without = dataclasses.replace(settings, taps=("up0.1", "up2.1"))
     for tap, expected in extract_features(net, SCHEDULE, images, KEYS, without).items():

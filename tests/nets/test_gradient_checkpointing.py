@@ -88,10 +88,21 @@ def test_names_of_the_weights_stay() -> None:
     assert list(unet(RECOMPUTED).state_dict()) == list(unet(PLAIN).state_dict())
 
 
-def test_in_evaluation_nothing_is_recomputed() -> None:
-    plain, recomputed = unet(PLAIN).eval(), unet(RECOMPUTED).eval()
-    assert saved_bytes(recomputed) == saved_bytes(plain)
+def test_without_a_gradient_nothing_is_recomputed() -> None:
+    plain, recomputed = (unet(kind).eval().requires_grad_(False) for kind in (PLAIN, RECOMPUTED))
+    assert saved_bytes(recomputed) == saved_bytes(plain) == 0
     assert torch.equal(loss_of(recomputed), loss_of(plain))
+
+
+def test_a_frozen_net_between_the_label_and_the_loss_recomputes() -> None:
+    nets = [unet(kind).eval().requires_grad_(False) for kind in (PLAIN, RECOMPUTED)]
+    for net in nets:
+        net.get_parameter("class_embedding.weight").requires_grad_(True)
+    plain, recomputed = nets
+    assert saved_bytes(recomputed) < 0.5 * saved_bytes(plain)
+    expected = torch.autograd.grad(loss_of(plain), plain.class_embedding.weight)
+    found = torch.autograd.grad(loss_of(recomputed), recomputed.class_embedding.weight)
+    assert torch.equal(found[0], expected[0])
 
 
 def test_hooks_on_the_blocks_run_once_a_step() -> None:

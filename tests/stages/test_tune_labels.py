@@ -2,24 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import load
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.method.counterfactual import EMBEDDING
 from cldf_dist.run import Run
-from cldf_dist.stages import tune_labels
 from cldf_dist.stages.cache import FrozenNets
 from cldf_dist.stages.label_agreement import _spread, saliency_agreement
 from cldf_dist.stages.loading import load_diffusion
+from cldf_dist.stages.tune_labels import kept_embedding
 
 TRAINED = (
     "prepare", "train-diffusion", "train-classifier", "train-cam", "train-patch-classifier",
@@ -32,12 +33,6 @@ def rows_of(folder: Path) -> torch.Tensor:
     return tensors["weight"] if "weight" in tensors else tensors[EMBEDDING]
 
 
-def agreeing(monkeypatch: pytest.MonkeyPatch, trained: float | None, tuned: float | None) -> None:
-    values: Iterator[float | None] = iter((trained, tuned))
-    monkeypatch.setattr(tune_labels, "saliency_agreement", lambda *_: next(values))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained", "tuned", "kept"),
     [
@@ -45,44 +40,55 @@ def agreeing(monkeypatch: pytest.MonkeyPatch, trained: float | None, tuned: floa
     ],
 )  # fmt: skip
 def test_the_embedding_that_agrees_better_is_kept(
-    debug_run: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    trained: float | None,
-    tuned: float | None,
-    kept: str,
+    trained: float | None, tuned: float | None, kept: str
 ) -> None:
-    run = debug_run.copy_to(tmp_path, "prepare", "train-diffusion")
-    agreeing(monkeypatch, trained, tuned)
-    assert main(["tune-labels", *run.words]) == 0
-    about = json.loads((run.folder / "tune-labels" / "net.json").read_text())
-    assert about["kept"] == kept
-    assert about["area_auroc"] == {"trained": trained, "tuned": tuned}
-    assert f"kept: {kept}" in capsys.readouterr().err
-    before = rows_of(run.folder / "train-diffusion")
-    after = rows_of(run.folder / "tune-labels")
-    changed = (after != before).any(1).tolist()
-    assert changed == ([True, True, False] if kept == "tuned" else [False] * 3)
+    assert kept_embedding({"trained": trained, "tuned": tuned}) == kept
 
 
 @pytest.mark.slow
-def test_later_stages_take_what_was_kept(
-    debug_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = debug_run.copy_to(tmp_path, *TRAINED)
-    agreeing(monkeypatch, 0.0, 1.0)
-    assert main(["tune-labels", *run.words]) == 0
+def test_the_folder_holds_what_was_kept(debug_run: Any) -> None:
+    folder = debug_run.folder / "tune-labels"
+    about = json.loads((folder / "net.json").read_text())
+    assert about["kept"] == kept_embedding(about["area_auroc"])
+    changed = (rows_of(folder) != rows_of(debug_run.folder / "train-diffusion")).any(1).tolist()
+    assert changed == ([True, True, False] if about["kept"] == "tuned" else [False] * 3)
+    card = (folder / "README.md").read_text()
+    assert ("does not hold what this training made" in card) == (about["kept"] == "trained")
+
+
+@pytest.mark.slow
+def test_later_stages_take_the_embedding_of_the_folder(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-labels")
+    path = run.folder / "tune-labels" / "net.safetensors"
+    own = rows_of(run.folder / "train-diffusion")
+    save_file({"weight": own + 1}, path)
     config = load(run.words[:1], run.words[1:])
-    own, tuned = (rows_of(run.folder / stage) for stage in ("train-diffusion", "tune-labels"))
-    assert not torch.equal(own, tuned)
-    for enabled, expected in ((True, tuned), (False, own)):
+    for enabled, expected in ((True, own + 1), (False, own)):
         tuning = dataclasses.replace(config.label_tuning, enabled=enabled)
         config = dataclasses.replace(config, label_tuning=tuning)
         nets = FrozenNets.load(config, Run(config, "cache", ()))
         weight = nets.diffusion.get_parameter(EMBEDDING)
         torch.testing.assert_close(weight, expected, rtol=0, atol=0)
         assert not weight.requires_grad
+
+
+@pytest.mark.slow
+def test_a_run_that_was_made_before_there_was_any_tuning_goes_on_without(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-labels", "cache")
+    shutil.rmtree(run.folder / "tune-labels")
+    for config in run.folder.glob("*/config.yaml"):
+        plain = yaml.safe_load(config.read_text())
+        del plain["label_tuning"]
+        config.write_text(yaml.safe_dump(plain))
+    assert main(["tune-labels", *run.words]) == 0
+    assert main(["cache", *run.words]) == 1
+    assert "label_tuning.enabled=False, not True" in capsys.readouterr().err
+    shutil.rmtree(run.folder / "tune-labels")
+    for stage in ("tune-labels", "cache"):
+        assert main([stage, *run.words, "label_tuning.enabled=false"]) == 0
+    assert "finished before" in capsys.readouterr().err
 
 
 @pytest.mark.slow
