@@ -141,7 +141,7 @@ class LabelTuning:
     """The CDM's label embedding alone, trained on until a wrong label predicts the noise worse."""
 
     enabled: bool = True  # false leaves the embedding as `train-diffusion` made it
-    noise_range: tuple[int, int] = (50, 600)  # timesteps: lowest, and the first that is too high
+    noise_range: tuple[int, int] = (200, 450)  # timesteps: lowest, and the first that is too high
     # validation slices by whose labels the better of the two embeddings is kept
     compared_slices: int = 128
     augment: Augment = field(default_factory=Augment)
