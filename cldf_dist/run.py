@@ -262,12 +262,17 @@ def read_config(path: Path) -> Config:
 def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]:
     """`key=old value, not new value` for each setting in `sections` that matters and differs."""
     before, after = configuration.flatten(old), configuration.flatten(new)
+
+    def is_off(section: str) -> bool:  # before and now: the rest of it does not matter
+        return not (before.get(f"{section}.enabled", True) or after.get(f"{section}.enabled", True))
+
     return [
         f"{key}={before[key]!r}, not {after[key]!r}"
         for key in before
         if before[key] != after.get(key)
         and (key in sections or key.split(".")[0] in sections)
         and not any(key.endswith(name) for name in HARMLESS)
+        and not is_off(key.split(".")[0])
     ]
 
 

@@ -82,6 +82,10 @@ def test_a_run_that_was_made_before_there_was_any_tuning_goes_on_without(
         plain = yaml.safe_load(config.read_text())
         del plain["label_tuning"]
         config.write_text(yaml.safe_dump(plain))
+    identity = run.folder / "cache" / "run.json"
+    about = json.loads(identity.read_text())
+    del about["inputs"]["tune-labels"]
+    identity.write_text(json.dumps(about))
     assert main(["tune-labels", *run.words]) == 0
     assert main(["cache", *run.words]) == 1
     assert "label_tuning.enabled=False, not True" in capsys.readouterr().err
