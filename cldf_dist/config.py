@@ -332,12 +332,11 @@ class CgDiff:
 
     enabled: bool = True  # false leaves the row out
     inversion: bool = True  # encode by DDIM, as Wolleb et al.; false: noise, as the CDM-WSSS code
-    # timestep; t = 300 of the 4000 linear steps of CDM-WSSS, by equal signal-to-noise ratio in the
-    # default schedule. The 500 of 1000 of Wolleb et al. would be 818, where the classifier is blind
-    noise_level: int = 152
-    steps: int = 20  # of DDIM, each way, evenly spaced; both codes take every timestep
+    # chosen by slice labels of validation patients (docs/log.md); published: docs/method.md
+    noise_level: int = 250  # timestep
+    steps: int = 20  # of DDIM, each way, evenly spaced; the published codes take every timestep
     scale: float = 100.0  # of the classifier's gradient; Wolleb et al.
-    label_scale: float = 1.0  # of classifier-free guidance by "no object"; 1: the label alone
+    label_scale: float = 2.0  # of classifier-free guidance by "no object"; 1: the label alone
     smooth_pixels: float = 1.0
 
 
@@ -346,12 +345,11 @@ class CgCdm:
     """CG-CDM: the denoised slice's derivative by its label (Hu et al., "CDM-WSSS")."""
 
     enabled: bool = True  # false leaves the row out
-    # timestep; their t = 400 of 4000 linear steps, by equal signal-to-noise ratio in the default
-    # schedule
-    noise_level: int = 202
-    steps: int = 10  # adjacent DDIM steps; theirs, of a chain four times as fine
-    scale: float = 10.0  # of the classifier's gradient; theirs. 0: their CDM, without a classifier
-    tau: float = 0.95  # share of f(object) in the second label; theirs. 0: "no object" itself
+    # chosen by slice labels of validation patients (docs/log.md); published: docs/method.md
+    noise_level: int = 250  # timestep
+    steps: int = 10  # adjacent DDIM steps
+    scale: float = 0.1  # of the classifier's gradient. 0: their CDM, without a classifier
+    tau: float = 0.0  # share of f(object) in the second label. 0: "no object" itself
     smooth_pixels: float = 1.0
 
 

@@ -374,10 +374,10 @@ def test_the_ready_configurations_keep_every_rule(name: str) -> None:
         ("cg_cdm.noise_level", 1000, r"cg_cdm\.noise_level must be a timestep in 1\.\.999"),
         (
             "cg_diff.steps",
-            153,
-            r"cg_diff\.steps must lie in 1\.\.152 \(cg_diff\.noise_level\), got",
+            251,
+            r"cg_diff\.steps must lie in 1\.\.250 \(cg_diff\.noise_level\), got",
         ),
-        ("cg_cdm.steps", 0, r"cg_cdm\.steps must lie in 1\.\.202 \(cg_cdm\.noise_level\), got 0"),
+        ("cg_cdm.steps", 0, r"cg_cdm\.steps must lie in 1\.\.250 \(cg_cdm\.noise_level\), got 0"),
         ("cg_diff.scale", -1.0, r"cg_diff\.scale must be >= 0, got -1\.0"),
         (
             "cg_cdm.noise_level",
@@ -404,10 +404,11 @@ def test_counterfactual_rows_keep_their_rules_where_they_are_on(
     check(broken)
 
 
-def test_without_guidance_the_classifier_need_not_know_the_noise() -> None:
+def test_without_guidance_the_nets_need_not_know_what_it_asks() -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
     check(changed(changed(sound, "cg_diff.noise_level", 818), "cg_diff.scale", 0.0))
-    check(changed(changed(sound, "cg_diff.inversion", False), "diffusion.label_dropout", 0.0))
+    by_label = changed(changed(sound, "cg_diff.inversion", False), "cg_diff.label_scale", 1.0)
+    check(changed(by_label, "diffusion.label_dropout", 0.0))
 
 
 def test_a_value_in_place_of_a_section_is_named(tmp_path: Path) -> None:
