@@ -37,8 +37,9 @@ from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator
 from cldf_dist.run import Run
-from cldf_dist.stages.cache import FrozenNets, Slices, cached_slices, compute_shard
+from cldf_dist.stages.cache import Slices, cached_slices, compute_shard
 from cldf_dist.stages.evidence import PATCH_TAP, plus_taps
+from cldf_dist.stages.frozen_nets import FrozenNets
 from cldf_dist.stages.loading import noise_schedule, place
 from cldf_dist.stages.masks import PLUS
 from cldf_dist.stages.segment import Segmenter

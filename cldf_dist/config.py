@@ -189,7 +189,6 @@ class Cam:
     layer: str = "layer2"  # whose activations make the maps; finer layers localise better
     dropout: float = 0.1
     label_smoothing: float = 0.02
-    seed_method: str = "gradcam"  # gradcam | gradcam_pp | layercam: the map that makes the seeds
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
         default_factory=lambda: Fit(
@@ -248,6 +247,9 @@ class Seeds:
     """Which pixels we dare to trust. Both maps are scaled to [0, 1] within the slice."""
 
     rule: str = "both"  # both | cam | gradient
+    # auto | gradcam | gradcam_pp | layercam: which activation map; auto: the one that agrees best
+    # with CDM saliency on positive training slices
+    cam: str = "auto"
     foreground: float = 0.5  # a map above it speaks for the object
     background: float = 0.2  # a map below it speaks for background
     negative_slices: bool = True  # all foreground pixels of negative slices are background seeds

@@ -94,7 +94,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("decoder.contrast.backend", contrast.backend, ("auto", "triton", "torch")),
         ("decoder.contrast.precision", contrast.precision, PRECISIONS),
         ("cam.layer", config.cam.layer, CAM_LAYERS),
-        ("cam.seed_method", config.cam.seed_method, ("gradcam", "gradcam_pp", "layercam")),
+        ("seeds.cam", config.seeds.cam, ("auto", "gradcam", "gradcam_pp", "layercam")),
         ("segment.mask_row", config.segment.mask_row, ("auto", "cldf", "cldf_plus")),
     ):
         if value not in choices:

@@ -251,6 +251,8 @@ def read_config(path: Path) -> Config:
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path))
         plain.setdefault("label_tuning", {"enabled": False})  # made before there was any
+        if "seed_method" in plain["cam"]:  # where seeds.cam was before
+            plain["seeds"]["cam"] = plain["cam"].pop("seed_method")
         return configuration.from_plain(plain)
     except Exception as error:  # OmegaConf's and YAML's errors have no common kind
         raise ValueError(

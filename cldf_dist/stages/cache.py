@@ -32,11 +32,7 @@ from cldf_dist.data.stored_features import to_stored
 from cldf_dist.layout import fast_layout
 from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
-from cldf_dist.method.gradient_map import gradient_map
-from cldf_dist.method.noise import Schedule
 from cldf_dist.method.seeds import scale_to_unit, seed_labels
-from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
-from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.processes import accelerator, processes, together
 from cldf_dist.progress import progress
@@ -50,64 +46,19 @@ from cldf_dist.stages.cache_parts import (
     store_folder,
 )  # fmt: skip
 from cldf_dist.stages.evidence import EVIDENCE, PATCH_TAP, patch_maps, seed_report
-from cldf_dist.stages.loading import (
-    load_cam,
-    load_classifier,
-    load_diffusion,
-    load_patch_classifier,
-    noise_schedule,
-    place,
-    shard_set,
-)  # fmt: skip
+from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
+from cldf_dist.stages.loading import shard_set
+from cldf_dist.stages.seed_map import FALLBACK, with_map, with_seed_map
 from cldf_dist.stages.timing import in_words
 
-__all__ = ["STORE", "FrozenNets", "Slices", "cached_slices", "check_same_slices"]
+__all__ = ["STORE", "Slices", "cached_slices", "check_same_slices"]
 
 CACHED_SPLITS = ("train", "validation")
 TIMED_SLICES = 4
 SETTINGS = (  # those that decide what is in the cache, beside the nets
-    "features.", "gradient_map.", "seeds.", "cam.layer", "cam.seed_method",
+    "features.", "gradient_map.", "seeds.", "cam.layer",
     "patch_classifier.enabled", "plus.patch_tap",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FrozenNets:
-    """The trained nets that make features and maps, on this process's device."""
-
-    diffusion: nn.Module
-    schedule: Schedule
-    classifier: nn.Module
-    cam: nn.Module
-    patch_classifier: PatchClassifier | None  # where patch_classifier.enabled
-
-    @classmethod
-    def load(cls, config: Config, run: Run) -> FrozenNets:
-        tuned = run.needs("tune-labels") if config.label_tuning.enabled else None
-        diffusion, schedule = load_diffusion(run.needs("train-diffusion"), tuned)
-        return cls(
-            diffusion,
-            schedule,
-            load_classifier(run.needs("train-classifier")),
-            load_cam(run.needs("train-cam")),
-            load_patch_classifier(run.needs("train-patch-classifier"))
-            if config.patch_classifier.enabled
-            else None,
-        )
-
-    @classmethod
-    def untrained(cls, config: Config, num_channels: int) -> FrozenNets:
-        """The same nets with random weights, to see how long they take."""
-        nets = (
-            build_unet(config.diffusion.net, num_channels),
-            NoisyClassifier(config.classifier, num_channels),
-            CamClassifier(config.cam, num_channels),
-        )
-        diffusion, classifier, cam = (place(net) for net in nets)
-        patches: Any = None
-        if config.patch_classifier.enabled:
-            patches = place(PatchClassifier(config.patch_classifier, num_channels))
-        return cls(diffusion, noise_schedule(config), classifier, cam, patches)
 
 
 @dataclass(frozen=True)
@@ -151,6 +102,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             _check_same_settings(cache, config, run)
             _check_count(cache, slices)
         config = _as_begun(config, cache)
+        config = with_seed_map(config, run, nets, slices.tables[0])
         damaged: list[str] = []
         if config.cache.verify:
             damaged = repair(config, cache, slices.keys)
@@ -249,8 +201,8 @@ def _compute_batch(
     pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
     labels = labels.to(device)
     maps, probability = gradient_map_of(config, nets, pixels, keys)
-    cams = class_activation_maps(nets.cam, pixels, config.cam.layer, (config.cam.seed_method,))
-    cam = cams[config.cam.seed_method]
+    cams = class_activation_maps(nets.cam, pixels, config.cam.layer, (config.seeds.cam,))
+    cam = cams[config.seeds.cam]
     seeds = seed_labels(
         scale_to_unit(maps, inside),
         scale_to_unit(cam, inside),
@@ -286,22 +238,6 @@ def _compute_batch(
         "label": labels.to(torch.int8),
         "probability": probability.float(),
     }
-
-
-def gradient_map_of(
-    config: Config, nets: FrozenNets, images: Tensor, keys: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Gradient maps and p(object) as configured, for `cache` and `segment` alike."""
-    settings = config.gradient_map
-    return gradient_map(
-        nets.classifier,
-        nets.schedule,
-        images,
-        keys,
-        noise_levels=settings.noise_levels,
-        draws=settings.draws,
-        smooth_pixels=settings.smooth_pixels,
-    )
 
 
 def row_shapes(net: nn.Module, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -362,6 +298,8 @@ def _seconds_per_slice(config: Config, nets: FrozenNets, num_channels: int) -> f
     side, count = config.data.image_size, min(config.cache.batch_size, TIMED_SLICES)
     images = np.random.default_rng(0).uniform(-1, 1, (count, num_channels, side, side))
     keys = [f"made up {number}" for number in range(count)]
+    if config.seeds.cam == "auto":
+        config = with_map(config, FALLBACK)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cldf_dist.config import Config, Saliency, Segment
 from cldf_dist.data.shards import SliceTable
@@ -33,7 +33,8 @@ def saliency_agreement(
     Over `label_tuning.compared_slices` slices of known label, evenly spread. All processes share
     the work and get the same number; None where the slices have one label only.
     """
-    rows = _spread(table.labels, config.label_tuning.compared_slices)
+    known = np.flatnonzero(table.labels >= 0)
+    rows = evenly_spread(known, config.label_tuning.compared_slices)
     mine = rows[processes().rank :: processes().world_size]
     with together():
         own = _saliency(config, table, mine, diffusion, schedule)
@@ -50,11 +51,24 @@ def saliency_agreement(
     return None if agreement is None else float(agreement)
 
 
-def _spread(labels: npt.NDArray[np.integer], most: int) -> npt.NDArray[np.intp]:
-    """At most so many rows of known label, evenly spread."""
-    known = np.flatnonzero(labels >= 0)
-    places = np.linspace(0, len(known) - 1, min(most, len(known))).round()
-    return known[places.astype(np.intp)]
+def evenly_spread(rows: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
+    """At most so many of these rows, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round()
+    return rows[places.astype(np.intp)]
+
+
+def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[str]) -> Tensor:
+    """CDM saliency (batch, height, width) of slices (batch, channels, height, width), as the row
+    `cdm` has it by default."""
+    return cdm_saliency(
+        net,
+        schedule,
+        pixels,
+        keys,
+        noise_levels=SALIENCY.noise_levels,
+        draws=SALIENCY.draws,
+        smooth_pixels=SALIENCY.smooth_pixels,
+    )
 
 
 def _saliency(
@@ -70,14 +84,7 @@ def _saliency(
     for start in range(0, len(rows), config.cache.batch_size):
         batch = rows[start : start + config.cache.batch_size]
         images = table.read_images(batch)
-        saliency = cdm_saliency(
-            diffusion,
-            schedule,
-            torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device)),
-            [table.keys[row] for row in batch],
-            noise_levels=SALIENCY.noise_levels,
-            draws=SALIENCY.draws,
-            smooth_pixels=SALIENCY.smooth_pixels,
-        )
+        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+        saliency = saliency_of(diffusion, schedule, pixels, [table.keys[row] for row in batch])
         found += zip(batch.tolist(), saliency.cpu().numpy(), foreground(images), strict=True)
     return found

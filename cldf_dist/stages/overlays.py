@@ -173,7 +173,7 @@ def _panels(
 
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
     image = _whole_grey_scale(on_scan(first, fill=OUTSIDE))
-    cam = config.cam.seed_method
+    cam = config.seeds.cam
     titles = {cam: f"CAM ({TITLES[cam]})", "gradient_map": TITLES["gradient_map"]}
     maps = [score_panel(row, titles[row]) for row in titles if row in scores.scores]
     if len(maps) == len(titles):  # segment.rows may leave either out
@@ -214,11 +214,11 @@ def _would_be_seeds(
     cut = config.segment.gate_probability or 0.5
     maps = {
         method: scale_to_unit(torch.from_numpy(scores.scores[method][rows]), inside)
-        for method in ("gradient_map", config.cam.seed_method)
+        for method in ("gradient_map", config.seeds.cam)
     }
     seeds = seed_labels(
         maps["gradient_map"],
-        maps[config.cam.seed_method],
+        maps[config.seeds.cam],
         inside,
         torch.from_numpy((scores.probability[rows] >= cut).astype(np.int64)),
         rule=settings.rule,

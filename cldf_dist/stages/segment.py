@@ -33,8 +33,8 @@ from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
 from cldf_dist.progress import progress
 from cldf_dist.run import Run, write_atomically
-from cldf_dist.stages.cache import FrozenNets, gradient_map_of
 from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
+from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.stages.loading import load_decoder, shard_set
 from cldf_dist.stages.masks import (
     CONTROLS,

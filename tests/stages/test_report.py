@@ -20,6 +20,7 @@ from cldf_dist.stages import evaluate, overlays, report
 from cldf_dist.stages.evaluate import mask_path, read_mask, truth_path
 from cldf_dist.stages.masks import PatientScores
 from cldf_dist.stages.overlays import PatientResult, drawn_slices, write_overlay
+from cldf_dist.stages.seed_map import with_map
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -215,6 +216,7 @@ def test_one_large_slice_does_not_crowd_out_the_others(config):
 
 def test_picture_does_not_depend_on_the_orientation_of_the_file(config, tmp_path):
     """The same scan stored with permuted and flipped axes looks the same."""
+    config = with_map(config, "gradcam")
     result = result_of(config, FOUND[0])
     turn = np.array([[2, 1], [0, -1], [1, -1]])  # x -> third axis, y -> first, flipped, ...
     affine = np.array(result.geometry.affine)
@@ -237,6 +239,7 @@ def test_picture_does_not_depend_on_the_orientation_of_the_file(config, tmp_path
 
 
 def test_seeds_of_a_slice_that_the_gate_calls_negative_are_background(config):
+    config = with_map(config, "gradcam")
     scores = result_of(config, FOUND[0]).scores
     seeds = overlays._would_be_seeds(scores, [2, 0], config)
     # the whole object has the top score in slice 2; all other subject pixels the lowest

@@ -20,8 +20,8 @@ from cldf_dist.joint import mask_row
 from cldf_dist.layout import fast_layout
 from cldf_dist.method.features import extract_features
 from cldf_dist.run import Run
-from cldf_dist.stages.cache import FrozenNets
 from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
+from cldf_dist.stages.frozen_nets import FrozenNets
 from cldf_dist.stages.masks import (
     METHODS,
     PATCH_FEATURES,

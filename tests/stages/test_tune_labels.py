@@ -17,8 +17,8 @@ from cldf_dist.config import load
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.method.counterfactual import EMBEDDING
 from cldf_dist.run import Run
-from cldf_dist.stages.cache import FrozenNets
-from cldf_dist.stages.label_agreement import _spread, saliency_agreement
+from cldf_dist.stages.frozen_nets import FrozenNets
+from cldf_dist.stages.label_agreement import evenly_spread, saliency_agreement
 from cldf_dist.stages.loading import load_diffusion
 from cldf_dist.stages.tune_labels import kept_embedding
 
@@ -120,9 +120,9 @@ def test_agreement_needs_slices_with_and_without_the_object(debug_run: Any) -> N
     assert saliency_agreement(config, table, net, schedule) is None
 
 
-def test_compared_slices_are_of_known_label_and_evenly_spread() -> None:
-    labels = np.array([0, -1, 1, 0, -2, 1, 1, 0])
-    assert _spread(labels, 100).tolist() == [0, 2, 3, 5, 6, 7]
-    assert _spread(labels, 3).tolist() == [0, 3, 7]
-    assert _spread(labels, 1).tolist() == [0]
-    assert _spread(labels[1:2], 5).tolist() == []
+def test_compared_slices_are_evenly_spread() -> None:
+    rows = np.array([0, 2, 3, 5, 6, 7])
+    assert evenly_spread(rows, 100).tolist() == [0, 2, 3, 5, 6, 7]
+    assert evenly_spread(rows, 3).tolist() == [0, 3, 7]
+    assert evenly_spread(rows, 1).tolist() == [0]
+    assert evenly_spread(rows[:0], 5).tolist() == []

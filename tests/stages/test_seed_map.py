@@ -1,0 +1,112 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cldf_dist.__main__ import main
+from cldf_dist.config import Config, load
+from cldf_dist.data.cache import FeatureCache
+from cldf_dist.data.shards import ShardSet, SliceTable
+from cldf_dist.data.slices import foreground
+from cldf_dist.method.cam import METHODS, class_activation_maps
+from cldf_dist.run import Run
+from cldf_dist.stages.frozen_nets import FrozenNets
+from cldf_dist.stages.label_agreement import saliency_of
+from cldf_dist.stages.seed_map import FALLBACK, FILE, best_map, chosen_seed_map, map_agreement
+
+EARLIER = (
+    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "train-patch-classifier",
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(debug_run: Any) -> Config:
+    return load([debug_run.words[0]], debug_run.words[1:])
+
+
+@pytest.fixture
+def nets(config: Config) -> FrozenNets:
+    return FrozenNets.load(config, Run(config, "cache", ()))
+
+
+@pytest.fixture
+def table(debug_run: Any) -> SliceTable:
+    return ShardSet(debug_run.folder / "prepare").split("train")
+
+
+def correlation_of(maps: Any, others: Any, table: SliceTable, rows: Any) -> float:
+    inside = foreground(table.read_images(rows))
+    pairs = zip(np.asarray(maps), np.asarray(others), inside, strict=True)
+    return float(np.mean([np.corrcoef(one[i], other[i])[0, 1] for one, other, i in pairs]))
+
+
+def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
+    debug_run: Any, config: Config, nets: FrozenNets, table: SliceTable
+) -> None:
+    about = json.loads((debug_run.folder / "cache" / FILE).read_text())
+    rows = np.flatnonzero(table.labels == 1)
+    assert 0 < len(rows) <= 128
+    pixels, keys = torch.from_numpy(table.read_images(rows)), [table.keys[row] for row in rows]
+    saliency = saliency_of(nets.diffusion, nets.schedule, pixels, keys)
+    maps = class_activation_maps(nets.cam, pixels, config.cam.layer, METHODS)
+    for method in METHODS:
+        expected = correlation_of(maps[method].detach(), saliency, table, rows)
+        assert about["agreement"][method] == pytest.approx(expected, abs=1e-3)
+    assert about["map"] == max(METHODS, key=lambda method: about["agreement"][method])
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    for place, row in enumerate(rows.tolist()):
+        stored = cache.read("cam", row).astype(np.float32)
+        chosen = maps[about["map"]][place].detach().numpy()
+        np.testing.assert_allclose(stored, chosen, rtol=2e-3, atol=1e-4)
+
+
+def test_without_labels_in_the_diffusion_model_the_gradient_map_is_asked(
+    debug_run: Any, config: Config, nets: FrozenNets, table: SliceTable
+) -> None:
+    unconditional = replace(config, diffusion=replace(config.diffusion, label_dropout=1.0))
+    found = map_agreement(unconditional, nets, table)
+    rows = np.flatnonzero(table.labels == 1)
+    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    chosen = chosen_seed_map(config, debug_run.folder / "cache").seeds.cam
+    cams, gradients = (
+        np.stack([cache.read(name, int(row)) for row in rows]).astype(np.float64)
+        for name in ("cam", "gradient_map")
+    )
+    expected = correlation_of(cams, gradients, table, rows)
+    assert found[chosen] == pytest.approx(expected, abs=5e-3)
+    assert found[chosen] != map_agreement(config, nets, table)[chosen]
+
+
+def test_jobs_that_come_later_take_the_map_of_the_first(
+    debug_run: Any, config: Config, tmp_path: Path
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
+    path = run.folder / "cache" / FILE
+    about = json.loads(path.read_text())
+    (other, *_) = [method for method in METHODS if method != about["map"]]
+    for inputs, expected in ((about["inputs"], other), ({"train-cam": "another"}, about["map"])):
+        path.write_text(json.dumps({**about, "map": other, "inputs": inputs}))
+        (run.folder / "cache" / "DONE").unlink()
+        (run.folder / "cache" / "features.zarr" / "done" / "c" / "0").unlink()
+        assert main(["cache", *run.words]) == 0
+        assert json.loads(path.read_text())["map"] == expected
+        assert chosen_seed_map(config, run.folder / "cache").seeds.cam == expected
+
+
+def test_a_map_that_is_named_is_taken(debug_run: Any, config: Config, tmp_path: Path) -> None:
+    named = replace(config, seeds=replace(config.seeds, cam="layercam"))
+    assert chosen_seed_map(named, debug_run.folder / "cache") == named
+    assert chosen_seed_map(config, tmp_path).seeds.cam == FALLBACK, "of a run before there was any"
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    assert main(["cache", *run.words, "seeds.cam=layercam"]) == 0
+    assert not (run.folder / "cache" / FILE).exists()
+
+
+def test_the_first_of_equals_is_taken_and_where_nothing_is_known() -> None:
+    assert best_map({"gradcam": -0.4, "gradcam_pp": 0.1, "layercam": 0.1}) == "gradcam_pp"
+    assert best_map(dict.fromkeys(METHODS)) == FALLBACK
