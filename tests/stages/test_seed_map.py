@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import Config, load
@@ -105,6 +106,21 @@ def test_a_map_that_is_named_is_taken(debug_run: Any, config: Config, tmp_path: 
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["cache", *run.words, "seeds.cam=layercam"]) == 0
     assert not (run.folder / "cache" / FILE).exists()
+
+
+def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path: Path) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    net = run.folder / "train-cam" / "net.json"
+    about = json.loads(net.read_text())
+    about["net"]["seed_method"] = "gradcam"
+    net.write_text(json.dumps(about))
+    for path in run.folder.glob("*/config.yaml"):
+        plain = yaml.safe_load(path.read_text())
+        plain["cam"]["seed_method"] = "gradcam"
+        del plain["seeds"]["cam"]
+        path.write_text(yaml.safe_dump(plain))
+    assert main(["train-cam", *run.words]) == 0
+    assert main(["cache", *run.words]) == 0
 
 
 def test_the_first_of_equals_is_taken_and_where_nothing_is_known() -> None:
