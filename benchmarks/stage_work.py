@@ -42,6 +42,7 @@ from cldf_dist.stages.evidence import PATCH_TAP, plus_taps
 from cldf_dist.stages.frozen_nets import FrozenNets
 from cldf_dist.stages.loading import noise_schedule, place
 from cldf_dist.stages.masks import PLUS
+from cldf_dist.stages.seed_map import FALLBACK, with_map
 from cldf_dist.stages.segment import Segmenter
 from cldf_dist.stages.tune_labels import tell_apart
 from cldf_dist.tasks.classify import Classify, NoiseRange
@@ -133,6 +134,8 @@ def cached_batch(config: Config, folder: Path) -> Callable[[], object]:
     slices = write_slices(config, folder, config.cache.batch_size)
     nets = FrozenNets.untrained(config, num_channels(config))
     config = replace(config, cache=replace(config.cache, slices_per_shard=len(slices)))
+    if config.seeds.cam == "auto":  # any map costs the same
+        config = with_map(config, FALLBACK)
     return lambda: compute_shard(config, nets, slices, range(len(slices)))
 
 

@@ -29,7 +29,7 @@ from cldf_dist.stages.label_agreement import evenly_spread, saliency_of
 
 FILE = "seed_map.json"
 COMPARED_SLICES = 128  # positive training slices, at most
-FALLBACK = METHODS[0]  # where no positive training slice can tell
+FALLBACK = METHODS[0]  # where no positive training slice can tell, or none was asked
 
 
 def with_seed_map(config: Config, run: Run, nets: FrozenNets, table: SliceTable) -> Config:
