@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cldf_dist.config import EACH, Classifier, Config, Contrast, Data, Fit, UNet, flatten
+from cldf_dist.config import EACH, Classifier, Config, Contrast, Data, Fit, Saliency, UNet, flatten
 
 DATASETS = ("brats", "chaos", "dicom", "nnunet", "phantom")
 BRATS_OBJECTS = ("whole_tumour", "tumour_core", "enhancing_tumour")
@@ -316,6 +316,14 @@ def _noise_levels(config: Config) -> Iterator[str]:
     ):
         if not levels or any(not 0 <= level <= last for level in levels):
             yield f"{path} must be timesteps in 0..{last}, got {list(levels)}"
+    asked = max(Saliency().noise_levels)
+    by_seeds = config.seeds.cam == "auto" and config.diffusion.label_dropout < 1
+    if asked > last and (by_seeds or config.label_tuning.enabled):
+        yield (
+            f"seeds.cam=auto and label_tuning ask the diffusion model at timestep {asked}, "
+            f"diffusion.num_timesteps is {last + 1}; set seeds.cam=gradcam_pp and "
+            "label_tuning.enabled=false, or take more timesteps"
+        )
     highest = max(config.gradient_map.noise_levels, default=0)
     if highest >= config.classifier.max_noise_level:
         yield (

@@ -404,6 +404,19 @@ def test_counterfactual_rows_keep_their_rules_where_they_are_on(
     check(broken)
 
 
+def test_saliency_that_chooses_must_lie_in_the_chain() -> None:
+    few = Config(name="few", data=Data(dataset="phantom"))
+    for path, value in (
+        ("diffusion.num_timesteps", 340),
+        ("saliency.noise_levels", (100,)),
+        ("label_tuning.enabled", False),
+    ):
+        few = changed(few, path, value)
+    with pytest.raises(ValueError, match="ask the diffusion model at timestep 350"):
+        check(few)
+    check(changed(few, "seeds.cam", "gradcam_pp"))
+
+
 def test_without_guidance_the_nets_need_not_know_what_it_asks() -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
     check(changed(changed(sound, "cg_diff.noise_level", 818), "cg_diff.scale", 0.0))

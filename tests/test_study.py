@@ -72,7 +72,7 @@ def test_the_ready_study_plans_every_run_once(monkeypatch: pytest.MonkeyPatch) -
     for run in variants:
         baselines = {
             "without_label_tuning": {"cdm", "cg_diff", "cg_cdm"},
-            "counterfactuals_as_published": {"cg_diff", "cg_cdm"},
+            "counterfactuals_at_published_scales": {"cg_diff", "cg_cdm"},
         }
         further = set(run.config.segment.rows) - set(ROWS_OF_VARIANTS)
         assert further == baselines.get(run.variant, set())

@@ -10,10 +10,11 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from cldf_dist.stages.cache_parts import (
 from cldf_dist.stages.evidence import EVIDENCE, PATCH_TAP, patch_maps, seed_report
 from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.stages.loading import shard_set
-from cldf_dist.stages.seed_map import FALLBACK, with_map, with_seed_map
+from cldf_dist.stages.seed_map import FALLBACK, choose_seed_map, with_map
 from cldf_dist.stages.timing import in_words
 
 __all__ = ["STORE", "Slices", "cached_slices", "check_same_slices"]
@@ -93,16 +94,19 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                 held.enter_context(shared_stage(config))
             if run.is_main:
                 _check_keys(slices)
+        seed_map = choose_seed_map(config, nets, slices.tables[0], store_folder(config))
+        with together():
+            if run.is_main:
+                empty = partial(_create, config, run, nets.diffusion, len(slices), seed_map)
                 if config.cache.verify:
-                    _repair_metadata(config, run, nets.diffusion, len(slices))
+                    _repair_metadata(config, run, empty)
                 _check_space(config, slices)
-                _create(config, run, nets.diffusion, len(slices), store_folder(config))
+                empty(store_folder(config))
         with together():
             cache = FeatureCache(store_folder(config))
             _check_same_settings(cache, config, run)
             _check_count(cache, slices)
         config = _as_begun(config, cache)
-        config = with_seed_map(config, run, nets, slices.tables[0])
         damaged: list[str] = []
         if config.cache.verify:
             damaged = repair(config, cache, slices.keys)
@@ -114,7 +118,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         _extract(config, nets, slices, cache, scope)
     if not run.is_main:
         return {}
-    result: dict[str, Any] = {"slices": sum(len(cache.rows_of(shard)) for shard in scope)}
+    num_slices = sum(len(cache.rows_of(shard)) for shard in scope)
+    result: dict[str, Any] = {"slices": num_slices, "seed_map": config.seeds.cam}
     if config.cache.verify:
         result["damaged"] = damaged
     if config.cache.part:
@@ -310,15 +315,16 @@ def _seconds_per_slice(config: Config, nets: FrozenNets, num_channels: int) -> f
     return seconds
 
 
-def _repair_metadata(config: Config, run: Run, net: nn.Module, num_slices: int) -> None:
-    """Write again what describes the arrays of a store, where it is lost or damaged."""
+def _repair_metadata(config: Config, run: Run, create: Callable[[Path], None]) -> None:
+    """Write again what describes the arrays of a store, where it is lost or damaged; `create` makes
+    an empty one in a folder."""
     folder = store_folder(config)
     if not folder.exists():
         return
     fresh = folder.with_name(f".{folder.name}.fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        _create(config, run, net, num_slices, fresh)
+        create(fresh)
         if (folder / "zarr.json").is_file():
             with suppress(DamagedShardError):
                 _check_same_settings(FeatureCache(folder, quiet=True), config, run)
@@ -330,7 +336,14 @@ def _repair_metadata(config: Config, run: Run, net: nn.Module, num_slices: int) 
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _create(config: Config, run: Run, net: nn.Module, num_slices: int, folder: Path) -> None:
+def _create(
+    config: Config,
+    run: Run,
+    net: nn.Module,
+    num_slices: int,
+    seed_map: Mapping[str, Any] | None,
+    folder: Path,
+) -> None:
     """The empty store, unless it is there."""
     if (folder / "zarr.json").exists():
         return
@@ -345,6 +358,7 @@ def _create(config: Config, run: Run, net: nn.Module, num_slices: int, folder: P
             "settings": _settings(config),
             "inputs": run.input_ids(),
             "precision": "bf16" if bf16 else "fp32",
+            **({"seed_map": dict(seed_map)} if seed_map else {}),
         },
         compression=config.cache.compression,
     )
@@ -362,6 +376,8 @@ def _check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
     """Raise ValueError where the cache was begun with other settings or nets: a part of it that
     is made now would not fit."""
     before, now = dict(cache.attributes["settings"]), _settings(config)
+    if "cam.seed_method" in before:  # where seeds.cam was when the store was begun
+        before["seeds.cam"] = before.pop("cam.seed_method")
     for name in ("slices_per_shard", "compression"):
         before[f"cache.{name}"] = cache.attributes[name]
         now[f"cache.{name}"] = getattr(config.cache, name)
@@ -378,10 +394,13 @@ def _check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
 
 
 def _as_begun(config: Config, cache: FeatureCache) -> Config:
-    """The settings with the precision in which the cache was begun: parts of it that are made on
-    other devices are made alike."""
+    """The settings with the precision and the seed map that the cache was begun with: parts of it
+    that are made on other devices are made alike."""
     features = replace(config.features, precision=cache.attributes["precision"])
-    return replace(config, features=features)
+    config = replace(config, features=features)
+    if config.seeds.cam == "auto":
+        config = with_map(config, cache.attributes["seed_map"]["map"])
+    return config
 
 
 def _existing(folder: Path) -> Path:

@@ -108,6 +108,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         lambda patient: read_mask(truth_path(prepare, patient)),
         config.segment.gate_probability,
     )
+    cached = json.loads((cache / DONE).read_text())
     summary: dict[str, Any] = {
         "strict": {
             "methods": _rows(cases, HEADLINE, methods, config),
@@ -125,7 +126,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "legacy": legacy_summary(legacy, methods),
         "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
-        "seeds": json.loads((cache / DONE).read_text()).get("seeds") or {},
+        "seeds": cached.get("seeds") or {},
+        "seed_map": cached.get("seed_map", config.seeds.cam),
         "seeds_plus": _seeds_of_plus(config, shards, cache / STORE, decoder),
         "mask_row": rule["mask_row"],
     }

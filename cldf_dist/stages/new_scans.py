@@ -268,6 +268,7 @@ def _settings_of_run(config: Config) -> Config:
         "data.shards=",
         "data.dataset=",
         "data.labels=",
+        *("cg_diff.", "cg_cdm.", "saliency.", "seeds.cam="),  # no mask of a new scan needs them
     )
     changed = [
         change

@@ -174,9 +174,9 @@ def _panels(
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
     image = _whole_grey_scale(on_scan(first, fill=OUTSIDE))
     cam = config.seeds.cam
-    titles = {cam: f"CAM ({TITLES[cam]})", "gradient_map": TITLES["gradient_map"]}
+    titles = {cam: f"CAM ({TITLES.get(cam)})", "gradient_map": TITLES["gradient_map"]}
     maps = [score_panel(row, titles[row]) for row in titles if row in scores.scores]
-    if len(maps) == len(titles):  # segment.rows may leave either out
+    if len(maps) == len(titles):  # segment.rows may leave either out, and "auto" is no map
         seeds = _would_be_seeds(scores, rows, config)
         colours = _seed_colours(on_scan(seeds == OBJECT), on_scan(seeds == BACKGROUND))
         maps.append(_Panel("seeds (as they\nwould be)", image, overlay=colours))

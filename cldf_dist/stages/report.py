@@ -27,7 +27,7 @@ from cldf_dist.stages import STAGES
 from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
 from cldf_dist.stages.masks import OURS, UPPER_BOUNDS, PatientScores
 from cldf_dist.stages.overlays import TITLES, PatientResult, write_overlay
-from cldf_dist.stages.seed_map import chosen_seed_map
+from cldf_dist.stages.seed_map import with_map
 
 TEMPLATE = "report_template.html"
 MAX_EMBEDDED = 24  # pictures in the page; those of the other patients stay files beside it
@@ -47,7 +47,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     summary = json.loads((evaluated / "summary.json").read_text())
     with (evaluated / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
-    drawn = chosen_seed_map(config, run.folder.parent / "cache")
+    drawn = with_map(config, summary.get("seed_map", config.seeds.cam))
     pictures = _draw_overlays(drawn, run, cases, summary["mask_row"])
     page = _page(config, run.folder.parent, summary, cases, pictures)
     write_atomically(run.folder / "report.html", page)

@@ -263,7 +263,7 @@ def test_the_study_has_a_variant_with_the_published_signal_to_noise_ratios(
 ):
     """guided-diffusion's linear schedule of 4000 steps: beta from 1e-4 / 4 to 0.02 / 4."""
     text = (Path(__file__).parents[2] / "configs" / "study.yaml").read_text()
-    found = re.search(rf"counterfactuals_as_published: .*{section}\.noise_level=(\d+)", text)
+    found = re.search(rf"counterfactuals_at_published_scales: .*{section}\.noise_level=(\d+)", text)
     assert found
     level = int(found[1])
     betas = torch.linspace(1e-4 / 4, 0.02 / 4, 4000, dtype=torch.float64)

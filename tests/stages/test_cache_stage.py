@@ -19,7 +19,7 @@ from cldf_dist.run import Run
 from cldf_dist.stages.cache import cached_slices, compute_shard
 from cldf_dist.stages.cache_parts import COUNT_FILE
 from cldf_dist.stages.frozen_nets import FrozenNets
-from cldf_dist.stages.seed_map import chosen_seed_map
+from cldf_dist.stages.seed_map import with_map
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (
@@ -79,7 +79,7 @@ def test_a_shard_computed_again_is_the_same_bit_by_bit(
 ) -> None:
     slices = cached_slices(ShardSet(debug_run.folder / "prepare"))
     nets = FrozenNets.load(config, Run(config, "cache", ()))
-    config = chosen_seed_map(config, debug_run.folder / "cache")
+    config = with_map(config, cache.attributes["seed_map"]["map"])
     torch.set_flush_denormal(True)  # as in the stage
     try:
         keys, values = compute_shard(config, nets, slices, cache.rows_of(1))

@@ -15,10 +15,12 @@ from cldf_dist.data.shards import ShardSet, SliceTable
 from cldf_dist.data.slices import foreground
 from cldf_dist.method.cam import METHODS, class_activation_maps
 from cldf_dist.run import Run
+from cldf_dist.stages.cache import cached_slices
 from cldf_dist.stages.frozen_nets import FrozenNets
 from cldf_dist.stages.label_agreement import saliency_of
-from cldf_dist.stages.seed_map import FALLBACK, FILE, best_map, chosen_seed_map, map_agreement
+from cldf_dist.stages.seed_map import FALLBACK, best_map, map_agreement
 
+STORE = Path("cache") / "features.zarr"
 EARLIER = (
     "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
     "train-patch-classifier",
@@ -49,7 +51,7 @@ def correlation_of(maps: Any, others: Any, table: SliceTable, rows: Any) -> floa
 def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
     debug_run: Any, config: Config, nets: FrozenNets, table: SliceTable
 ) -> None:
-    about = json.loads((debug_run.folder / "cache" / FILE).read_text())
+    about = FeatureCache(debug_run.folder / STORE).attributes["seed_map"]
     rows = np.flatnonzero(table.labels == 1)
     assert 0 < len(rows) <= 128
     pixels, keys = torch.from_numpy(table.read_images(rows)), [table.keys[row] for row in rows]
@@ -59,7 +61,9 @@ def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
         expected = correlation_of(maps[method].detach(), saliency, table, rows)
         assert about["agreement"][method] == pytest.approx(expected, abs=1e-3)
     assert about["map"] == max(METHODS, key=lambda method: about["agreement"][method])
-    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
+    cache = FeatureCache(debug_run.folder / STORE)
+    for name in ("cache/DONE", "evaluate/summary.json"):
+        assert json.loads((debug_run.folder / name).read_text())["seed_map"] == about["map"]
     for place, row in enumerate(rows.tolist()):
         stored = cache.read("cam", row).astype(np.float32)
         chosen = maps[about["map"]][place].detach().numpy()
@@ -72,8 +76,8 @@ def test_without_labels_in_the_diffusion_model_the_gradient_map_is_asked(
     unconditional = replace(config, diffusion=replace(config.diffusion, label_dropout=1.0))
     found = map_agreement(unconditional, nets, table)
     rows = np.flatnonzero(table.labels == 1)
-    cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
-    chosen = chosen_seed_map(config, debug_run.folder / "cache").seeds.cam
+    cache = FeatureCache(debug_run.folder / STORE)
+    chosen = cache.attributes["seed_map"]["map"]
     cams, gradients = (
         np.stack([cache.read(name, int(row)) for row in rows]).astype(np.float64)
         for name in ("cam", "gradient_map")
@@ -83,34 +87,60 @@ def test_without_labels_in_the_diffusion_model_the_gradient_map_is_asked(
     assert found[chosen] != map_agreement(config, nets, table)[chosen]
 
 
-def test_jobs_that_come_later_take_the_map_of_the_first(
-    debug_run: Any, config: Config, tmp_path: Path
+def with_attributes(store: Path, **changed: Any) -> dict[str, Any]:
+    """Change what a store says of itself; what it said before."""
+    path = store / "zarr.json"
+    plain = json.loads(path.read_text())
+    before = dict(plain["attributes"])
+    plain["attributes"].update(changed)
+    path.write_text(json.dumps(plain))
+    return before
+
+
+def test_jobs_that_make_parts_take_the_map_that_the_first_began_with(
+    debug_run: Any, config: Config, nets: FrozenNets, tmp_path: Path
 ) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER)
+    store = run.folder / STORE
+    assert main(["cache", *run.words, "cache.part=1/2"]) == 0
+    begun = FeatureCache(store).attributes["seed_map"]
+    other = next(method for method in METHODS if method != begun["map"])
+    with_attributes(store, seed_map={**begun, "map": other})
+    assert main(["cache", *run.words, "cache.part=2/2"]) == 0
+    assert main(["cache", *run.words]) == 0
+    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_map"] == other
+    cache, whole = FeatureCache(store), FeatureCache(debug_run.folder / STORE)
+    slices = cached_slices(ShardSet(run.folder / "prepare"))
+    row = len(cache) - 1
+    table, place = slices.place(row)
+    pixels = torch.from_numpy(table.read_images([place]))
+    maps = class_activation_maps(nets.cam, pixels, config.cam.layer, (other,))
+    np.testing.assert_allclose(
+        cache.read("cam", row), maps[other][0].detach().numpy(), rtol=2e-3, atol=1e-4
+    )
+    np.testing.assert_array_equal(cache.read("cam", 0), whole.read("cam", 0))
+
+
+def test_a_choice_that_is_lost_with_its_file_is_made_again(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
-    path = run.folder / "cache" / FILE
-    about = json.loads(path.read_text())
-    (other, *_) = [method for method in METHODS if method != about["map"]]
-    for inputs, expected in ((about["inputs"], other), ({"train-cam": "another"}, about["map"])):
-        path.write_text(json.dumps({**about, "map": other, "inputs": inputs}))
-        (run.folder / "cache" / "DONE").unlink()
-        (run.folder / "cache" / "features.zarr" / "done" / "c" / "0").unlink()
-        assert main(["cache", *run.words]) == 0
-        assert json.loads(path.read_text())["map"] == expected
-        assert chosen_seed_map(config, run.folder / "cache").seeds.cam == expected
+    (run.folder / STORE / "zarr.json").write_text("{")
+    (run.folder / "cache" / "DONE").unlink()
+    assert main(["cache", *run.words, "cache.verify=true"]) == 0
+    before, now = (FeatureCache(one.folder / STORE).attributes for one in (debug_run, run))
+    assert now["seed_map"] == before["seed_map"]
 
 
-def test_a_map_that_is_named_is_taken(debug_run: Any, config: Config, tmp_path: Path) -> None:
-    named = replace(config, seeds=replace(config.seeds, cam="layercam"))
-    assert chosen_seed_map(named, debug_run.folder / "cache") == named
-    assert chosen_seed_map(config, tmp_path).seeds.cam == FALLBACK, "of a run before there was any"
+def test_a_map_that_is_named_is_taken(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["cache", *run.words, "seeds.cam=layercam"]) == 0
-    assert not (run.folder / "cache" / FILE).exists()
+    assert "seed_map" not in FeatureCache(run.folder / STORE).attributes
+    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_map"] == "layercam"
 
 
 def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER)
-    net = run.folder / "train-cam" / "net.json"
+    assert main(["cache", *run.words, "seeds.cam=gradcam"]) == 0
+    store, net = run.folder / STORE, run.folder / "train-cam" / "net.json"
     about = json.loads(net.read_text())
     about["net"]["seed_method"] = "gradcam"
     net.write_text(json.dumps(about))
@@ -119,8 +149,13 @@ def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path
         plain["cam"]["seed_method"] = "gradcam"
         del plain["seeds"]["cam"]
         path.write_text(yaml.safe_dump(plain))
+    settings = dict(FeatureCache(store).attributes["settings"])
+    settings["cam.seed_method"] = settings.pop("seeds.cam")
+    with_attributes(store, settings=settings)
+    (run.folder / "cache" / "DONE").unlink()
+    (store / "done" / "c" / "0").unlink()
+    assert main(["cache", *run.words, "seeds.cam=gradcam"]) == 0
     assert main(["train-cam", *run.words]) == 0
-    assert main(["cache", *run.words]) == 0
 
 
 def test_the_first_of_equals_is_taken_and_where_nothing_is_known() -> None:
