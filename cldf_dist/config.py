@@ -264,6 +264,9 @@ class Plus:
     # what exceeds the cut in a positive slice is an object seed where the activation map, scaled to
     # [0, 1] within the slice, exceeds this; 0: the evidence alone decides
     cam: float = 0.3
+    # least mean correlation of evidence and activation map on positive training slices, else the
+    # row is left out: one of the two does not show the object; -1: it is not asked
+    agreement: float = 0.2
     patch_tap: bool = True  # the patch classifier's activations are features too
 
 

@@ -487,6 +487,8 @@ def _shares(config: Config) -> Iterator[str]:
     ):
         if not 0 <= share < 1:
             yield f"{path} must lie in [0, 1), got {share}"
+    if not -1 <= config.plus.agreement < 1:
+        yield f"plus.agreement must lie in [-1, 1), got {config.plus.agreement}"
     if not config.segment.min_component_ml >= 0:
         yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"
 

@@ -158,6 +158,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("patch_classifier.label_smoothing", -0.1, r"label_smoothing must lie in .*got -0\.1"),
         ("patch_classifier.fit.steps", 0, r"patch_classifier\.fit\.steps must be >= 1, got 0"),
         ("plus.foreground", 0.0, r"plus\.foreground must lie in \(0, 1\), got 0\.0"),
+        ("plus.agreement", 1.0, r"plus\.agreement must lie in \[-1, 1\), got 1\.0"),
         ("plus.foreground", 1.0, r"plus\.foreground must lie in \(0, 1\), got 1\.0"),
         ("segment.negative_fraction", 0.0, r"must lie in \(0, 1\), got 0\.0"),
         ("diffusion.label_dropout", 1.1, r"label_dropout must lie in \[0, 1\], got 1\.1"),

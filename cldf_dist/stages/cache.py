@@ -341,7 +341,7 @@ def _create(
     run: Run,
     net: nn.Module,
     num_slices: int,
-    seed_map: Mapping[str, Any] | None,
+    seed_map: Mapping[str, Any],
     folder: Path,
 ) -> None:
     """The empty store, unless it is there."""
@@ -358,7 +358,7 @@ def _create(
             "settings": _settings(config),
             "inputs": run.input_ids(),
             "precision": "bf16" if bf16 else "fp32",
-            **({"seed_map": dict(seed_map)} if seed_map else {}),
+            "seed_map": dict(seed_map),
         },
         compression=config.cache.compression,
     )

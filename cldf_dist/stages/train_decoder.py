@@ -56,6 +56,7 @@ from cldf_dist.stages.masks import (
     SUPERVISED,
     SUPERVISED_PLUS,
 )
+from cldf_dist.stages.seed_map import evidence_agreement
 from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 from cldf_dist.weights import save_net
 
@@ -120,7 +121,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if config.patch_classifier.enabled:
         labels = evidence_labels(config, cache, *slices.tables)
         result["evidence_cut"] = labels.cut
-        others += _rows_of_plus(config, labels)
+        if _believes_evidence(config, cache):
+            others += _rows_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
         masks = MaskLabels(table)
         others.append(OtherRow(SUPERVISED, taps, masks, SUPERVISED_CARD))
@@ -147,6 +149,24 @@ def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherRow]:
     if not (config.evaluate.controls and 0 < len(patches) < len(taps)):
         return []
     return [OtherRow(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)]
+
+
+def _believes_evidence(config: Config, cache: FeatureCache) -> bool:
+    """False, and said, where evidence and activation map, two views that should show one object,
+    show different things."""
+    seed_map, least = cache.attributes.get("seed_map", {}), config.plus.agreement
+    found = evidence_agreement(seed_map)
+    if config.plus.cam == 0 or found is None or found >= least:
+        return True
+    if processes().is_main:
+        print(
+            f"train-decoder: {PLUS} is left out: on positive training slices the patch "
+            f"classifier's evidence and {seed_map['map']} have a correlation of {found:.2f}, less "
+            f"than plus.agreement={least}: one of them does not show the object. plus.agreement=-1 "
+            "trains it nevertheless",
+            file=sys.stderr,
+        )
+    return False
 
 
 def _rows_of_plus(config: Config, labels: PixelLabels) -> list[OtherRow]:

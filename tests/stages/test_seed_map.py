@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cldf_dist.run import Run
 from cldf_dist.stages.cache import cached_slices
 from cldf_dist.stages.frozen_nets import FrozenNets
 from cldf_dist.stages.label_agreement import saliency_of
-from cldf_dist.stages.seed_map import FALLBACK, best_map, map_agreement
+from cldf_dist.stages.seed_map import FALLBACK, best_map, evidence_agreement, map_agreement
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (
@@ -59,8 +60,8 @@ def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
     maps = class_activation_maps(nets.cam, pixels, config.cam.layer, METHODS)
     for method in METHODS:
         expected = correlation_of(maps[method].detach(), saliency, table, rows)
-        assert about["agreement"][method] == pytest.approx(expected, abs=1e-3)
-    assert about["map"] == max(METHODS, key=lambda method: about["agreement"][method])
+        assert about["agreement"]["saliency"][method] == pytest.approx(expected, abs=1e-3)
+    assert (about["map"], about["judged_by"]) == best_map(about["agreement"])
     cache = FeatureCache(debug_run.folder / STORE)
     for name in ("cache/DONE", "evaluate/summary.json"):
         assert json.loads((debug_run.folder / name).read_text())["seed_map"] == about["map"]
@@ -74,17 +75,38 @@ def test_without_labels_in_the_diffusion_model_the_gradient_map_is_asked(
     debug_run: Any, config: Config, nets: FrozenNets, table: SliceTable
 ) -> None:
     unconditional = replace(config, diffusion=replace(config.diffusion, label_dropout=1.0))
-    found = map_agreement(unconditional, nets, table)
+    agreement = map_agreement(unconditional, nets, table)
+    assert agreement["saliency"] == dict.fromkeys(METHODS)
+    assert best_map(agreement)[1] == "gradient_map"
     rows = np.flatnonzero(table.labels == 1)
     cache = FeatureCache(debug_run.folder / STORE)
     chosen = cache.attributes["seed_map"]["map"]
-    cams, gradients = (
+    cams, gradients, evidence = (
         np.stack([cache.read(name, int(row)) for row in rows]).astype(np.float64)
-        for name in ("cam", "gradient_map")
+        for name in ("cam", "gradient_map", "evidence")
     )
-    expected = correlation_of(cams, gradients, table, rows)
-    assert found[chosen] == pytest.approx(expected, abs=5e-3)
-    assert found[chosen] != map_agreement(config, nets, table)[chosen]
+    for view, values in (("gradient_map", gradients), ("evidence", 1 / (1 + np.exp(-evidence)))):
+        expected = correlation_of(cams, values, table, rows)
+        assert agreement[view][chosen] == pytest.approx(expected, abs=5e-3)
+
+
+def test_cldf_plus_is_left_out_where_evidence_and_map_show_different_things(
+    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
+    seed_map = FeatureCache(run.folder / STORE).attributes["seed_map"]
+    found = evidence_agreement(seed_map)
+    assert found == seed_map["agreement"]["evidence"][seed_map["map"]]
+    assert found is not None
+    assert -1 < found < 1
+    for least, is_there in ((found + 1e-3, False), (found - 1e-3, True)):
+        words = [*run.words, f"plus.agreement={least}"]
+        assert main(["train-decoder", *words]) == 0
+        said = capsys.readouterr().err
+        assert ("cldf_plus is left out" in said and "plus.agreement=-1" in said) != is_there
+        assert (run.folder / "train-decoder" / "cldf_plus" / "DONE").exists() == is_there
+        shutil.rmtree(run.folder / "train-decoder")
+    assert evidence_agreement({}) is None, "of a store before there was any"
 
 
 def with_attributes(store: Path, **changed: Any) -> dict[str, Any]:
@@ -133,7 +155,9 @@ def test_a_choice_that_is_lost_with_its_file_is_made_again(debug_run: Any, tmp_p
 def test_a_map_that_is_named_is_taken(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["cache", *run.words, "seeds.cam=layercam"]) == 0
-    assert "seed_map" not in FeatureCache(run.folder / STORE).attributes
+    seed_map = FeatureCache(run.folder / STORE).attributes["seed_map"]
+    assert (seed_map["map"], seed_map["judged_by"]) == ("layercam", "seeds.cam")
+    assert seed_map["agreement"]["saliency"] == dict.fromkeys(METHODS), "not asked"
     assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_map"] == "layercam"
 
 
@@ -158,6 +182,15 @@ def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path
     assert main(["train-cam", *run.words]) == 0
 
 
-def test_the_first_of_equals_is_taken_and_where_nothing_is_known() -> None:
-    assert best_map({"gradcam": -0.4, "gradcam_pp": 0.1, "layercam": 0.1}) == "gradcam_pp"
-    assert best_map(dict.fromkeys(METHODS)) == FALLBACK
+def test_where_saliency_agrees_with_no_map_the_gradient_map_is_asked() -> None:
+    gradients = {"gradcam": -0.07, "gradcam_pp": 0.26, "layercam": 0.09}
+    weak = {"gradcam": 0.19, "gradcam_pp": 0.05, "layercam": None}
+    clear = {"gradcam": 0.5, "gradcam_pp": 0.2, "layercam": 0.5}
+    unknown = dict.fromkeys(METHODS)
+    for saliency, expected in (
+        (weak, ("gradcam_pp", "gradient_map")),
+        (clear, ("gradcam", "saliency")),
+        (unknown, ("gradcam_pp", "gradient_map")),
+    ):
+        assert best_map({"saliency": saliency, "gradient_map": gradients}) == expected
+    assert best_map({"saliency": unknown, "gradient_map": unknown})[0] == FALLBACK
