@@ -20,7 +20,7 @@ from stage_work import MadeUp, num_channels
 from cldf_dist.checkpoint import save_checkpoint
 from cldf_dist.config import Config
 from cldf_dist.fit import Batch, fit
-from cldf_dist.processes import accelerator, processes, wait_for_everyone
+from cldf_dist.processes import accelerator, end_process, processes, wait_for_everyone
 from cldf_dist.run import Run
 
 STAGE = "train-diffusion"
@@ -156,3 +156,4 @@ class _Stamped(MadeUp):
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 import signal
 import sys
@@ -39,26 +38,12 @@ Later files override earlier ones, words override files. To resume, run the same
 
 def command() -> NoReturn:
     """The program, in a process of its own."""
-    from cldf_dist.processes import leave_group
+    from cldf_dist.processes import end_process
 
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
         # slurm/stage.sbatch ignores it for the launcher's sake; we end, or save first in a training
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    code = main(own_process=True)
-    if code == 0:  # after an error others may still be in a collective with us
-        leave_group()
-    # What follows is not left to the interpreter's end: where one of torch's threads wants the
-    # interpreter in that moment, the process is aborted, and a job that was done has failed.
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:  # as where a daemon starts us
-                stream.flush()
-        except BrokenPipeError:
-            pass  # nobody reads it any more
-        except OSError:
-            code = code or 1  # what was printed is lost
-    os._exit(code)
+    end_process(main(own_process=True))
 
 
 def main(arguments: Sequence[str] | None = None, *, own_process: bool = False) -> int:
