@@ -20,7 +20,8 @@ from cldf_dist.config import (
     to_plain,
     to_yaml,
 )
-from cldf_dist.config_rules import CAM_CHANNELS, COUNTS
+from cldf_dist.config_rules import COUNTS
+from cldf_dist.method_rules import CAM_CHANNELS
 from cldf_dist.nets.classifiers import MIN_CHANNELS, NORM_GROUPS
 from cldf_dist.stages import STAGES
 

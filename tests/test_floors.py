@@ -13,6 +13,7 @@ FLOORS = {
     "cldf_dist.config": 0,
     "cldf_dist.config_files": 0,
     "cldf_dist.config_rules": 0,
+    "cldf_dist.method_rules": 0,
     "cldf_dist.config_types": 0,
     "cldf_dist.seeding": 0,
     "cldf_dist.processes": 0,
@@ -154,7 +155,7 @@ def test_the_kernels_need_torch_and_triton_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "config_rules", "config_types", "seeding", "run", "stages"]
+    "module", ["config", "config_rules", "method_rules", "config_types", "seeding", "run", "stages"]
 )
 def test_what_the_command_line_loads_first_imports_no_torch(module: str) -> None:
     """At the top of the file; processes and progress import torch and rich only when they work."""

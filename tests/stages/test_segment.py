@@ -10,7 +10,6 @@ import torch
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import load
-from cldf_dist.config_rules import ROWS
 from cldf_dist.data.cache import FeatureCache
 from cldf_dist.data.nifti import read_nifti
 from cldf_dist.data.shards import ShardSet
@@ -19,6 +18,7 @@ from cldf_dist.data.stored_features import to_stored
 from cldf_dist.joint import mask_row
 from cldf_dist.layout import fast_layout
 from cldf_dist.method.features import extract_features
+from cldf_dist.method_rules import ROWS
 from cldf_dist.run import Run
 from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.stages.frozen_nets import FrozenNets
