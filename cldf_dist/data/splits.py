@@ -7,6 +7,7 @@ from pathlib import Path
 from cldf_dist.seeding import sample_seed
 
 SPLITS = ("train", "validation", "test")
+NAMED = 5  # patients, in an error
 FORM = '{"train": [patient, ...], "validation": [...], "test": [...]}'
 
 
@@ -76,13 +77,19 @@ def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str
         "not in the data": set(listed) - set(patients),
         "missing from the file": set(patients) - set(listed),
     }
-    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
             f"data.splits: {path} must list every patient once; {'; '.join(found)}; change the "
             "list or the data"
         )
     return {split: list(splits[split]) for split in SPLITS}
+
+
+def _some(names: set[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(sorted(names)[:NAMED]) + more
 
 
 def _chance(name: str, seed: int) -> int:

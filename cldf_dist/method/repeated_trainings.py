@@ -13,7 +13,7 @@ from math import nan
 import numpy as np
 import numpy.typing as npt
 
-from cldf_dist.method.statistics import bootstrap_interval, paired_permutation_test
+from cldf_dist.method.statistics import paired_permutation_test
 
 Scores = npt.NDArray[np.float64]
 
@@ -23,9 +23,10 @@ class PairedDifference:
     """One row minus another, over the patients that both score in some training."""
 
     difference: float | None  # mean over patients of the mean over trainings
-    low: float | None
+    low: float | None  # over trainings and patients
     high: float | None
-    p: float | None
+    p: float | None  # over patients, for these trainings
+    of_trainings: tuple[float | None, ...]
     num_patients: int
     num_better: tuple[int, ...]  # patients, in each training
     num_worse: tuple[int, ...]
@@ -87,7 +88,10 @@ def paired_over_trainings(
     seed: int = 0,
 ) -> PairedDifference:
     """`first` minus `second`, the differences of each patient averaged over the trainings in which
-    both are defined; interval and two-sided permutation test over patients.
+    both are defined.
+
+    The interval is over trainings and patients (`crossed_interval`), the two-sided permutation test
+    over patients alone: three trainings allow no test, and its p holds for these trainings.
 
     Raises ValueError where the shapes differ.
     """
@@ -101,8 +105,8 @@ def paired_over_trainings(
     compared = ~np.isnan(differences)
     kept = compared.any(axis=0)
     of_patients = np.nanmean(differences[:, kept], axis=0).tolist() if kept.any() else []
-    low, high = bootstrap_interval(
-        of_patients, confidence=confidence, num_resamples=num_resamples, seed=seed
+    low, high = crossed_interval(
+        differences, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
     zeros = [0.0] * len(of_patients)
     return PairedDifference(
@@ -110,6 +114,7 @@ def paired_over_trainings(
         low=None if np.isnan(low) else low,
         high=None if np.isnan(high) else high,
         p=paired_permutation_test(of_patients, zeros, seed=seed) if of_patients else None,
+        of_trainings=tuple(training_means(differences)),
         num_patients=len(of_patients),
         num_better=_counted(differences > 0),
         num_worse=_counted(differences < 0),

@@ -91,6 +91,7 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
     if config.data.shards:
         return {"shards": f"those of {config.data.shards}, staged when they are read"}
     names = datasets.patients(config.data)
+    _check_before_reading(config.data, names)
     per_slice = len(datasets.channels(config.data)) * config.data.image_size**2 * 2
     return {
         "patients": str(len(names)),

@@ -28,6 +28,10 @@ def difference_cell(row: PairedDifference) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def seeds_cell(differences: Sequence[float | None]) -> str:
+    return ", ".join(number_cell(value, signed=True) for value in differences)
+
+
 def counts_cell(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 

@@ -16,6 +16,7 @@ from cldf_dist.study.cells import (
     difference_cell,
     mean_cell,
     number_cell,
+    seeds_cell,
     shares_cell,
     table,
 )
@@ -34,9 +35,9 @@ all slices, one cut per row set without masks. A mean is over the patients with 
 true negative (no object, none found) has no Dice and is left out, a miss and a false alarm have
 Dice 0. `*` saw training masks, `†` was chosen with the test masks: references, not competitors.
 
-Intervals of means are 95 % bootstrap intervals over trainings and patients, both drawn at once;
-those of differences are over patients, whose differences are averaged over the trainings. Few
-trainings or patients make both too narrow."""
+Intervals are 95 % bootstrap intervals over trainings and patients, both drawn at once; few of
+either make them too narrow. p-values are over patients and hold for these trainings: a difference
+is established where its interval leaves zero out too."""
 
 Files = Mapping[str, list[Row]]
 
@@ -160,13 +161,14 @@ def _paired_table(scores: StrictScores, ours: str) -> str:
     family = {
         method: row.p
         for method, row in found.items()
-        if row.p is not None and not used_masks(method) and method not in scores.ours
+        if row.p is not None and not used_masks(method)
     }
     adjusted = holm(family)
     lines = [
         [
             marked(method),
             difference_cell(row),
+            seeds_cell(row.of_trainings),
             "-" if used_masks(method) else number_cell(row.p, 4),
             number_cell(adjusted.get(method), 4),
             shares_cell(row.num_better, row.num_compared),
@@ -175,11 +177,11 @@ def _paired_table(scores: StrictScores, ours: str) -> str:
         ]
         for method, row in found.items()
     ]
-    header = ["minus", "Dice [95 %]", "p", "p (Holm)", "better", "worse", "patients"]
+    header = ["minus", "Dice [95 %]", "each seed", "p", "p (Holm)", "better", "worse", "patients"]
     said = (
-        "Each patient's difference of Dice, averaged over the seeds; two-sided permutation test, "
-        "Holm's adjustment over the weakly supervised baselines; how many patients are better and "
-        "worse in each seed."
+        "Mean difference of Dice; two-sided permutation test of each patient's difference, "
+        "averaged over the seeds; Holm's adjustment over the rows that saw no mask; how many "
+        "patients are better and worse in each seed."
     )
     return f"{said}\n\n{table(header, lines)}"
 

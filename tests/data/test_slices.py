@@ -322,6 +322,15 @@ def test_wrong_splits_file_names_what_is_wrong(
         read_splits(path, ["a", "b", "c"])
 
 
+def test_a_splits_file_of_other_data_is_told_in_one_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ["a"], "validation": ["b"], "test": ["c"]}))
+    names = [f"p{number:04}" for number in range(1000)]
+    with pytest.raises(ValueError, match=r"file: p0000, .*, p0004 and 995 more;") as caught:
+        read_splits(path, [*names, "a", "b", "c"])
+    assert len(str(caught.value)) < 300
+
+
 def test_unreadable_splits_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.splits: .*absent"):
         read_splits(tmp_path / "absent.json", ["a"])

@@ -71,7 +71,19 @@ def test_differences_are_averaged_over_trainings_for_each_patient() -> None:
     assert found.num_compared == (3, 2)
     assert found.num_patients == 3
     assert found.p == paired_permutation_test([0.3, 0.0, 0.0], [0.0] * 3)
-    assert (found.low, found.high) == (pytest.approx(0.0), pytest.approx(0.3))
+    assert found.of_trainings == (pytest.approx(0.1), pytest.approx(0.15))
+    assert (found.low, found.high) == crossed_interval(first - second)
+
+
+def test_a_difference_that_one_training_reverses_is_not_established() -> None:
+    """However surely the patients agree, within each training."""
+    second = np.zeros((3, 12))
+    first = second + np.array([[0.13], [0.07], [-0.02]])
+    found = paired_over_trainings(first, second)
+    assert found.p is not None
+    assert found.p < 0.001
+    assert found.low is not None
+    assert found.low < 0 < found.difference
 
 
 def test_without_a_common_patient_there_is_no_difference() -> None:

@@ -200,8 +200,9 @@ def test_what_listings_give_away_is_told_before_the_first_patient_is_read(
 
     splits = {**scans.splits, "test": scans.splits["test"][:1]}
     scans.splits_file.write_text(json.dumps(splits))
-    assert main(words) == 1
-    assert f"missing from the file: {scans.splits['test'][1]}" in capsys.readouterr().err
+    for asked in (words, [*words, "--dry-run"]):
+        assert main(asked) == 1
+        assert f"missing from the file: {scans.splits['test'][1]}" in capsys.readouterr().err
 
     for name in scans.names[2:]:
         shutil.rmtree(scans.root / name)
