@@ -14,7 +14,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 DEMO ?= configs/demo.yaml
 STUDY ?= configs/study.yaml
 # patients' folders for the study's experiment brats2021, which is left out where there are none
-BRATS ?= ../shared/data/brats2021
+BRATS ?= data/brats2021
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml -m cldf_dist
 
 .PHONY: install check test test-gpu test-slurm demo study bench phantom-check clean

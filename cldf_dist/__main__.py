@@ -18,10 +18,10 @@ DOCTOR, SYNC, STUDY = "doctor", "sync-tracking", "study"
 EPILOG = """\
 stages, in order:
 {stages}
-  run                all of them; finished ones are skipped
-  study              runs of several experiments and seeds, and their tables: a study file
-  doctor             does what a run needs work here, on all processes of the launch?
-  sync-tracking      send what MLflow's local stores hold to a server: to=http://HOST:PORT
+  run                    all of them; finished ones are skipped
+  study                  runs of several experiments and seeds, and their tables: a study file
+  doctor                 does what a run needs work here, on all processes of the launch?
+  sync-tracking          send what MLflow's local stores hold to a server: to=http://HOST:PORT
 
 examples:
   cldf run configs/demo.yaml
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, own_process: bool = False) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    stages = "\n".join(f"  {stage.name:<18} {stage.does}" for stage in STAGES)
+    stages = "\n".join(f"  {stage.name:<22} {stage.does}" for stage in STAGES)
     parser = argparse.ArgumentParser(
         prog="cldf",
         description="CLDF: medical image segmentation from image-level labels.",

@@ -250,13 +250,13 @@ def dry_run(config: Config, stages: tuple[Stage, ...]) -> str:
 def summary(config: Config) -> str:
     """Time per stage, the results table, and where everything is."""
     folder = config.run_folder
-    lines = ["", "stage              seconds"]
+    lines = ["", "stage                  seconds"]
     total = 0.0
     for stage in STAGES:
         seconds = seconds_of(folder / stage.name)
         total += seconds
-        lines.append(f"{stage.name:<18} {seconds:>7.1f}")
-    lines.append(f"{'all':<18} {total:>7.1f}")
+        lines.append(f"{stage.name:<22} {seconds:>7.1f}")
+    lines.append(f"{'all':<22} {total:>7.1f}")
     table = folder / "evaluate" / "table.txt"
     if table.exists():
         lines += ["", table.read_text().rstrip()]

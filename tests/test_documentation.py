@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,7 @@ def test_settings_in_the_text_exist(page: Path) -> None:
 
 def test_constants_in_the_table_are_the_defaults() -> None:
     known = flatten(Config())
-    table = (ROOT / "docs" / "method.md").read_text().split("## Constants")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?) \| (.*?) \|", table, re.MULTILINE)
+    rows = constants_under("## Constants")
     assert len(rows) > 20
     for keys, written in rows:
         first, *others = re.findall(r"`([^`]+)`", keys)
@@ -169,6 +169,23 @@ def test_constants_in_the_table_are_the_defaults() -> None:
         values = [known[path] for path in paths]
         between = "; " if len(values) > 1 and any(isinstance(v, tuple) for v in values) else ", "
         assert written == between.join(as_written(value) for value in values), keys
+
+
+def test_constants_that_are_fixed_in_code_are_as_written() -> None:
+    rows = constants_under("### Fixed in code")
+    assert len(rows) > 5
+    for names, written in rows:
+        values = []
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", names):
+            (path,) = (ROOT / "cldf_dist").glob(f"*/{module}.py")
+            values.append(getattr(import_module(f"cldf_dist.{path.parent.name}.{module}"), name))
+        assert [float(word) for word in written.split(", ")] == values, names
+
+
+def constants_under(heading: str) -> list[tuple[str, str]]:
+    """The names and values in the table below a heading of method.md."""
+    text = (ROOT / "docs" / "method.md").read_text().split(f"{heading}\n")[1]
+    return re.findall(r"^\| (`.+?) \| (.*?) \|", re.split(r"\n##+ ", text)[0], re.MULTILINE)
 
 
 def as_written(value: object) -> str:

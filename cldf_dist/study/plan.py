@@ -46,7 +46,7 @@ class Ablations:
 @dataclass(frozen=True)
 class Study:
     runs: str = "runs/study"  # folder of all its runs
-    results: str = "benchmarks/results/study"  # folder of tables and pictures
+    results: str = "runs/study-results"  # folder of tables and pictures
     launcher: str = ""  # words that start `cldf`; empty: this Python, one process
     seeds: tuple[int, ...] = (0,)  # of every training
     experiments: dict[str, Experiment] = field(default_factory=dict)
