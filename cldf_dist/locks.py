@@ -26,9 +26,14 @@ class FolderLock:
     """Holds `folder` until `release`. RuntimeError, naming the owner, where somebody else does."""
 
     def __init__(
-        self, folder: Path, *, _with_others: bool = False, _first: Callable[[], None] | None = None
+        self,
+        folder: Path,
+        *,
+        remedy: str = "take another name=...",
+        _with_others: bool = False,
+        _first: Callable[[], None] | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._remedy = folder, remedy
         self._file: IO[bytes] | None = None
         self._exclusive: Path | None = None
         self._stop = threading.Event()
@@ -105,7 +110,7 @@ class FolderLock:
     def _in_use(self, owner: str) -> RuntimeError:
         return RuntimeError(
             f"{self._folder} is in use by {owner.strip() or 'another process'}; wait for it, stop "
-            "it, or take another name=..."
+            f"it, or {self._remedy}"
         )
 
 

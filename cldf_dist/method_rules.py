@@ -106,6 +106,11 @@ def _label_tuning(config: Config) -> Iterator[str]:
             f"label_tuning.noise_range must be two timesteps (low, high), 0 <= low < high <= {end}"
             f", got {list(wanted)}; label_tuning.enabled=false leaves the stage out"
         )
+    if settings.fit.weight_decay:
+        yield (
+            "label_tuning.fit.weight_decay must be 0: it would change the embedding of 'no label "
+            f"given', which is no part of the tuning; got {settings.fit.weight_decay}"
+        )
     if settings.fit.compile or settings.fit.channels_last != "auto":
         yield (
             "label_tuning.fit.compile and .channels_last must stay false and auto: the diffusion "

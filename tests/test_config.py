@@ -166,6 +166,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("diffusion.label_dropout", 1.0, r"label_dropout=1 .* features\.condition=none, .* seg"),
         ("label_tuning.noise_range", [600, 50], r"0 <= low < high <= 1000, got \[600, 50\]"),
         ("label_tuning.fit.compile", True, r"label_tuning\.fit\.compile and .* must stay false"),
+        ("label_tuning.fit.weight_decay", 0.1, r"weight_decay must be 0: .* got 0\.1"),
         ("label_tuning.compared_slices", 0, r"label_tuning\.compared_slices must be >= 1, got 0"),
         ("label_tuning.fit.steps", 0, r"label_tuning\.fit\.steps must be >= 1, got 0"),
         ("decoder.loss", "hinge", r"decoder\.loss must be one of contrastive, cross_entropy, got"),

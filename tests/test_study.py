@@ -97,6 +97,25 @@ def test_the_ready_study_plans_every_run_once(monkeypatch: pytest.MonkeyPatch) -
         ({"ablations": {"experiments": ["b"]}}, "ablations.experiments must be of phantom"),
         ({"ablations": {"seeds": [7]}}, "ablations.seeds must be of seeds [0], got 7"),
         ({"ablations": {"variants": {"base": {}}}}, "'base' is the run without changes"),
+        ({"seeds": [0, 1], "ablations": {"seeds": [1, 1]}}, "ablations.seeds must differ"),
+        (
+            {"experiments": {"a": {"configs": [DEBUG], "settings": ["seed=3"]}}},
+            "experiments.a.settings: the study's seeds=, runs= and the names of its",
+        ),
+        (
+            {"ablations": {"variants": {"b": {"settings": ["name=x"]}}}},
+            "ablations.variants.b.settings: the study's seeds=,",
+        ),
+        (
+            {
+                "ablations": {
+                    "seeds": [0],
+                    "experiments": ["phantom"],
+                    "variants": {"fine": {}, "typo": {"settings": ["cam.drpout=0.1"]}},
+                }
+            },
+            "ablations.variants.typo: unknown config key cam.drpout",
+        ),
         ({"experiments": {"a": {"configs": ["no.yaml"]}}}, "no config file"),
         ({"experiments": {"a": {"configs": [DEBUG], "settings": ["cam.x=1"]}}}, "cam.x"),
         (
@@ -115,12 +134,29 @@ def test_a_wrong_study_is_one_line_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_study_at_a_time_and_its_runs_may_make_their_trackers_tables(tmp_path: Path) -> None:
-    held = study_lock(tmp_path / "runs")
-    with pytest.raises(RuntimeError, match="in use by process"):
-        study_lock(tmp_path / "runs")
-    FolderLock(tmp_path / "runs").release()  # the tracker's
-    held.release()
+def test_one_study_at_a_time_and_its_runs_may_make_their_trackers_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path / "runs" / ".study", tmp_path / ".results.study"):
+        held = study_lock(folder)
+        FolderLock(folder.parent).release()  # the tracker's
+        assert main(["study", write_study(tmp_path)]) == 1
+        assert "in use by process" in (said := capsys.readouterr().err)
+        assert "give this study other runs=FOLDER and results=FOLDER" in said
+        held.release()
+
+
+def test_words_that_a_study_would_ignore_are_refused_or_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {"seeds": [0], "experiments": ["phantom"], "variants": {"a": {}}}
+    study = write_study(tmp_path, ablations=variants)
+    assert main(["study", study, "seed=7", "--dry-run"]) == 1
+    assert "a study gives each run its own seed; the study's seeds=" in capsys.readouterr().err
+    assert main(["study", study, "ablations.seeds=[]", "--dry-run"]) == 0
+    assert "no variant is planned" in capsys.readouterr().err
+    runs = planned_runs(read_study(study, [])[0], tmp_path, ["segment.rows=[cldf,cdm]"])
+    assert [run.config.segment.rows for run in runs] == [("cldf", "cdm")] * 2
 
 
 def test_a_study_that_is_not_there_and_an_option_of_another_command_are_refused(
@@ -393,3 +429,44 @@ def test_a_finished_run_is_compared_with_what_is_asked_for(
     (folder / "results" / "tables.md").unlink()
     assert main(["study", "--tables-only", study]) == 0
     assert (folder / "results" / "tables.md").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_pictures_of_another_evaluation_are_drawn_anew(finished: FinishedStudy) -> None:
+    """As after a kill between a run's end and its pictures, or a run made anew by hand."""
+    results = finished.folder / "results"
+    (shown,) = rows_of(finished.folder, "pictures")
+    assert (shown["seed"], shown["variant"]) == ("0", "base")
+    pictures = sorted(results.glob("*.png"))
+    right = [path.read_bytes() for path in pictures]
+    for path in pictures:
+        path.write_bytes(b"of another run")
+    quiet = "ablations.seeds=[]"
+    assert main(["study", finished.file, quiet]) == 0
+    assert pictures[0].read_bytes() == b"of another run", "those that are there are kept"
+    table = results / "pictures.csv"
+    table.write_text(table.read_text().replace(shown["evaluate"], "0" * 32))
+    assert main(["study", finished.file, quiet]) == 0
+    assert [path.read_bytes() for path in pictures] == right
+
+
+@pytest.mark.slow
+def test_a_run_of_nets_that_were_made_anew_is_reported(
+    finished: FinishedStudy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.folder / "runs", tmp_path / "runs")
+    runs = tmp_path / "runs" / "phantom"
+    words = [f"runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", "launcher=/bin/false"]
+    identity = runs / "base" / "seed0" / "prepare" / "run.json"
+    known = json.loads(identity.read_text())["id"]
+    for path in (runs / "warm").rglob("run.json"):  # as if the base had been made again
+        path.write_text(path.read_text().replace(known, "1" * 32))
+    assert main(["study", finished.file, *words]) == 1
+    said = capfd.readouterr().err
+    own = runs / "warm" / "seed0"
+    assert f"{own / 'prepare'} is not that of phantom/base/seed0" in said
+    assert f"delete {own} to vary that run anew" in said
+    identity.write_text(identity.read_text().replace(known, "1" * 32))
+    assert main(["study", finished.file, *words]) == 1
+    first = runs / "base" / "seed0" / "train-diffusion"
+    assert f"{first} was made from another prepare than the one" in capfd.readouterr().err

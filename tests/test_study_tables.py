@@ -1,6 +1,7 @@
 """tables.md from CSV files whose every number is known by hand."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,64 @@ def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> Non
     assert set(cells(text, "cldf minus the other rows")) >= {"gradcam", "cldf_plus"}
 
 
+def test_a_row_that_a_training_left_out_is_compared_with_no_claim(results: Path) -> None:
+    """It is left out where it would do badly, so its mean over the others would flatter it."""
+    path = results / "cases.csv"
+    kept = [r for r in read_rows(path) if (r["method"], r["seed"]) != ("cldf_plus", "1")]
+    for seed in ("0", "1"):
+        key = {"experiment": "phantom", "seed": seed, "variant": "base"}
+        merge_rows(path, key, [row for row in kept if key.items() <= row.items()])
+    text = write_tables(results).read_text()
+    strict = cells(text, "Strict scores")["cldf_plus"]
+    assert (strict["seed 0"], strict["seed 1"]) == ("0.700", "-")
+    assert strict["Dice [95 %]"] == "0.700 (1 of 2 trainings)"
+    assert (strict["misses"], strict["false alarms"]) == ("0, -", "0, -")
+    plus = cells(text, "cldf_plus minus the other rows")["gradcam"]
+    assert plus["Dice [95 %]"] == "+0.400 (1 of 2 trainings)"
+    assert (plus["p"], plus["p (Holm)"]) == ("-", "-")
+    assert cells(text, "cldf minus the other rows")["cldf_plus"]["p"] == "-"
+
+
+def test_without_any_truth_mask_the_tables_say_so(results: Path) -> None:
+    (results / "cases.csv").write_text("experiment,seed,variant\n")
+    about = {"commit": "abc", "torch": "2", "device": "CPU", "processes": "1", "seconds": "3"}
+    key = {"experiment": "phantom", "seed": "0", "variant": "base"}
+    merge_rows(results / "provenance.csv", key, [{**key, **about}])
+    text = write_tables(results).read_text()
+    assert "No test patient has a truth mask: no mask is scored." in text
+    assert "Commit abc" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("cases", lambda text: text[: len(text) // 2], "the last line is cut off"),
+        ("cases", lambda text: "<<<<<<< HEAD\n" + text, "there is no column experiment"),
+        (
+            "cases",
+            lambda text: text.replace("\n", "\n<<<<<<< HEAD\n", 1),
+            "line 2 has not the cells",
+        ),
+        ("cases", lambda text: text.split("\n", 1)[1], "there is no column"),
+        ("seeds", lambda text: text.replace("object_recall", "recall"), "no column object_recall"),
+        ("seeds", lambda text: text.replace("phantom,0", "phantom,x"), "seed must be a number"),
+    ],
+)
+def test_a_damaged_file_of_results_is_named(
+    results: Path, name: str, damage: Callable[[str], str], said: str
+) -> None:
+    path = results / f"{name}.csv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=f"{name}.csv is damaged: .*{said}.*; restore it, or"):
+        write_tables(results)
+
+
+def test_a_file_of_results_that_is_no_text_is_named(results: Path) -> None:
+    (results / "legacy.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"legacy\.csv is damaged: .*decode"):
+        write_tables(results)
+
+
 def test_a_variant_is_compared_with_the_base_of_its_seed(results: Path) -> None:
     table = cells(write_tables(results).read_text(), "Ablations")
     base, warm = table["base"], table["warm"]
@@ -185,5 +244,5 @@ def test_marks() -> None:
 
 
 def test_without_results_there_are_no_tables(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no rows; run: cldf study"):
+    with pytest.raises(FileNotFoundError, match="holds no rows of a study; run: cldf study"):
         write_tables(tmp_path)

@@ -22,7 +22,7 @@ Scores = npt.NDArray[np.float64]
 class PairedDifference:
     """One row minus another, over the patients that both score in some training."""
 
-    difference: float | None  # mean over patients of the mean over trainings
+    difference: float | None  # mean over trainings of the mean over patients
     low: float | None  # over trainings and patients
     high: float | None
     p: float | None  # over patients, for these trainings
@@ -87,11 +87,11 @@ def paired_over_trainings(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> PairedDifference:
-    """`first` minus `second`, the differences of each patient averaged over the trainings in which
-    both are defined.
+    """`first` minus `second`: the mean over trainings of that over the patients that both score.
 
-    The interval is over trainings and patients (`crossed_interval`), the two-sided permutation test
-    over patients alone: three trainings allow no test, and its p holds for these trainings.
+    The interval is over trainings and patients (`crossed_interval`). The two-sided permutation test
+    is over patients alone, each patient's difference averaged over its trainings: three trainings
+    allow no test, and its p holds for these trainings.
 
     Raises ValueError where the shapes differ.
     """
@@ -110,7 +110,7 @@ def paired_over_trainings(
     )
     zeros = [0.0] * len(of_patients)
     return PairedDifference(
-        difference=float(np.mean(of_patients)) if of_patients else None,
+        difference=mean_of_trainings(differences),
         low=None if np.isnan(low) else low,
         high=None if np.isnan(high) else high,
         p=paired_permutation_test(of_patients, zeros, seed=seed) if of_patients else None,

@@ -399,7 +399,13 @@ def _as_begun(config: Config, cache: FeatureCache) -> Config:
     features = replace(config.features, precision=cache.attributes["precision"])
     config = replace(config, features=features)
     if config.seeds.cam == "auto":
-        config = with_map(config, cache.attributes["seed_map"]["map"])
+        chosen = cache.attributes.get("seed_map")
+        if chosen is None:
+            raise ValueError(
+                f"{cache.folder} was begun by an earlier version, without a choice of the map that "
+                f"makes seeds; delete {cache.folder} and run: cldf cache"
+            )
+        config = with_map(config, chosen["map"])
     return config
 
 

@@ -36,7 +36,7 @@ from cldf_dist.method.statistics import (
 )
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
 from cldf_dist.progress import progress
-from cldf_dist.run import DONE, Run, write_atomically
+from cldf_dist.run import DONE, Run, read_json, write_atomically
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.stages.evidence import seed_report
 from cldf_dist.stages.intensity import ORACLE_INTENSITY, oracle_intensity
@@ -80,7 +80,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         run.needs(name) for name in ("prepare", "cache", "train-decoder", "segment")
     )
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
-    rule = json.loads((segment / "thresholds.json").read_text())
+    rule = read_json(segment / "thresholds.json")
     methods = list(rule["cuts"])
     patients = [name for name in shards.patients["test"] if truth_path(prepare, name).is_file()]
     if not patients:
@@ -108,7 +108,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         lambda patient: read_mask(truth_path(prepare, patient)),
         config.segment.gate_probability,
     )
-    cached = json.loads((cache / DONE).read_text())
+    cached = read_json(cache / DONE)
     summary: dict[str, Any] = {
         "strict": {
             "methods": _rows(cases, HEADLINE, methods, config),
@@ -127,7 +127,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": cached.get("seeds") or {},
-        "seed_map": cached.get("seed_map", config.seeds.cam),
+        "seed_map": _seed_map(config, cached, cache / STORE),
         "seeds_plus": _seeds_of_plus(config, shards, cache / STORE, decoder),
         "mask_row": rule["mask_row"],
     }
@@ -143,9 +143,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"num_test_patients": len(patients), "dice": dice}
 
 
+def _seed_map(config: Config, cached: Mapping[str, Any], store: Path) -> str:
+    """The activation map that made the seeds; of a cache that did not say so, as its store does."""
+    said = str(cached.get("seed_map", config.seeds.cam))
+    if said == "auto" and store.is_dir():
+        said = str(FeatureCache(store).attributes.get("seed_map", {}).get("map", said))
+    return said
+
+
 def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
     """Here, because a training opens no mask but those of the upper bounds."""
-    cut = json.loads((decoder / DONE).read_text()).get("evidence_cut")
+    cut = read_json(decoder / DONE).get("evidence_cut")
     if cut is None:
         return {}
     if not store.is_dir():

@@ -11,7 +11,6 @@ result.save("masks")
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from cldf_dist.data.slices import Geometry, prepare_volume
 from cldf_dist.data.subject import rule_of, subject_of
 from cldf_dist.processes import processes
 from cldf_dist.progress import progress
-from cldf_dist.run import Run, changed_keys, read_config, room_explained
+from cldf_dist.run import Run, changed_keys, read_config, read_json, room_explained
 from cldf_dist.stages import stage_named
 from cldf_dist.stages.masks import FloatArray, Mask, mask_and_probability, write_own_layout
 from cldf_dist.stages.segment import Segmenter
@@ -250,7 +249,7 @@ def _check_output(output: Path, scans: Path) -> None:
 def _loaded(config: Config) -> ScanSegmenter:
     run = Run(config, "segment", ())
     folder = run.needs("segment")
-    rule = json.loads((folder / "thresholds.json").read_text())
+    rule = read_json(folder / "thresholds.json")
     row = rule["mask_row"]
     prepared = ShardSet(run.needs("prepare"), on_damaged="skip")
     seen = prepared.geometry(prepared.patients["train"][0])

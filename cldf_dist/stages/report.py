@@ -22,7 +22,7 @@ from cldf_dist.data.objects import object_title
 from cldf_dist.data.shards import ShardSet
 from cldf_dist.data.staging import ShardCache
 from cldf_dist.progress import progress
-from cldf_dist.run import DONE, Run, seconds_of, write_atomically
+from cldf_dist.run import DONE, Run, read_json, seconds_of, write_atomically
 from cldf_dist.stages import STAGES
 from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
 from cldf_dist.stages.masks import OURS, UPPER_BOUNDS, PatientScores
@@ -44,7 +44,7 @@ Row = dict[str, str]  # of cases.csv
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Write overlays/<patient>.png and report.html."""
     evaluated = run.needs("evaluate")
-    summary = json.loads((evaluated / "summary.json").read_text())
+    summary = read_json(evaluated / "summary.json")
     with (evaluated / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
     drawn = with_map(config, summary.get("seed_map", config.seeds.cam))
@@ -204,8 +204,13 @@ def _all_curves(folder: Path) -> list[dict[str, str]]:
 def _series(path: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by metric, of the losses and accuracies."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}, is damaged: {error}; delete the line and run: cldf report"
+            ) from error
         for key, value in entry.items():
             if key.split("/")[0] in ("train", "validation") and _kind(key) is not None:
                 series.setdefault(key, []).append((entry["step"], value))
@@ -269,7 +274,7 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
         path = folder / stage.name / "provenance.json"
         if not path.is_file():
             continue
-        starts = json.loads(path.read_text())["starts"]
+        starts = read_json(path)["starts"]
         last = starts[-1]
         state = last["git"]
         rows.append(

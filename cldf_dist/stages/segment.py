@@ -32,7 +32,7 @@ from cldf_dist.method.threshold import negative_cut
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
 from cldf_dist.progress import progress
-from cldf_dist.run import Run, write_atomically
+from cldf_dist.run import Run, read_json, write_atomically
 from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.stages.loading import load_decoder, shard_set
@@ -251,6 +251,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         remove_leftovers(run.folder)
     wait_for_everyone()
     segmenter = Segmenter.load(config, run)
+    _check_mask_row(config, segmenter.rows)
     folder = run.folder / "scores"
     folder.mkdir(exist_ok=True)
     patients = [*shards.patients["validation"], *shards.patients["test"]]
@@ -269,7 +270,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         rule["mask_row"] = _mask_row(config, shards, folder, rule["cuts"])
         write_atomically(run.folder / "thresholds.json", json.dumps(rule, indent=1))
     wait_for_everyone()
-    rule = json.loads((run.folder / "thresholds.json").read_text())
+    rule = read_json(run.folder / "thresholds.json")
     for name in shards.patients["test"][processes().rank :: processes().world_size]:
         scores = PatientScores.load(folder, name)
         _write_masks(config, scores, shards.geometry(name), rule, run.folder)
@@ -320,18 +321,22 @@ def _cuts_without_masks(
     return {"rule": "negatives", "negative_fraction": fraction, "cuts": cuts}
 
 
-def _mask_row(config: Config, shards: ShardSet, folder: Path, cuts: Mapping[str, float]) -> str:
-    """The row whose masks new scans get: as set, or the best of ours by weak validation, the first
-    of equals."""
-    ours = {row: cuts[row] for row in OURS if row in cuts}
-    chosen = config.segment.mask_row
-    if chosen in ours:
-        return chosen
-    if chosen != "auto":
+def _check_mask_row(config: Config, rows: Sequence[str]) -> None:
+    """Raise ValueError, before any patient is scored, where the row was left out in training."""
+    chosen, ours = config.segment.mask_row, [row for row in OURS if row in rows]
+    if chosen not in ("auto", *ours):
         raise ValueError(
             f"segment.mask_row={chosen} is no row of this run, which has {', '.join(ours)}: it was "
             "left out in train-decoder; take another or auto"
         )
+
+
+def _mask_row(config: Config, shards: ShardSet, folder: Path, cuts: Mapping[str, float]) -> str:
+    """The row whose masks new scans get: as set, or the best of ours by weak validation, the first
+    of equals."""
+    if config.segment.mask_row != "auto":
+        return config.segment.mask_row
+    ours = {row: cuts[row] for row in OURS if row in cuts}
     weak = weak_rows(shards, folder, ours)
     return max(ours, key=lambda row: weak[row]["area_auroc"] or 0.0)
 

@@ -156,7 +156,15 @@ def _believes_evidence(config: Config, cache: FeatureCache) -> bool:
     show different things."""
     seed_map, least = cache.attributes.get("seed_map", {}), config.plus.agreement
     found = evidence_agreement(seed_map)
-    if config.plus.cam == 0 or found is None or found >= least:
+    if config.plus.cam == 0 or least == -1 or (found is not None and found >= least):
+        return True
+    if found is None:
+        if processes().is_main:
+            print(
+                f"train-decoder: plus.agreement={least} is not asked: the cache was made before "
+                "it knew how evidence and activation map agree; delete its folder to make it anew",
+                file=sys.stderr,
+            )
         return True
     if processes().is_main:
         print(

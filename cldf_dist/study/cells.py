@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
+import numpy as np
+
 from cldf_dist.method.repeated_trainings import (
     PairedDifference,
     Scores,
@@ -13,15 +15,22 @@ from cldf_dist.method.repeated_trainings import (
 )
 
 
-def mean_cell(scores: Scores, digits: int = 3) -> str:
-    """The mean over trainings and patients with its interval."""
+def mean_cell(scores: Scores, digits: int = 3, *, exists: Sequence[bool]) -> str:
+    """The mean over trainings and patients with its interval; where not each training has the row,
+    the mean of those that do, and no claim about others."""
+    if not all(exists):
+        mean = number_cell(mean_of_trainings(scores[np.array(exists)]), digits)
+        return f"{mean} ({sum(exists)} of {len(exists)} trainings)"
     low, high = crossed_interval(scores)
     mean = number_cell(mean_of_trainings(scores), digits)
     return mean if isnan(low) else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def difference_cell(row: PairedDifference) -> str:
+def difference_cell(row: PairedDifference, exists: Sequence[bool] = ()) -> str:
+    """The difference with its interval; of the trainings that have both rows alone, without one."""
     mean = number_cell(row.difference, signed=True)
+    if not all(exists):
+        return f"{mean} ({sum(exists)} of {len(exists)} trainings)"
     if row.low is None:
         return mean
     low, high = (number_cell(value, signed=True) for value in (row.low, row.high))
@@ -32,8 +41,8 @@ def seeds_cell(differences: Sequence[float | None]) -> str:
     return ", ".join(number_cell(value, signed=True) for value in differences)
 
 
-def counts_cell(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+def counts_cell(numbers: Sequence[int | None]) -> str:
+    return ", ".join("-" if number is None else str(number) for number in numbers)
 
 
 def shares_cell(parts: Sequence[int], wholes: Sequence[int]) -> str:

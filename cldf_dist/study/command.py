@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cldf_dist.locks import FolderLock
-from cldf_dist.run import DONE, changed_keys, read_config
+from cldf_dist.run import DONE, changed_keys, read_config, read_json
 from cldf_dist.stages import STAGES
 from cldf_dist.study.child import Child, wait_for_others
 from cldf_dist.study.plan import (
@@ -19,8 +20,8 @@ from cldf_dist.study.plan import (
     planned_runs,
     read_study,
 )
-from cldf_dist.study.rows import merge_rows_of
-from cldf_dist.study.sharing import share_finished_stages
+from cldf_dist.study.rows import merge_rows, merge_rows_of, read_results
+from cldf_dist.study.sharing import share_finished_stages, stage_of_its_own
 from cldf_dist.study.tables import picture_names, write_tables
 
 STOPPED = 75  # all saved, the same command resumes; as in slurm/stage.sbatch
@@ -45,23 +46,25 @@ def run(words: Sequence[str], *, dry: bool = False, tables_only: bool = False) -
             f"place with experiments.{name}.needs=PATH",
             file=sys.stderr,
         )
+    if study.ablations.variants and all(planned.variant == BASE for planned in runs):
+        _say("no variant is planned: ablations.seeds or ablations.experiments names no run here")
     if dry:
         for planned in runs:
             print(f"{planned.name}: {'finished' if _is_finished(planned) else 'to do'}")
         return 0
-    lock = study_lock(Path(study.runs))
-    try:
+    results = Path(study.results)
+    with ExitStack() as held:
+        # the results' lies beside them, since they are for publishing
+        for folder in (Path(study.runs) / ".study", results.with_name(f".{results.name}.study")):
+            held.callback(study_lock(folder).release)
         return _run_all(study, runs)
-    finally:
-        lock.release()
 
 
-def study_lock(runs: Path) -> FolderLock:
-    """Keeps a second study out of the folder `runs`. Not by the lock of that folder itself: its
-    tracker takes that one when it makes its tables."""
-    folder = runs / ".study"
+def study_lock(folder: Path) -> FolderLock:
+    """Keeps a second study out. Not by the lock of the runs' folder itself: its tracker takes that
+    one when it makes its tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    return FolderLock(folder)
+    return FolderLock(folder, remedy="give this study other runs=FOLDER and results=FOLDER")
 
 
 def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
@@ -70,16 +73,15 @@ def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
     with Child(launcher_words(study)) as child:
         for number, planned in enumerate(runs, 1):
             _say(f"{planned.name} ({number} of {len(runs)})")
-            was_finished = _is_finished(planned)
             problem = _run_one(child, planned, runs)
             if child.asked:
                 _say("stopped; the same command resumes")
                 return STOPPED
-            problem = problem or _collect(planned, runs, results, again=not was_finished)
+            problem = problem or _collect(planned, runs, results)
             if problem:
                 failed[planned.name] = problem
                 _say(f"{planned.name} FAILED: {problem}")
-    if (results / "cases.csv").exists():
+    if any(planned.name not in failed for planned in runs):
         print(f"tables   {write_tables(results)}")
     for name, problem in failed.items():
         print(f"cldf: error: {name}: {problem}", file=sys.stderr)
@@ -91,7 +93,7 @@ def _run_one(child: Child, planned: PlannedRun, runs: Sequence[PlannedRun]) -> s
     asked for."""
     try:
         if _is_finished(planned):
-            return _changed(planned)
+            return _changed(planned) or _of_other_nets(planned, runs)
         for source in _sources(planned, runs):
             if shared := share_finished_stages(source.config, planned.config):
                 _say(f"{planned.name}: takes over {', '.join(shared)} of {source.name}")
@@ -139,20 +141,52 @@ def _changed(planned: PlannedRun) -> str:
     return ""
 
 
-def _collect(planned: PlannedRun, runs: Sequence[PlannedRun], results: Path, *, again: bool) -> str:
-    """Put the numbers of a finished run into the results, and make the tables anew; what went
-    wrong, or nothing. Pictures are drawn of an experiment's first run, `again` if they exist."""
-    first = next(run for run in runs if run.experiment == planned.experiment)
-    try:
-        merge_rows_of(planned.key, planned.config.run_folder, results)
-        there = all((results / name).is_file() for name in picture_names(planned.experiment))
-        if planned.key == first.key and (again or not there):
-            from cldf_dist.study.pictures import draw_patients  # imports torch
+def _of_other_nets(planned: PlannedRun, runs: Sequence[PlannedRun]) -> str:
+    """Whether a finished run has stages of inputs, or a variant of a base, that have been made anew
+    since; in words, or nothing."""
+    folder = planned.config.run_folder
+    for stage in STAGES:
+        for name, identity in read_json(folder / stage.name / "run.json")["inputs"].items():
+            if identity != read_json(folder / name / "run.json")["id"]:
+                return (
+                    f"{folder / stage.name} was made from another {name} than the one there is "
+                    "now; delete it and the folders of the stages after it"
+                )
+    if planned.variant == BASE:
+        return ""
+    for source in _sources(planned, runs):
+        if own := stage_of_its_own(source.config, planned.config):
+            return (
+                f"{folder / own} is not that of {source.name}, with which it is compared; delete "
+                f"{folder} to vary that run anew"
+            )
+    return ""
 
-            draw_patients(planned.experiment, planned.config, results)
+
+def _collect(planned: PlannedRun, runs: Sequence[PlannedRun], results: Path) -> str:
+    """Put the numbers of a finished run into the results, and make the tables anew; what went
+    wrong, or nothing. The pictures are of an experiment's run with the lowest seed, as in the
+    tables, and drawn anew where they show another evaluation than there is now."""
+    seeds = [
+        run.seed for run in runs if (run.experiment, run.variant) == (planned.experiment, BASE)
+    ]
+    folder = planned.config.run_folder
+    try:
+        merge_rows_of(planned.key, folder, results)
+        if planned.variant == BASE and planned.seed == min(seeds):
+            shown = {**planned.key, "evaluate": read_json(folder / "evaluate" / "run.json")["id"]}
+            names = picture_names(planned.experiment)
+            there = all((results / name).is_file() for name in names)
+            if not there or shown not in read_results(results, "pictures"):
+                from cldf_dist.study.pictures import draw_patients  # imports torch
+
+                draw_patients(planned.experiment, planned.config, results)
+                merge_rows(results / "pictures.csv", planned.key, [shown])
         write_tables(results)
-    except (ValueError, OSError, KeyError) as error:
-        return f"its results cannot be read: {error!r}"
+    except (ValueError, OSError) as error:
+        return f"its results cannot be kept: {error}"
+    except KeyError as error:
+        return f"{folder / 'evaluate'} lacks {error}: an earlier version made it; delete it"
     return ""
 
 

@@ -19,6 +19,8 @@ ROWS_OF_VARIANTS = (
     "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",
     "supervised_decoder", "supervised_plus",
 )  # fmt: skip
+REMEDY = "the study's seeds=, runs= and the names of its experiments and variants say it"
+OWN = ("seed", "runs", "name")  # settings of a run that the study gives it
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -81,6 +83,9 @@ def read_study(path: str, words: Sequence[str]) -> tuple[Study, tuple[str, ...]]
     name that is no folder name.
     """
     own = tuple(word for word in words if _is_own(word))
+    for word in words:
+        if word not in own and _key(word) in OWN:
+            raise ValueError(f"a study gives each run its own {_key(word)}; {REMEDY}, got {word}")
     study: Study = build(Study, _merged(path, own), "")
     _check(study)
     return study, tuple(word for word in words if word not in own)
@@ -126,11 +131,16 @@ def _planned(
     experiment = study.experiments[name]
     settings = [*_from_folder(experiment.settings, folder), *words]
     if variant != BASE:
-        settings.append(f"segment.rows=[{','.join(ROWS_OF_VARIANTS)}]")
+        if not any(word.startswith("segment.rows=") for word in settings):
+            settings.append(f"segment.rows=[{','.join(ROWS_OF_VARIANTS)}]")
         settings += _from_folder(study.ablations.variants[variant].settings, folder)
     settings += [f"seed={seed}", f"runs={study.runs}", f"name={name}/{variant}/seed{seed}"]
     files = [str(folder / path) for path in experiment.configs]
-    config = load(files, settings)
+    where = f"experiments.{name}" if variant == BASE else f"ablations.variants.{variant}"
+    try:
+        config = load(files, settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from error
     if "," in config.data.object or config.data.object == EACH:
         raise ValueError(
             f"experiments.{name}: data.object must be one object in a study, got "
@@ -151,9 +161,13 @@ def _from_folder(words: Sequence[str], folder: Path) -> list[str]:
     return found
 
 
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
 def _is_own(word: str) -> bool:
     """Whether a word is about the study; `seeds.rule` and the like are settings of runs."""
-    key = word.partition("=")[0]
+    key = _key(word)
     return key in ("runs", "results", "launcher", "seeds") or key.startswith(
         ("experiments.", "ablations.")
     )
@@ -173,7 +187,7 @@ def _merged(path: str, words: Sequence[str]) -> Any:
 
 
 def _check(study: Study) -> None:
-    broken = [*_broken_names(study), *_broken_seeds(study)]
+    broken = [*_broken_names(study), *_broken_seeds(study), *_broken_settings(study)]
     if not study.experiments:
         broken.append("experiments must name at least one experiment")
     for name, experiment in study.experiments.items():
@@ -205,3 +219,18 @@ def _broken_seeds(study: Study) -> Iterator[str]:
     for seed in study.ablations.seeds:
         if seed not in study.seeds:
             yield f"ablations.seeds must be of seeds {list(study.seeds)}, got {seed}"
+    for path in ("seeds", "experiments"):
+        asked = getattr(study.ablations, path)
+        if len(set(asked)) != len(asked):
+            yield f"ablations.{path} must differ, got {list(asked)}"
+
+
+def _broken_settings(study: Study) -> Iterator[str]:
+    for path, named in (
+        ("experiments", study.experiments),
+        ("ablations.variants", study.ablations.variants),
+    ):
+        for name, about in named.items():
+            for word in about.settings:
+                if _key(word) in OWN:
+                    yield f"{path}.{name}.settings: {REMEDY}; take {word} out"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,17 @@ from cldf_dist.stages import STAGES
 KEY = ("experiment", "seed", "variant")
 CASES = ("patient", "method", "rule", "dice", "iou", "hd95_mm", "outcome")
 COMPONENTS = {"all": "methods", "largest": "methods_largest_component"}  # of the legacy block
+
+# the columns that the tables read, where a file has any row
+COLUMNS = {
+    "cases": (*KEY, *CASES),
+    "legacy": (*KEY, "method", "components"),
+    "weak_validation": (*KEY, "method", "area_auroc", "dice"),
+    "seeds": (*KEY, "row", "object_precision", "object_recall"),
+    "oracle_intensity": KEY,
+    "provenance": (*KEY, "commit", "torch", "device", "processes", "seconds"),
+    "pictures": (*KEY, "evaluate"),
+}
 
 Row = dict[str, str]
 
@@ -44,7 +54,7 @@ def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
 def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
     """Replace the rows of `key` in a CSV file by `rows`, in their place; the file changes in one
     step."""
-    before = read_rows(path)
+    before = read_rows(path, KEY)
     of_key = [all(row[name] == key[name] for name in KEY) for row in before]
     place = of_key.index(True) if any(of_key) else len(before)
     others = [row for row, replaced in zip(before, of_key) if not replaced]
@@ -57,12 +67,42 @@ def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file; none where there is no file."""
+def read_results(results: Path, name: str) -> list[Row]:
+    """The rows of one of the study's files; ValueError where what the tables need is not there."""
+    return read_rows(results / f"{name}.csv", COLUMNS[name])
+
+
+def read_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a CSV file; none where there is no file.
+
+    Raises ValueError, with file and line, where it is cut short or holds something else.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        text = path.read_text("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _damaged(path, str(error)) from error
+    if text and not text.endswith("\n"):
+        raise _damaged(path, "the last line is cut off")
+    lacking = [name for name in columns if name not in (reader.fieldnames or ())]
+    if rows and lacking:
+        raise _damaged(path, f"there is no column {', '.join(lacking)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise _damaged(path, f"line {number} has not the cells of line 1")
+        if "seed" in columns and not row["seed"].isdecimal():
+            raise _damaged(path, f"line {number}: seed must be a number, got {row['seed']!r}")
+    return rows
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {what}; restore it, or delete it and run the study again, which puts "
+        "every finished run's rows there"
+    )
 
 
 def _cases(path: Path) -> list[dict[str, Any]]:
@@ -108,8 +148,8 @@ def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _provenance(run_folder: Path) -> dict[str, Any]:
     """Where the run was made, without a word about paths; the seconds are those of all its stages,
     taken over ones too."""
-    starts = json.loads((run_folder / "evaluate" / "provenance.json").read_text())["starts"]
-    training = json.loads((run_folder / "train-decoder" / "provenance.json").read_text())["starts"]
+    starts = read_json(run_folder / "evaluate" / "provenance.json")["starts"]
+    training = read_json(run_folder / "train-decoder" / "provenance.json")["starts"]
     state = starts[-1]["git"]
     seconds = sum(seconds_of(run_folder / stage.name) for stage in STAGES)
     return {

@@ -50,14 +50,23 @@ class StrictScores:
             ]
         )
 
-    def count(self, method: str, outcome: str) -> list[int]:
-        """How many patients ended so, in each training."""
+    def count(self, method: str, outcome: str) -> list[int | None]:
+        """How many patients ended so, in each training; None where the row does not exist."""
         return [
             sum(
                 self.rows[method, seed, patient]["outcome"] == outcome
                 for patient in self.patients
                 if (method, seed, patient) in self.rows
             )
+            if exists
+            else None
+            for seed, exists in zip(self.seeds, self.exists(method))
+        ]
+
+    def exists(self, method: str) -> list[bool]:
+        """Whether each training has the row: one of ours may have been left out in some."""
+        return [
+            any((method, seed, patient) in self.rows for patient in self.patients)
             for seed in self.seeds
         ]
 
@@ -100,5 +109,5 @@ def picked_patients(scores: StrictScores) -> dict[str, tuple[str, float]]:
 
 
 def picked_by(scores: StrictScores) -> str:
-    """The row by whose Dice pictures are picked."""
-    return "cldf_plus" if "cldf_plus" in scores.methods else OURS
+    """The row by whose Dice pictures are picked, of those that the first training has."""
+    return "cldf_plus" if scores.seeds and scores.exists("cldf_plus")[0] else OURS

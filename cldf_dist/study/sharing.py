@@ -36,6 +36,18 @@ def share_finished_stages(source: Config, target: Config) -> list[str]:
     return shared
 
 
+def stage_of_its_own(source: Config, target: Config) -> str:
+    """The first stage that `target` would take over from `source`, but has made itself; "" where
+    there is none."""
+    same: list[str] = []
+    for stage in STAGES:
+        if set(stage.needs) <= set(same) and _would_be_same(source, target, stage):
+            if not _is_linked(*(run.run_folder / stage.name for run in (source, target))):
+                return stage.name
+            same.append(stage.name)
+    return ""
+
+
 def _would_be_same(source: Config, target: Config, stage: Stage) -> bool:
     folder = source.run_folder / stage.name
     if not (folder / DONE).is_file():

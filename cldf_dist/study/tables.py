@@ -21,7 +21,7 @@ from cldf_dist.study.cells import (
     table,
 )
 from cldf_dist.study.plan import BASE
-from cldf_dist.study.rows import COMPONENTS, Row, methods_of, read_rows
+from cldf_dist.study.rows import COMPONENTS, Row, methods_of, read_results
 from cldf_dist.study.scores import StrictScores, marked, picked_by, picked_patients, used_masks
 
 TABLES = "tables.md"
@@ -44,11 +44,12 @@ Files = Mapping[str, list[Row]]
 
 def write_tables(results: Path) -> Path:
     """Make tables.md anew; its path. FileNotFoundError where no run has left its numbers yet."""
-    files = {name: read_rows(results / f"{name}.csv") for name in CSV_FILES}
-    if not files["cases"]:
-        raise FileNotFoundError(f"{results / 'cases.csv'} holds no rows; run: cldf study STUDY")
+    files = {name: read_results(results, name) for name in CSV_FILES}
+    if not any(files.values()):
+        raise FileNotFoundError(f"{results} holds no rows of a study; run: cldf study STUDY")
     blocks = [ABOUT]
-    for experiment in dict.fromkeys(row["experiment"] for row in files["cases"]):
+    known = [row["experiment"] for name in ("cases", "provenance") for row in files[name]]
+    for experiment in dict.fromkeys(known):
         rows = {
             name: [row for row in content if row["experiment"] == experiment]
             for name, content in files.items()
@@ -81,6 +82,8 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
             blocks += ["### Seeds", _seeds_table(base["seeds"])]
         blocks += ["### Without any mask", _weak_table(base["weak_validation"])]
         blocks += ["### As papers score (legacy)", _legacy_table(base["legacy"])]
+    else:
+        blocks.append("No test patient has a truth mask: no mask is scored.")
     if any(row["variant"] != BASE for row in rows["cases"]):
         blocks += ["### Ablations", ablation_table(rows["cases"], rows["seeds"])]
     return blocks
@@ -122,14 +125,14 @@ def _strict_table(scores: StrictScores) -> str:
     ]  # fmt: skip
     lines = []
     for method in scores.methods:
-        dice = scores.values(method, "dice")
+        dice, exists = scores.values(method, "dice"), scores.exists(method)
         lines.append(
             [
                 marked(method),
                 *(number_cell(mean) for mean in training_means(dice)),
-                mean_cell(dice),
-                mean_cell(scores.values(method, "iou")),
-                mean_cell(scores.values(method, "hd95_mm"), digits=1),
+                mean_cell(dice, exists=exists),
+                mean_cell(scores.values(method, "iou"), exists=exists),
+                mean_cell(scores.values(method, "hd95_mm"), digits=1, exists=exists),
                 counts_cell(scores.count(method, "miss")),
                 counts_cell(scores.count(method, "false_alarm")),
             ]
@@ -158,18 +161,22 @@ def _paired_table(scores: StrictScores, ours: str) -> str:
         for method in scores.methods
         if method != ours
     }
+    both = {
+        method: [a and b for a, b in zip(scores.exists(ours), scores.exists(method))]
+        for method in found
+    }
     family = {
         method: row.p
         for method, row in found.items()
-        if row.p is not None and not used_masks(method)
+        if row.p is not None and all(both[method]) and not used_masks(method)
     }
     adjusted = holm(family)
     lines = [
         [
             marked(method),
-            difference_cell(row),
+            difference_cell(row, both[method]),
             seeds_cell(row.of_trainings),
-            "-" if used_masks(method) else number_cell(row.p, 4),
+            number_cell(family.get(method), 4),
             number_cell(adjusted.get(method), 4),
             shares_cell(row.num_better, row.num_compared),
             shares_cell(row.num_worse, row.num_compared),

@@ -64,8 +64,8 @@ def test_differences_are_averaged_over_trainings_for_each_patient() -> None:
     first = np.array([[0.9, 0.5, 0.3], [0.7, 0.5, nan]])
     second = np.array([[0.5, 0.6, 0.3], [0.5, 0.4, 0.9]])
     found = paired_over_trainings(first, second)
-    # patients: (0.4 + 0.2) / 2, (-0.1 + 0.1) / 2, 0 (the first training alone)
-    assert found.difference == pytest.approx(0.1)
+    # trainings: (0.4 - 0.1 + 0) / 3 and (0.2 + 0.1) / 2
+    assert found.difference == pytest.approx(0.125)
     assert found.num_better == (1, 2)
     assert found.num_worse == (1, 0)
     assert found.num_compared == (3, 2)

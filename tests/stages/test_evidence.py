@@ -219,6 +219,8 @@ def test_without_any_object_seed_cldf_plus_is_left_out_and_the_run_goes_on(
     shutil.rmtree(run.folder / "segment")
     assert main(["segment", *run.words, *QUICK, "segment.mask_row=cldf_plus"]) == 1
     assert "segment.mask_row=cldf_plus is no row of this run" in capsys.readouterr().err
+    assert not (run.folder / "segment" / "scores").exists(), "told before any patient is scored"
+    assert main(["segment", *run.words, *QUICK, "segment.mask_row=auto"]) == 0
 
 
 def test_the_gate_hears_the_neighbouring_slices() -> None:
