@@ -66,7 +66,7 @@ def evidence_labels(
 def seed_report(labels: PixelLabels, table: SliceTable) -> dict[str, float | int | None]:
     """Precision and recall of the seeds of positive training slices, where masks are known.
 
-    A diagnostic for the report: nothing is trained or chosen by it.
+    A diagnostic for the report: nothing of a run is trained or chosen by it.
     """
     count = SeedCount()
     for row in np.flatnonzero(table.labels == 1):
