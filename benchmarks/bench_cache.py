@@ -29,8 +29,8 @@ from cache_reading import measure_reading, measure_writing
 from train_results import Circumstances, append_rows, check_columns, circumstances
 from train_setup import Case
 
-from cldf_dist.data.cache import SCALE, FeatureCache
-from cldf_dist.data.stored_features import STORAGES
+from cldf_dist.data.features.encoding import STORAGES
+from cldf_dist.data.features.store import SCALE, FeatureCache
 from cldf_dist.stages.cache import row_shapes
 
 RESULTS = Path(__file__).parent / "results" / "cache.csv"

@@ -32,7 +32,7 @@ from train_results import Circumstances, append_rows, check_columns, circumstanc
 from train_setup import Case
 
 from cldf_dist.config import Config
-from cldf_dist.data import datasets
+from cldf_dist.data.readers import datasets
 from cldf_dist.data.stream import LabelledSlices, Stream
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"

@@ -30,10 +30,10 @@ from train_results import Circumstances, append_rows, check_columns, circumstanc
 from train_setup import Case
 
 from cldf_dist.config import Config
-from cldf_dist.engine import autocast_dtype
 from cldf_dist.method.features import features_dtype
-from cldf_dist.processes import accelerator
 from cldf_dist.stages.cache import bytes_per_slice, row_shapes
+from cldf_dist.system.distributed import accelerator
+from cldf_dist.training.engine import autocast_dtype
 
 RESULTS = Path(__file__).parent / "results" / "stages.csv"
 PACKAGES = ("torch", "triton", "monai", "accelerate")

@@ -31,7 +31,7 @@ from train_results import Circumstances, Row, append_rows, check_columns, circum
 from train_setup import Case
 
 from cldf_dist.config import Config
-from cldf_dist.throughput import peak_tflops
+from cldf_dist.training.throughput import peak_tflops
 
 RESULTS = Path(__file__).parent / "results" / "train.csv"
 PARTS = {"cpu": ("sizes", "overhead", "demo", "large"), "cuda": ("sizes", "ladder")}

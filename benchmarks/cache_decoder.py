@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cldf_dist.config import Config
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixel_labels import SeedLabels, count_labels
-from cldf_dist.data.pixels import ACTIVATIONS, PixelsPerItem, SeedPixels, TrainingPixels
+from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixels import ACTIVATIONS, PixelsPerItem, SeedPixels, TrainingPixels
+from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.stream import Stream
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.decoder import PixelDecoder

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixels import gather_pixels, interpolate_at
+from cldf_dist.data.features.pixels import gather_pixels, interpolate_at
+from cldf_dist.data.features.store import FeatureCache
 
 Array = npt.NDArray[Any]
 TAP = "up0.0"  # the name of the one tap

@@ -24,7 +24,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldf_dist.data.phantom import CHANNELS, PhantomSettings, phantom_patient
+from cldf_dist.data.readers.phantom import CHANNELS, PhantomSettings, phantom_patient
 
 THRESHOLD_RANGE = (0.30, 0.55)
 SUPERVISED_LOW = 0.85

@@ -10,7 +10,7 @@ from scaling_model import Network, Store, Training
 from train_setup import Case
 
 from cldf_dist.config import Config
-from cldf_dist.data import datasets
+from cldf_dist.data.readers import datasets
 from cldf_dist.stages.cache import bytes_per_slice, row_shapes
 
 GPUS = (1, 8, 64, 128, 256)

@@ -17,11 +17,11 @@ import torch
 import train_setup
 from stage_work import MadeUp, num_channels
 
-from cldf_dist.checkpoint import save_checkpoint
 from cldf_dist.config import Config
-from cldf_dist.fit import Batch, fit
-from cldf_dist.processes import accelerator, end_process, processes, wait_for_everyone
-from cldf_dist.run import Run
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import accelerator, end_process, processes, wait_for_everyone
+from cldf_dist.training.checkpoint import save_checkpoint
+from cldf_dist.training.fit import Batch, fit
 
 STAGE = "train-diffusion"
 Seconds = list[tuple[float, float]]  # of each step, on the wall and of CPU time

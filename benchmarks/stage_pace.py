@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cldf_dist.throughput import memory_gb
+from cldf_dist.training.throughput import memory_gb
 
 
 class Enough(Exception):

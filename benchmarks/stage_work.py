@@ -21,32 +21,32 @@ from torch import nn
 from train_setup import make_task
 
 from cldf_dist.config import Config, Fit
-from cldf_dist.data import datasets
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixel_labels import SeedLabels, count_labels
-from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels
-from cldf_dist.data.shard_writing import write_manifest, write_shards
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.readers import datasets
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import Stream
-from cldf_dist.fit import Batch, Batches, fit
+from cldf_dist.inference.frozen_nets import FrozenNets
+from cldf_dist.inference.loading import noise_schedule, place
+from cldf_dist.inference.patch_logits import PATCH_TAP, plus_taps
+from cldf_dist.inference.seed_cam import FALLBACK, with_map
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.processes import accelerator
-from cldf_dist.run import Run
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring.masks import PLUS
 from cldf_dist.stages.cache import Slices, cached_slices, compute_shard
-from cldf_dist.stages.evidence import PATCH_TAP, plus_taps
-from cldf_dist.stages.frozen_nets import FrozenNets
-from cldf_dist.stages.loading import noise_schedule, place
-from cldf_dist.stages.masks import PLUS
-from cldf_dist.stages.seed_map import FALLBACK, with_map
 from cldf_dist.stages.segment import Segmenter
-from cldf_dist.stages.tune_labels import tell_apart
+from cldf_dist.stages.tune_label_embedding import tell_apart
+from cldf_dist.system.distributed import accelerator
 from cldf_dist.tasks.classify import Classify, NoiseRange
 from cldf_dist.tasks.contrast import Contrast
+from cldf_dist.training.fit import Batch, Batches, fit
 
 WARMUP_STEPS = 3
 ENDLESS = 10**9  # steps; the time is over before

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from cldf_dist.data.shard_writing import write_manifest, write_shards
-from cldf_dist.data.shards import ShardSet, SliceTable
+from cldf_dist.data.shards.table import ShardSet, SliceTable
+from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import STEPS, Slice, dequantise
 from cldf_dist.data.stream import LabelledSlices, Stream
 

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from train_setup import BareLoop, arithmetic, made_up_batches, make_task
 
-from cldf_dist import tracking
 from cldf_dist.config import Config
 from cldf_dist.data.stream import Batch, Stream
-from cldf_dist.fit import fit
-from cldf_dist.moving_average import MovingAverage
-from cldf_dist.records import SkippedSteps, StepMeans
-from cldf_dist.run import Run
-from cldf_dist.stages.loading import shard_set, training_stream
+from cldf_dist.inference.loading import shard_set, training_stream
+from cldf_dist.runs import tracking
+from cldf_dist.runs.run import Run
+from cldf_dist.training.ema import MovingAverage
+from cldf_dist.training.fit import fit
+from cldf_dist.training.step_metrics import SkippedSteps, StepMeans
 
 CPU = torch.device("cpu")
 STAGE = "train-diffusion"

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cldf_dist.cli.pipeline import run_stage
 from cldf_dist.config import Config, load
-from cldf_dist.data import datasets
-from cldf_dist.engine import autocast
-from cldf_dist.fit import learning_rate
+from cldf_dist.data.readers import datasets
+from cldf_dist.inference.loading import noise_schedule
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.pipeline import run_stage
 from cldf_dist.stages import stage_named
-from cldf_dist.stages.loading import noise_schedule
 from cldf_dist.tasks.denoise import Denoise
+from cldf_dist.training.engine import autocast
+from cldf_dist.training.fit import learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +77,7 @@ class Size:
 
 
 def size_of(config: Config) -> Size:
-    """As `cldf_dist.throughput` counts, but on the meta device: nothing is computed."""
+    """As `cldf_dist.training.throughput` counts, but on the meta device: nothing is computed."""
     net, side = meta_net(config), config.data.image_size
     images = torch.empty(1, len(datasets.channels(config.data)), side, side, device="meta")
     zeros = torch.empty(1, dtype=torch.long, device="meta")
@@ -111,7 +111,7 @@ def prepare_slices(config: Config) -> None:
 
 
 def made_up_batches(config: Config, device: torch.device, count: int) -> list[dict[str, Tensor]]:
-    """Made-up slices; sample numbers stay on the host, as in `cldf_dist.transfer`."""
+    """Made-up slices; sample numbers stay on the host, as in `cldf_dist.training.prefetch`."""
     size, side = config.diffusion.fit.batch_size, config.data.image_size
     channels = len(datasets.channels(config.data))
     generator = torch.Generator(device).manual_seed(0)

@@ -38,7 +38,7 @@ Later files override earlier ones, words override files. To resume, run the same
 
 def command() -> NoReturn:
     """The program, in a process of its own."""
-    from cldf_dist.processes import end_process
+    from cldf_dist.system.distributed import end_process
 
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
         # slurm/stage.sbatch ignores it for the launcher's sake; we end, or save first in a training
@@ -101,7 +101,7 @@ def _run(name: str, words: Sequence[str], dry: bool, own_process: bool) -> int:
 
         return run(_config_of_doctor(words))
     if name == SYNC:
-        from cldf_dist import sync_tracking
+        from cldf_dist.runs import sync_tracking
 
         if dry:
             raise ValueError("--dry-run is for stages, not for sync-tracking")
@@ -114,11 +114,11 @@ def _run(name: str, words: Sequence[str], dry: bool, own_process: bool) -> int:
     if config.cache.part and name != "cache":
         raise ValueError(f"cache.part is for the cache stage, not for {name}")
     if own_process:
-        from cldf_dist.start_up import import_monai_quickly
+        from cldf_dist.system.monai_import import import_monai_quickly
 
         import_monai_quickly()
-    from cldf_dist import pipeline
-    from cldf_dist.joint import one_per_object
+    from cldf_dist.cli import pipeline
+    from cldf_dist.cli.multi_object import one_per_object
 
     parts = one_per_object(config)
     if dry:
@@ -141,9 +141,9 @@ def _config_of_doctor(words: Sequence[str]) -> Config:
 
 def _segment_new(config: Config, parts: Sequence[Config]) -> int:
     """New scans are dealt out to the processes; the main one prints what came of them."""
-    from cldf_dist.joint import join_new_scans
-    from cldf_dist.processes import from_all, processes, together
-    from cldf_dist.stages.new_scans import segment_new
+    from cldf_dist.cli.multi_object import join_new_scans
+    from cldf_dist.cli.new_scans import segment_new
+    from cldf_dist.system.distributed import from_all, processes, together
 
     with together():
         mine = [segment_new(part, Path(config.output)) for part in parts]
@@ -164,9 +164,9 @@ def _segment_new(config: Config, parts: Sequence[Config]) -> int:
 
 
 def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:
-    from cldf_dist.joint import join_runs, with_one_split
-    from cldf_dist.processes import processes
-    from cldf_dist.stopping import Stopped
+    from cldf_dist.cli.multi_object import join_runs, with_one_split
+    from cldf_dist.system.distributed import processes
+    from cldf_dist.system.signals import Stopped
 
     try:
         for part in with_one_split(config, parts):
@@ -182,7 +182,7 @@ def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage],
 
 
 def _run_stages(config: Config, stages: Sequence[Stage], name: str) -> None:
-    from cldf_dist import pipeline
+    from cldf_dist.cli import pipeline
 
     if name == "run":
         pipeline.run_all(config)

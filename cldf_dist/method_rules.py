@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from cldf_dist.config import Classifier, Config, Contrast, Saliency, UNet
 
 CAM_CHANNELS = (16, 8)  # at least, and a multiple of: what `nets/classifiers.py` can build
-# every row that `segment` may have, as in stages/masks.py, which imports torch
+# every row that `segment` may have, as in scoring/masks.py, which imports torch
 ROWS = (
     "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm",
     "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",

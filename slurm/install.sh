@@ -57,6 +57,6 @@ fi
 cd "$folder" # not in the repository, where its folders would be imported, installed or not
 bin/cldf --help >/dev/null
 bin/python -c '
-import cldf_dist.pipeline, cldf_kernels, sys, torch
+import cldf_dist.cli.pipeline, cldf_kernels, sys, torch
 print(f"cldf_dist and torch {torch.__version__} work in {sys.prefix}, {torch.cuda.device_count()} GPU(s) here")'
 rm -f "$mine"

@@ -24,10 +24,10 @@ fi
 
 # one line a stage: name, finished or to-do, all-nodes or one-node, array, stages it needs
 parts=${CLDF_CACHE_PARTS:-1}
-table=$("$CLDF_PYTHON" -m cldf_dist.batch chain "$parts" "$@")
+table=$("$CLDF_PYTHON" -m cldf_dist.cli.slurm chain "$parts" "$@")
 
 # jobs are known by the run's folder and the stage, in their comment
-read -r run < <("$CLDF_PYTHON" -m cldf_dist.batch done run "$@")
+read -r run < <("$CLDF_PYTHON" -m cldf_dist.cli.slurm done run "$@")
 run=$(realpath -m "${run%/*/DONE}")
 if [[ -z $dry ]]; then # one at a time, or both would find nothing queued
     mkdir -p "$run"

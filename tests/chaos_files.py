@@ -12,8 +12,8 @@ from dicom_files import write_series
 from PIL import Image
 
 from cldf_dist.config import Data
-from cldf_dist.data.chaos import read_patient
-from cldf_dist.data.nifti import Volume
+from cldf_dist.data.formats.nifti import Volume
+from cldf_dist.data.readers.chaos import read_patient
 
 Grays = npt.NDArray[np.uint8]  # (x, y, slices)
 

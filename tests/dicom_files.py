@@ -19,7 +19,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from cldf_dist.data.dicom import Series, dicom_files, read_series
+from cldf_dist.data.formats.dicom import Series, dicom_files, read_series
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -40,7 +40,7 @@ from bad_input_files import (
 from command_line import CommandLine
 from PIL import Image
 
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.shards.table import ShardSet
 
 SMALL = ["name=x", "data.image_size=32", "data.min_object_pixels=4", "tracking.enabled=false"]
 T1, SEG = f"{SECOND}_t1.nii.gz", f"{SECOND}_seg.nii.gz"

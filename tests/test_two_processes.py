@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from cldf_dist import load_segmenter
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.nifti import write_nifti
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.formats.nifti import write_nifti
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (

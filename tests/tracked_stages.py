@@ -10,8 +10,8 @@ import sys
 import time
 
 from cldf_dist.config import Config, Data
-from cldf_dist.run import Run
-from cldf_dist.tracking_store import prepare_mlflow
+from cldf_dist.runs.run import Run
+from cldf_dist.runs.tracking_store import prepare_mlflow
 
 
 def log(runs: str, stage: str, start: float, killed: bool) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cldf_dist.config import Augment
 from cldf_dist.data.slices import DARKEST, OUTSIDE
-from cldf_dist.seeding import sample_seed
+from cldf_dist.system.seeding import sample_seed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from cldf_dist.config import Data
-from cldf_dist.data.nifti import Affine, Volume, voxel_size
+from cldf_dist.data.formats.nifti import Affine, Volume, voxel_size
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cldf_dist.seeding import sample_seed
+from cldf_dist.system.seeding import sample_seed
 
 SPLITS = ("train", "validation", "test")
 NAMED = 5  # patients, in an error

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cldf_dist.config import Augment
 from cldf_dist.data.augment import augment
-from cldf_dist.data.shards import SliceTable
-from cldf_dist.seeding import sample_seed
+from cldf_dist.data.shards.table import SliceTable
+from cldf_dist.system.seeding import sample_seed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Order = npt.NDArray[np.int64]

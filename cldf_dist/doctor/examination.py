@@ -19,7 +19,13 @@ from pathlib import Path
 from cldf_dist.config import Config
 from cldf_dist.doctor import folders, machines
 from cldf_dist.doctor.findings import Finding, Seen
-from cldf_dist.processes import TIMEOUT, accelerator, from_all, processes, wait_for_everyone
+from cldf_dist.system.distributed import (
+    TIMEOUT,
+    accelerator,
+    from_all,
+    processes,
+    wait_for_everyone,
+)
 
 PACKAGES = (
     "cldf-dist", "torch", "accelerate", "deepspeed", "triton", "xformers", "monai", "zarr",

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cldf_dist.config import Config
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.doctor.findings import Finding, error, ok, warning
-from cldf_dist.locks import FolderLock
-from cldf_dist.processes import from_all, from_main, processes
 from cldf_dist.stages.cache import bytes_to_come, cached_slices
+from cldf_dist.system.distributed import from_all, from_main, processes
+from cldf_dist.system.locks import FolderLock
 
 TEST_FILE_BYTES = 64 * 2**20
 SMALL_FILES = 200

@@ -18,7 +18,7 @@ from cldf_dist.config_rules import FITTED
 from cldf_dist.doctor.findings import Finding, Seen, error, hosts, ok, warning
 from cldf_dist.nets.attention import xformers_fault
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.processes import accelerator, from_all, processes
+from cldf_dist.system.distributed import accelerator, from_all, processes
 
 ALL_REDUCE_BYTES = 64 * 2**20
 SLOW_NETWORK = 1e9  # bytes per second of the all-reduce, between GPUs

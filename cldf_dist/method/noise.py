@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cldf_dist.seeding import sample_seed
+from cldf_dist.system.seeding import sample_seed
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear_beta"}  # our names -> MONAI's
 PREDICTIONS = ("v_prediction", "epsilon")

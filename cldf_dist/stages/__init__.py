@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from cldf_dist.config import Config
-    from cldf_dist.run import Run
+    from cldf_dist.runs.run import Run
 
 
 @dataclass(frozen=True)

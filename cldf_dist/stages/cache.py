@@ -23,22 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from cldf_dist.config import Config, flatten
-from cldf_dist.data import datasets
-from cldf_dist.data.cache import SCALE, FeatureCache, encoded_key
-from cldf_dist.data.mapped_shard import DamagedShardError
-from cldf_dist.data.pixel_labels import SeedLabels
-from cldf_dist.data.shards import ShardSet, SliceTable
+from cldf_dist.data.features.chunk_file import DamagedShardError
+from cldf_dist.data.features.encoding import to_stored
+from cldf_dist.data.features.pixel_labels import SeedLabels
+from cldf_dist.data.features.store import SCALE, FeatureCache, encoded_key
+from cldf_dist.data.readers import datasets
+from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.slices import foreground
-from cldf_dist.data.stored_features import to_stored
-from cldf_dist.layout import fast_layout
-from cldf_dist.method.cam import class_activation_maps
-from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
-from cldf_dist.method.seeds import scale_to_unit, seed_labels
-from cldf_dist.nets.unet import build_unet
-from cldf_dist.processes import accelerator, processes, together
-from cldf_dist.progress import progress
-from cldf_dist.run import Run
-from cldf_dist.stages.cache_parts import (
+from cldf_dist.inference.cache_parts import (
     STORE,
     part_of,
     rank_share,
@@ -46,11 +38,19 @@ from cldf_dist.stages.cache_parts import (
     shared_stage,
     store_folder,
 )  # fmt: skip
-from cldf_dist.stages.evidence import EVIDENCE, PATCH_TAP, patch_maps, seed_report
-from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
-from cldf_dist.stages.loading import shard_set
-from cldf_dist.stages.seed_map import FALLBACK, choose_seed_map, with_map
-from cldf_dist.stages.timing import in_words
+from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
+from cldf_dist.inference.loading import shard_set
+from cldf_dist.inference.patch_logits import EVIDENCE, PATCH_TAP, patch_maps, seed_report
+from cldf_dist.inference.seed_cam import FALLBACK, choose_seed_map, with_map
+from cldf_dist.method.cam import class_activation_maps
+from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
+from cldf_dist.method.seeds import scale_to_unit, seed_labels
+from cldf_dist.nets.unet import build_unet
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import accelerator, processes, together
+from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.progress import progress
+from cldf_dist.training.time_estimate import in_words
 
 __all__ = ["STORE", "Slices", "cached_slices", "check_same_slices"]
 

@@ -21,11 +21,12 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.nifti import read_nifti
-from cldf_dist.data.pixel_labels import EvidenceLabels
-from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.staging import ShardCache
+from cldf_dist.data.features.pixel_labels import EvidenceLabels
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.formats.nifti import read_nifti
+from cldf_dist.data.shards.remote import ShardCache
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.inference.patch_logits import seed_report
 from cldf_dist.method.metrics import CaseScore, auroc, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
@@ -35,13 +36,9 @@ from cldf_dist.method.statistics import (
     summarise,
 )
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
-from cldf_dist.progress import progress
-from cldf_dist.run import DONE, Run, read_json, write_atomically
-from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
-from cldf_dist.stages.evidence import seed_report
-from cldf_dist.stages.intensity import ORACLE_INTENSITY, oracle_intensity
-from cldf_dist.stages.legacy import LegacySlice, legacy_csv, legacy_summary, score_slices
-from cldf_dist.stages.masks import (
+from cldf_dist.runs.run import DONE, Run, read_json, write_atomically
+from cldf_dist.scoring.intensity_threshold import ORACLE_INTENSITY, oracle_intensity
+from cldf_dist.scoring.masks import (
     PLUS,
     UPPER_BOUNDS,
     FloatArray,
@@ -51,8 +48,11 @@ from cldf_dist.stages.masks import (
     open_slices,
     otsu_mask,
 )
-from cldf_dist.stages.tables import legacy_table, results_table
-from cldf_dist.stages.weak import weak_rows
+from cldf_dist.scoring.slice_protocol import LegacySlice, legacy_csv, legacy_summary, score_slices
+from cldf_dist.scoring.tables import legacy_table, results_table
+from cldf_dist.scoring.weak_validation import weak_rows
+from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
+from cldf_dist.system.progress import progress
 
 # threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone
 HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from cldf_dist.config import Config, Data, to_plain
-from cldf_dist.data import datasets
-from cldf_dist.data.nifti import write_nifti
-from cldf_dist.data.shard_writing import write_manifest, write_shards
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.formats.nifti import write_nifti
+from cldf_dist.data.readers import datasets
+from cldf_dist.data.shards.adopt import adopt_shards
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import (
     NO_OBJECT,
     OBJECT,
@@ -35,10 +36,9 @@ from cldf_dist.data.slices import (
     slice_key,
 )
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
-from cldf_dist.progress import progress
-from cldf_dist.run import DONE, Run, read_json
-from cldf_dist.stages.shards_elsewhere import adopt_shards
-from cldf_dist.whole_files import remove_leftovers, whole_file
+from cldf_dist.runs.run import DONE, Run, read_json
+from cldf_dist.system.files import remove_leftovers, whole_file
+from cldf_dist.system.progress import progress
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:

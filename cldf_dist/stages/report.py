@@ -18,16 +18,16 @@ import jinja2
 from matplotlib.figure import Figure
 
 from cldf_dist.config import Config, to_yaml
-from cldf_dist.data.objects import object_title
-from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.staging import ShardCache
-from cldf_dist.progress import progress
-from cldf_dist.run import DONE, Run, read_json, seconds_of, write_atomically
+from cldf_dist.data.readers.objects import object_title
+from cldf_dist.data.shards.remote import ShardCache
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.inference.seed_cam import with_map
+from cldf_dist.runs.run import DONE, Run, read_json, seconds_of, write_atomically
+from cldf_dist.scoring.figures import TITLES, PatientResult, write_overlay
+from cldf_dist.scoring.masks import OURS, UPPER_BOUNDS, PatientScores
 from cldf_dist.stages import STAGES
 from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
-from cldf_dist.stages.masks import OURS, UPPER_BOUNDS, PatientScores
-from cldf_dist.stages.overlays import TITLES, PatientResult, write_overlay
-from cldf_dist.stages.seed_map import with_map
+from cldf_dist.system.progress import progress
 
 TEMPLATE = "report_template.html"
 MAX_EMBEDDED = 24  # pictures in the page; those of the other patients stay files beside it

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from cldf_dist.config import Config
-from cldf_dist.data.nifti import write_nifti
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.features.encoding import as_stored
+from cldf_dist.data.formats.nifti import write_nifti
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import Geometry, foreground
-from cldf_dist.data.stored_features import as_stored
-from cldf_dist.layout import fast_layout
+from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
+from cldf_dist.inference.loading import load_decoder, shard_set
+from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.counterfactual import cdm_saliency, cg_cdm, cg_diff
 from cldf_dist.method.features import extract_features, features_dtype
@@ -30,13 +32,8 @@ from cldf_dist.method.prototypes import prototype_score
 from cldf_dist.method.seeds import scale_to_unit
 from cldf_dist.method.threshold import negative_cut
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.processes import accelerator, from_main, processes, wait_for_everyone
-from cldf_dist.progress import progress
-from cldf_dist.run import Run, read_json, write_atomically
-from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
-from cldf_dist.stages.frozen_nets import FrozenNets, gradient_map_of
-from cldf_dist.stages.loading import load_decoder, shard_set
-from cldf_dist.stages.masks import (
+from cldf_dist.runs.run import Run, read_json, write_atomically
+from cldf_dist.scoring.masks import (
     CONTROLS,
     METHODS,
     OURS,
@@ -48,9 +45,12 @@ from cldf_dist.stages.masks import (
     smoothed_over_slices,
     write_own_layout,
 )
-from cldf_dist.stages.weak import weak_rows
-from cldf_dist.weights import read_description
-from cldf_dist.whole_files import remove_leftovers
+from cldf_dist.scoring.weak_validation import weak_rows
+from cldf_dist.system.distributed import accelerator, from_main, processes, wait_for_everyone
+from cldf_dist.system.files import remove_leftovers
+from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.progress import progress
+from cldf_dist.training.export import read_description
 
 CAMS = ("gradcam", "gradcam_pp", "layercam")
 

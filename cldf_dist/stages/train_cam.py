@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from cldf_dist.config import Config, to_plain
-from cldf_dist.data import datasets
-from cldf_dist.fit import fit
-from cldf_dist.model_card import NetCard, load_with_package, write_card
+from cldf_dist.data.readers import datasets
+from cldf_dist.inference.loading import shard_set, training_stream, validation_stream
 from cldf_dist.nets.classifiers import CamClassifier
-from cldf_dist.run import Run
-from cldf_dist.stages.loading import shard_set, training_stream, validation_stream
-from cldf_dist.stages.timing import training_time
+from cldf_dist.runs.run import Run
 from cldf_dist.tasks.classify import Classify
-from cldf_dist.weights import save_net
+from cldf_dist.training.export import save_net
+from cldf_dist.training.fit import fit
+from cldf_dist.training.model_card import NetCard, load_with_package, write_card
+from cldf_dist.training.time_estimate import training_time
 
 NET_CARD = NetCard(
     title="Classifier of clean slices",

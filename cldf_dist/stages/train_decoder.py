@@ -19,8 +19,7 @@ import numpy.typing as npt
 import torch
 
 from cldf_dist.config import Config
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixel_labels import (
+from cldf_dist.data.features.pixel_labels import (
     BACKGROUND,
     OBJECT,
     MaskLabels,
@@ -28,15 +27,26 @@ from cldf_dist.data.pixel_labels import (
     SeedLabels,
     count_labels,
 )
-from cldf_dist.data.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gather_pixels
-from cldf_dist.data.shards import ShardSet, SliceTable
+from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gather_pixels
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
-from cldf_dist.fit import fit
+from cldf_dist.inference.loading import shard_set
+from cldf_dist.inference.patch_logits import PATCH_TAP, evidence_labels, plus_taps
+from cldf_dist.inference.seed_cam import evidence_agreement
 from cldf_dist.method.features import patch_size
 from cldf_dist.method.prototypes import class_prototypes
-from cldf_dist.model_card import NetCard, load_with_package, write_card
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.processes import (
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring.masks import (
+    PATCH_FEATURES,
+    PLUS,
+    RAW_PATCHES,
+    SUPERVISED,
+    SUPERVISED_PLUS,
+)
+from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
+from cldf_dist.system.distributed import (
     accelerator,
     from_all,
     from_main,
@@ -44,21 +54,11 @@ from cldf_dist.processes import (
     together,
     wait_for_everyone,
 )
-from cldf_dist.run import Run
-from cldf_dist.seeding import sample_seed
-from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
-from cldf_dist.stages.evidence import PATCH_TAP, evidence_labels, plus_taps
-from cldf_dist.stages.loading import shard_set
-from cldf_dist.stages.masks import (
-    PATCH_FEATURES,
-    PLUS,
-    RAW_PATCHES,
-    SUPERVISED,
-    SUPERVISED_PLUS,
-)
-from cldf_dist.stages.seed_map import evidence_agreement
+from cldf_dist.system.seeding import sample_seed
 from cldf_dist.tasks.contrast import Contrast, CrossEntropy
-from cldf_dist.weights import save_net
+from cldf_dist.training.export import save_net
+from cldf_dist.training.fit import fit
+from cldf_dist.training.model_card import NetCard, load_with_package, write_card
 
 STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
 CONSTANT = 1e-4  # of a feature's mean: a smaller spread is that of float16's rounding

@@ -10,18 +10,23 @@ import torch
 from torch import nn
 
 from cldf_dist.config import Config, to_plain
-from cldf_dist.data import datasets
-from cldf_dist.engine import autocast_dtype
-from cldf_dist.fit import fit
-from cldf_dist.model_card import LOAD_WITH_MONAI, NetCard, write_card
+from cldf_dist.data.readers import datasets
+from cldf_dist.inference.loading import (
+    noise_schedule,
+    shard_set,
+    training_stream,
+    validation_stream,
+)
 from cldf_dist.nets.attention import use_attention, xformers_fault
 from cldf_dist.nets.unet import build_unet, unet_arguments
-from cldf_dist.processes import accelerator, from_main, processes
-from cldf_dist.run import Run
-from cldf_dist.stages.loading import noise_schedule, shard_set, training_stream, validation_stream
-from cldf_dist.stages.timing import training_time
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import accelerator, from_main, processes
 from cldf_dist.tasks.denoise import Denoise
-from cldf_dist.weights import save_net
+from cldf_dist.training.engine import autocast_dtype
+from cldf_dist.training.export import save_net
+from cldf_dist.training.fit import fit
+from cldf_dist.training.model_card import LOAD_WITH_MONAI, NetCard, write_card
+from cldf_dist.training.time_estimate import training_time
 
 NET_CARD = NetCard(
     title="Class-conditional diffusion model of slices",

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from cldf_dist.locks import FolderLock
-from cldf_dist.run import DONE
+from cldf_dist.runs.run import DONE
+from cldf_dist.system.locks import FolderLock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 0.5

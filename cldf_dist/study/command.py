@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from cldf_dist.locks import FolderLock
-from cldf_dist.run import DONE, changed_keys, read_config, read_json
+from cldf_dist.runs.run import DONE, changed_keys, read_config, read_json
 from cldf_dist.stages import STAGES
 from cldf_dist.study.child import Child, wait_for_others
 from cldf_dist.study.plan import (
@@ -23,6 +22,7 @@ from cldf_dist.study.plan import (
 from cldf_dist.study.rows import merge_rows, merge_rows_of, read_results
 from cldf_dist.study.sharing import share_finished_stages, stage_of_its_own
 from cldf_dist.study.tables import picture_names, write_tables
+from cldf_dist.system.locks import FolderLock
 
 STOPPED = 75  # all saved, the same command resumes; as in slurm/stage.sbatch
 

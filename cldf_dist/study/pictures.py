@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cldf_dist.config import Config
-from cldf_dist.data.shards import ShardSet
-from cldf_dist.data.staging import ShardCache
-from cldf_dist.run import read_json
+from cldf_dist.data.shards.remote import ShardCache
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.runs.run import read_json
+from cldf_dist.scoring.figures import write_comparison
 from cldf_dist.stages.evaluate import mask_path, read_mask, truth_path
-from cldf_dist.stages.overlays import write_comparison
 from cldf_dist.study.rows import KEY, read_rows
 from cldf_dist.study.scores import StrictScores, picked_patients
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cldf_dist.run import read_json, seconds_of, write_atomically
+from cldf_dist.runs.run import read_json, seconds_of, write_atomically
 from cldf_dist.stages import STAGES
 
 KEY = ("experiment", "seed", "variant")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cldf_dist.config import Config
 from cldf_dist.config_files import FILES_OF_DATA
-from cldf_dist.run import DONE, changed_keys, read_config
+from cldf_dist.runs.run import DONE, changed_keys, read_config
 from cldf_dist.stages import STAGES, Stage
 
 NOT_SHARED = ".lock"  # its owner writes into it

@@ -9,7 +9,7 @@ import numpy as np
 
 from cldf_dist.method.repeated_trainings import paired_over_trainings, training_means
 from cldf_dist.method.statistics import holm
-from cldf_dist.run import write_atomically
+from cldf_dist.runs.run import write_atomically
 from cldf_dist.study.ablations import ablation_table, seed_quality
 from cldf_dist.study.cells import (
     counts_cell,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cldf_dist.config import Augment
 from cldf_dist.data.augment import augment
-from cldf_dist.seeding import sample_seed
+from cldf_dist.system.seeding import sample_seed
 
 PINNED_SEED = 4675104600474231884
 NOTHING = Augment(flip=False, rotate_degrees=0, scale=0, shift=0, intensity=0, probability=1)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cldf_dist.config import Data
-from cldf_dist.data.brats import brats_patients, read_scan
-from cldf_dist.data.nifti import Volume
+from cldf_dist.data.formats.nifti import Volume
+from cldf_dist.data.readers.brats import brats_patients, read_scan
 from cldf_dist.data.slices import (
     DARKEST,
     Geometry,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cldf_dist.config import Augment
-from cldf_dist.data.shard_writing import write_manifest, write_shards
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
 
@@ -59,7 +59,7 @@ PINNED = [
 
 ABANDONING = """
 import sys
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
 if __name__ == "__main__":
     items = LabelledSlices(ShardSet(sys.argv[1]).split("train"), None, 0)

@@ -273,7 +273,11 @@ def test_a_job_runs_in_the_container_that_cluster_env_names(
     )  # fmt: skip
     assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.log(job)
     calls = [line.split("python -m ")[1].split()[0] for line in container.words()]
-    assert calls == ["cldf_dist.batch", "accelerate.commands.launch", "accelerate.commands.launch"]
+    assert calls == [
+        "cldf_dist.cli.slurm",
+        "accelerate.commands.launch",
+        "accelerate.commands.launch",
+    ]
 
 
 @pytest.mark.slurm

@@ -11,15 +11,15 @@ import torch
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import Config, load
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import foreground
-from cldf_dist.locks import FolderLock
-from cldf_dist.run import Run
+from cldf_dist.inference.cache_parts import COUNT_FILE
+from cldf_dist.inference.frozen_nets import FrozenNets
+from cldf_dist.inference.seed_cam import with_map
+from cldf_dist.runs.run import Run
 from cldf_dist.stages.cache import cached_slices, compute_shard
-from cldf_dist.stages.cache_parts import COUNT_FILE
-from cldf_dist.stages.frozen_nets import FrozenNets
-from cldf_dist.stages.seed_map import with_map
+from cldf_dist.system.locks import FolderLock
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (

@@ -11,11 +11,11 @@ from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make
 
 from cldf_dist.method.metrics import score_case
 from cldf_dist.method.threshold import OracleSearch, cuts_to_try
-from cldf_dist.run import Run
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring.masks import SUPERVISED
+from cldf_dist.scoring.slice_protocol import legacy_summary
+from cldf_dist.scoring.tables import legacy_table, results_table
 from cldf_dist.stages import evaluate, report
-from cldf_dist.stages.legacy import legacy_summary
-from cldf_dist.stages.masks import SUPERVISED
-from cldf_dist.stages.tables import legacy_table, results_table
 
 DIAGONAL_MM = hypot(16, 16, 12)
 BASELINES = ("gradcam", "gradient_map", "cdm")
@@ -252,7 +252,7 @@ def test_summary_is_strict_json(evaluated):
 
 def test_what_is_written_is_what_is_scored(tmp_path):
     """A mask file that disagrees with the scores decides."""
-    from cldf_dist.data.nifti import write_nifti
+    from cldf_dist.data.formats.nifti import write_nifti
 
     config = settings(tmp_path)
     make_run(config)

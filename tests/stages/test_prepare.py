@@ -11,9 +11,9 @@ import pytest
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import Data, Phantom, load
-from cldf_dist.data.datasets import channels, read_patient
-from cldf_dist.data.nifti import read_nifti, write_nifti
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.formats.nifti import read_nifti, write_nifti
+from cldf_dist.data.readers.datasets import channels, read_patient
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.stages.prepare import check_unchanged
 
 PATIENTS = [f"phantom_{number:03d}" for number in range(12)]

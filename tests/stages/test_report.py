@@ -14,13 +14,14 @@ from finished_run import ALARM, CLEAN, FOUND, TEST_PATIENTS, UNSCORED, make_run,
 from matplotlib import colors, image
 
 from cldf_dist.config import Segment
-from cldf_dist.data.shards import ShardSet
-from cldf_dist.run import Run
-from cldf_dist.stages import evaluate, overlays, report
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.inference.seed_cam import with_map
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring import figures as overlays
+from cldf_dist.scoring.figures import PatientResult, drawn_slices, write_overlay
+from cldf_dist.scoring.masks import PatientScores
+from cldf_dist.stages import evaluate, report
 from cldf_dist.stages.evaluate import mask_path, read_mask, truth_path
-from cldf_dist.stages.masks import PatientScores
-from cldf_dist.stages.overlays import PatientResult, drawn_slices, write_overlay
-from cldf_dist.stages.seed_map import with_map
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

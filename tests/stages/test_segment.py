@@ -9,20 +9,19 @@ import pytest
 import torch
 
 from cldf_dist.__main__ import main
+from cldf_dist.cli.multi_object import mask_row
 from cldf_dist.config import load
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.nifti import read_nifti
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.features.encoding import to_stored
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.formats.nifti import read_nifti
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import foreground
-from cldf_dist.data.stored_features import to_stored
-from cldf_dist.joint import mask_row
-from cldf_dist.layout import fast_layout
+from cldf_dist.inference.frozen_nets import FrozenNets
+from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.method.features import extract_features
 from cldf_dist.method_rules import ROWS
-from cldf_dist.run import Run
-from cldf_dist.stages.evidence import PATCH_TAP, PatchMaps, patch_maps
-from cldf_dist.stages.frozen_nets import FrozenNets
-from cldf_dist.stages.masks import (
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring.masks import (
     METHODS,
     PATCH_FEATURES,
     PLUS,
@@ -32,6 +31,7 @@ from cldf_dist.stages.masks import (
     PatientScores,
 )
 from cldf_dist.stages.segment import Segmenter, my_share, score_maps
+from cldf_dist.system.memory_format import fast_layout
 
 EARLIER = (
     "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",

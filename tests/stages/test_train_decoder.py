@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import load
-from cldf_dist.data.cache import FeatureCache
-from cldf_dist.data.pixel_labels import MaskLabels, SeedLabels, count_labels
-from cldf_dist.data.pixels import TrainingPixels
-from cldf_dist.data.shards import ShardSet
+from cldf_dist.data.features.pixel_labels import MaskLabels, SeedLabels, count_labels
+from cldf_dist.data.features.pixels import TrainingPixels
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import foreground
+from cldf_dist.inference.loading import load_decoder
 from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.scoring.masks import PATCH_FEATURES, PLUS, SUPERVISED
 from cldf_dist.stages import train_decoder
-from cldf_dist.stages.loading import load_decoder
-from cldf_dist.stages.masks import PATCH_FEATURES, PLUS, SUPERVISED
 from cldf_dist.stages.train_decoder import feature_statistics
 
 EARLIER = ("prepare", "cache")

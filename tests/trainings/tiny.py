@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from cldf_dist.config import Config, Data, Fit, Tracking
 from cldf_dist.data.stream import Stream
-from cldf_dist.fit import fit
-from cldf_dist.processes import processes, wait_for_everyone
-from cldf_dist.run import Run
-from cldf_dist.stopping import Stopped
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import processes, wait_for_everyone
+from cldf_dist.system.signals import Stopped
+from cldf_dist.training.fit import fit
 
 SETTINGS = Fit(
     steps=9, batch_size=12, accumulate=2, learning_rate=0.05, warmup_steps=2, weight_decay=0.01,

@@ -1,0 +1,1 @@
+"""What the commands do: stages in order, several objects, new scans, answers for batch scripts."""

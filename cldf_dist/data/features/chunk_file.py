@@ -1,0 +1,198 @@
+"""The file of one zarr v3 shard, written and read without zarr: one uncompressed chunk a slice.
+
+The file is what zarr's sharding codec defines: the chunks, each followed by its crc32c, then an
+index of (offset, length) as little-endian uint64 for every chunk, and the index's own crc32c. zarr
+and tensorstore read it; read through the page cache it costs a small part of what they take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import math
+import mmap
+import os
+import shutil
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist.system.files import whole_file
+
+Array = npt.NDArray[Any]
+ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
+CHECKSUM_BYTES = 4
+REPAIR = "run: cldf cache CONFIG cache.verify=true"
+INDEX_ENTRY_BYTES = 16
+
+
+class DamagedShardError(ValueError):
+    """A file of the cache is lost, cut or changed."""
+
+
+class MappedShard:
+    """Slices of one shard, read-only and without a copy; a checksum is verified on first touch.
+
+    `shape` and `dtype` are those of one slice. Raises FileNotFoundError where there is no file,
+    DamagedShardError where its index is cut or changed.
+    """
+
+    def __init__(
+        self, path: Path, num_chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.path = path
+        self._shape, self._dtype = tuple(shape), dtype
+        self._slices: dict[int, Array] = {}  # those whose checksum was verified
+        with _problems_explained(path):
+            self._bytes = _map(path)
+        self._index = _index(self._bytes, num_chunks, path)
+
+    def chunk(self, place: int) -> Array:
+        """The slice at `place` of the shard. DamagedShardError where its bytes changed."""
+        found = self._slices.get(place)
+        return self._verified(place) if found is None else found
+
+    def _verified(self, place: int) -> Array:
+        values = _chunk(self._bytes, self._index, place, (self._shape, self._dtype), self.path)
+        self._slices[place] = values
+        return values
+
+
+def read_shard_file(
+    path: Path, num_chunks: int, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array:
+    """The first `count` slices of a small shard, (count, *shape), verified; nothing stays open.
+
+    FileNotFoundError where there is no file, DamagedShardError where it is cut or changed.
+    """
+    with _problems_explained(path):
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+    index = _index(content, num_chunks, path)
+    return np.stack([_chunk(content, index, i, (shape, dtype), path) for i in range(count)])
+
+
+def write_shard_file(path: Path, values: Array, num_chunks: int) -> None:
+    """Write `values` (slices, ...), at most `num_chunks` slices, as the file of one shard.
+
+    The file appears whole, and on the disk, or not at all.
+    """
+    values = np.ascontiguousarray(values)
+    index = np.full((num_chunks, 2), ABSENT, dtype="<u8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        for place, row in enumerate(values):
+            content = as_bytes(row)
+            index[place] = (file.tell(), len(content) + CHECKSUM_BYTES)
+            file.write(content.data)
+            file.write(_signature(content))
+        file.write(as_bytes(index).data)
+        file.write(_signature(as_bytes(index)))
+
+
+def remove(path: Path) -> None:
+    """Remove a shard's file, or whatever is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _problems_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except IsADirectoryError as error:
+        raise DamagedShardError(f"{path} is a folder, and no file; {REPAIR}") from error
+    except PermissionError as error:
+        raise PermissionError(f"{path} cannot be read: {error.strerror}; chmod u+r it") from error
+
+
+def _map(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes as a read-only array on a private mapping, without an open descriptor.
+
+    Python's own mmap keeps one (until 3.13), and a process may often have 1024 of them only.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+        if not size:
+            return np.zeros(0, np.uint8)
+        address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, 0)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot be mapped: {os.strerror(number)}", str(path))
+    finally:
+        os.close(descriptor)
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    # when no array on it is left; at the end of the process the system does it
+    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
+    return np.frombuffer(memoryview(memory).toreadonly(), np.uint8)
+
+
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    number = ctypes.c_int
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [
+        ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_ssize_t,
+    ]  # fmt: skip
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return library
+
+
+_LIBC = _libc()
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def _index(content: npt.NDArray[np.uint8], num_chunks: int, path: Path) -> list[tuple[int, int]]:
+    tail = INDEX_ENTRY_BYTES * num_chunks + CHECKSUM_BYTES
+    index = content[-tail:]
+    if len(index) != tail or not _is_signed(index):
+        raise DamagedShardError(f"{path} is damaged: its index is cut or changed; {REPAIR}")
+    entries = index[:-CHECKSUM_BYTES].copy().view("<u8").reshape(num_chunks, 2)
+    return [(int(start), int(size)) for start, size in entries]
+
+
+def _chunk(
+    content: npt.NDArray[np.uint8],
+    index: list[tuple[int, int]],
+    place: int,
+    form: tuple[tuple[int, ...], np.dtype[Any]],
+    path: Path,
+) -> Array:
+    start, size = index[place]
+    if start == ABSENT:
+        raise DamagedShardError(f"{path} does not hold slice {place}; {REPAIR}")
+    shape, dtype = form
+    signed = content[start : start + size]
+    wanted = math.prod(shape) * dtype.itemsize + CHECKSUM_BYTES
+    if len(signed) != wanted or not _is_signed(signed):
+        raise DamagedShardError(f"{path}, slice {place} of the file, is damaged; {REPAIR}")
+    values: Array = np.frombuffer(signed[:-CHECKSUM_BYTES], dtype).reshape(shape)
+    return values
+
+
+def as_bytes(values: Array) -> npt.NDArray[np.uint8]:
+    """The memory of a contiguous array, read-only: what google_crc32c takes without a copy."""
+    content = values.reshape(-1).view(np.uint8)
+    content.flags.writeable = False
+    return content
+
+
+def _signature(content: npt.NDArray[np.uint8]) -> bytes:
+    return int(google_crc32c.value(content)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _is_signed(block: npt.NDArray[np.uint8]) -> bool:
+    """True where the last four bytes are the crc32c of those before; the block is read-only."""
+    checksum = int(google_crc32c.value(block[:-CHECKSUM_BYTES]))
+    return checksum == int.from_bytes(block[-CHECKSUM_BYTES:].tobytes(), "little")

@@ -1,0 +1,449 @@
+"""FeatureCache: one zarr v3 group of per-slice arrays, cut so that every file has one writer.
+
+A zarr shard that was never written reads as zeros without a word; `done` is what counts. It holds,
+per slice, 1 + the crc32c of all its arrays' bytes, and is written after they are on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cldf_dist.data.features.chunk_file import (
+    REPAIR,
+    DamagedShardError,
+    MappedShard,
+    as_bytes,
+    read_shard_file,
+    remove,
+    write_shard_file,
+)  # fmt: skip
+
+Array = npt.NDArray[Any]
+KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
+FORMAT = "cldf-features"
+VERSION = 2
+COMPRESSIONS = ("none", "zstd")
+SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
+OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
+MOST_MAPPED = 32768  # files; the system's own limit is 65530 mappings a process
+STALE_SECONDS = 3600.0  # an unfinished store untouched for so long has lost its maker
+ATTEMPTS = 3  # at a slice that is written anew while it is read
+
+Stamp = tuple[int, int, int]
+
+
+class FeatureCache:
+    """Rows of features, maps, seeds, label and key, one row a slice.
+
+    `names` are the stored arrays; `read(name, row)` gives one slice of one of them. It may be sent
+    to spawned processes. A shard that another process writes anew meanwhile is read anew.
+    """
+
+    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
+        self.folder = Path(folder)
+        about = self.folder / "zarr.json"
+        if not about.exists():
+            raise FileNotFoundError(f"no feature cache at {self.folder}; run: cldf cache CONFIG")
+        try:
+            self._group: zarr.Group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
+            self._attributes: dict[str, Any] = dict(self._group.attrs)
+        except Exception as error:  # zarr's own errors have no common kind
+            raise DamagedShardError(
+                f"{about} is damaged: {' '.join(str(error).split())}; {REPAIR}"
+            ) from error
+        if self._attributes.get("format") != FORMAT:
+            raise ValueError(f"{self.folder} is a zarr group, but not a {FORMAT} one")
+        if self._attributes.get("version") != VERSION:
+            raise ValueError(
+                f"{self.folder} is of version {self._attributes.get('version')}, this program "
+                f"reads version {VERSION}; delete the cache stage's folder and run: cldf cache "
+                "CONFIG"
+            )
+        self._arrays: dict[str, Any] = {}
+        self._files: dict[tuple[str, int], tuple[str, Path]] = {}
+        self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
+        self._known_done: set[int] = set()
+        if self.is_compressed and not quiet:
+            print(
+                f"{self.folder} is compressed: zarr reads it, at several times the CPU time of "
+                "cache.compression=none",
+                file=sys.stderr,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], quiet=True)  # type: ignore[misc]  # opened anew there
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        num_slices: int,
+        arrays: Mapping[str, tuple[tuple[int, ...], str]],
+        *,
+        slices_per_shard: int,
+        attributes: Mapping[str, Any],
+        compression: str = "none",
+    ) -> FeatureCache:
+        """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each.
+
+        Several processes may do so at once: all get the store of the first.
+        """
+        if compression not in COMPRESSIONS:
+            raise ValueError(
+                f"cache.compression must be one of {', '.join(COMPRESSIONS)}, got {compression!r}"
+            )
+        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+            with suppress(OSError):
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(stale)
+        # a process's number is not its own where containers share a disk
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+        codecs = [ZstdCodec(level=3)] if compression == "zstd" else []
+        try:
+            group = zarr.create_group(partial, zarr_format=3, attributes={
+                "format": FORMAT, "version": VERSION, "num_slices": num_slices,
+                "slices_per_shard": slices_per_shard, "compression": compression,
+                "arrays": list(arrays), **attributes,
+            })  # fmt: skip
+            for name, (shape, dtype) in {**arrays, **OWN}.items():
+                group.create_array(
+                    name,
+                    shape=(num_slices, *shape),
+                    chunks=(1, *shape),
+                    shards=(slices_per_shard, *shape),
+                    dtype=dtype,
+                    compressors=[*(codecs if name in arrays else []), Crc32cCodec()],
+                    fill_value=0,
+                    config={"write_empty_chunks": True},  # no file stands for zeros
+                )
+            if not (folder / "zarr.json").exists():
+                _rename_unless_there(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return cls(folder)
+
+    @staticmethod
+    def repair_metadata(folder: Path, fresh: Path) -> list[str]:
+        """Take over each zarr.json of the empty store `fresh` that is not in `folder` as it is
+        there; of the group's own only where it cannot be read. The names of those files."""
+        repaired = []
+        for right in sorted(fresh.rglob("zarr.json")):
+            name = right.relative_to(fresh)
+            there = folder / name
+            if there.is_file():
+                content = there.read_bytes()
+                if content == right.read_bytes() or (name.parent == Path() and _is_ours(content)):
+                    continue
+            remove(there)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(right, there)
+            repaired.append(str(name))
+        return repaired
+
+    def __len__(self) -> int:
+        return int(self._attributes["num_slices"])
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return self._attributes
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._attributes["arrays"])
+
+    @property
+    def is_compressed(self) -> bool:
+        return bool(self._attributes["compression"] != "none")
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self) // self.slices_per_shard)
+
+    @property
+    def slices_per_shard(self) -> int:
+        return int(self._attributes["slices_per_shard"])
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one slice of an array."""
+        return tuple(self._array(name).shape[1:])
+
+    def rows_of(self, shard: int) -> range:
+        first = shard * self.slices_per_shard
+        return range(first, min(first + self.slices_per_shard, len(self)))
+
+    def is_done(self, shard: int) -> bool:
+        """True where every slice of the shard is written and signed."""
+        if shard not in self._known_done:
+            try:
+                marks = self._own("done", shard)
+            except (FileNotFoundError, DamagedShardError):
+                return False
+            if not marks.all():
+                return False
+            self._known_done.add(shard)
+        return shard in self._known_done
+
+    def num_done(self, shards: range) -> int:
+        """How many slices of these shards all processes together have finished."""
+        folder = self.folder / "done" / "c"
+        begun = set(os.listdir(folder)) if folder.is_dir() else set()
+        done = (s for s in shards if s in self._known_done or (str(s) in begun and self.is_done(s)))
+        return sum(len(self.rows_of(shard)) for shard in done)
+
+    def write_shard(self, shard: int, keys: Sequence[str], values: Mapping[str, Array]) -> None:
+        """Write one whole shard; the caller is its only writer. `done` comes last."""
+        rows = self.rows_of(shard)
+        if len(keys) != len(rows) or set(values) != set(self.names):
+            raise ValueError(
+                f"shard {shard} takes {len(rows)} slices of {self.names}, "
+                f"got {len(keys)} of {sorted(values)}"
+            )
+        stored = {
+            name: np.ascontiguousarray(values[name], dtype=self._array(name).dtype)
+            for name in self.names
+        }
+        self.discard(shard)
+        for name, value in stored.items():
+            self._write(name, shard, value)
+        self._write_own("key", shard, np.stack([encoded_key(key) for key in keys]))
+        marks = [_checksum([stored[name][i] for name in self.names]) + 1 for i in range(len(rows))]
+        self._write_own("done", shard, np.array(marks, dtype=np.uint64))
+
+    def discard(self, shard: int) -> None:
+        """Make a shard count as never written; the caller is its only writer."""
+        for name in ("done", "key", *self.names):
+            remove(self._path(name, shard))
+            self._mapped.pop((name, shard), None)
+        self._known_done.discard(shard)
+
+    def read(self, name: str, row: int) -> Array:
+        """One slice of an array, as stored, read-only.
+
+        KeyError for an unknown array, RuntimeError where the slice was never written,
+        DamagedShardError (a ValueError) where its bytes are lost or changed.
+        """
+        shard, place = divmod(row, self.slices_per_shard)
+        if self.is_compressed:
+            return self._decompressed(name, shard, row)
+        stamped = self._mapped.get((name, shard))
+        if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
+            return self._map(name, shard).chunk(place)
+        return stamped[1].chunk(place)
+
+    def scale(self, tap: str, row: int) -> npt.NDArray[np.float32] | None:
+        """(levels, channels) by which a tap's stored whole numbers are multiplied; else None."""
+        return self.read(tap + SCALE, row) if tap + SCALE in self.names else None
+
+    def damaged_rows(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
+        """The rows of a shard whose bytes are lost or not those that were signed, or whose stored
+        key is not that of `keys`, the keys of all rows."""
+        rows = self.rows_of(shard)
+        try:
+            marks = self._own("done", shard)
+            stored = self._own("key", shard)
+        except (FileNotFoundError, DamagedShardError):
+            return list(rows)
+        return [
+            row
+            for place, row in enumerate(rows)
+            if not self._is_intact(row, int(marks[place]))
+            or (keys is not None and bytes(stored[place]) != bytes(encoded_key(keys[row])))
+        ]
+
+    def _is_intact(self, row: int, mark: int) -> bool:
+        try:
+            return _checksum([self.read(name, row) for name in self.names]) + 1 == mark
+        except (DamagedShardError, RuntimeError):  # lost, changed, or never written
+            return False
+
+    def verify(self, row: int) -> bool:
+        """True where the slice's bytes are those that were signed."""
+        return row not in self.damaged_rows(row // self.slices_per_shard)
+
+    def column(self, name: str) -> Array:
+        """A small array (labels, probabilities) whole; zeros for slices not yet written."""
+        shape, dtype = self.row_shape(name), self._array(name).dtype
+        result = np.zeros((len(self), *shape), dtype)
+        for shard in filter(self.is_done, range(self.num_shards)):
+            rows = self.rows_of(shard)
+            if name in OWN:
+                result[rows.start : rows.stop] = self._own(name, shard)
+            else:
+                for row in rows:
+                    result[row] = self.read(name, row)
+        return result
+
+    @property
+    def keys(self) -> list[str]:
+        """Of every slice; empty for those not yet written."""
+        return [bytes(row).rstrip(b"\0").decode() for row in self.column("key")]
+
+    def sweep(self, shards: Iterable[int]) -> int:
+        """Remove what killed writers of these shards left behind; the number of files."""
+        count = 0
+        for shard in shards:
+            for name in ("done", "key", *self.names):
+                path = self._path(name, shard)
+                for partial in path.parent.glob(f"*{path.name}.*partial"):
+                    if partial.name.lstrip(".").split(".")[0] == path.name:
+                        partial.unlink(missing_ok=True)
+                        count += 1
+        return count
+
+    def _array(self, name: str) -> Any:
+        if name not in self._arrays:
+            if name not in self.names and name not in OWN:
+                raise KeyError(
+                    f"{self.folder} holds no array {name!r}; it has {', '.join(self.names)}"
+                )
+            try:
+                self._arrays[name] = self._group[name]
+            except Exception as error:  # zarr's own errors have no common kind
+                raise DamagedShardError(
+                    f"{self.folder / name / 'zarr.json'} is lost or damaged: "
+                    f"{' '.join(str(error).split())}; {REPAIR}"
+                ) from error
+        return self._arrays[name]
+
+    def _path(self, name: str, shard: int) -> Path:
+        return self._file(name, shard)[1]
+
+    def _file(self, name: str, shard: int) -> tuple[str, Path]:
+        if (name, shard) not in self._files:
+            rank = len(self._array(name).shape) - 1
+            path = self.folder / name / "c" / "/".join([str(shard), *["0"] * rank])
+            self._files[name, shard] = (str(path), path)
+        return self._files[name, shard]
+
+    def _map(self, name: str, shard: int) -> MappedShard:
+        """The shard's file as it is now."""
+        self._known_done.discard(shard)
+        self._mapped.pop((name, shard), None)
+        self._check_done(name, shard)
+        return self._mapped_file(name, shard)
+
+    def _check_done(self, name: str, shard: int) -> None:
+        self._array(name)
+        if not self.is_done(shard):
+            rows = self.rows_of(shard)
+            raise RuntimeError(
+                f"slices {rows.start} to {rows.stop - 1} of {self.folder} were never written; run: "
+                f"cldf cache CONFIG (and if the stage is finished, {REPAIR})"
+            )
+
+    def _own(self, name: str, shard: int) -> Array:
+        """`key` or `done` of a shard, whole. FileNotFoundError where it was not written."""
+        array = self._array(name)
+        count = len(self.rows_of(shard))
+        try:
+            return read_shard_file(
+                self._path(name, shard), self.slices_per_shard, count, array.shape[1:], array.dtype
+            )
+        except FileNotFoundError as error:
+            if name == "done":
+                raise
+            raise DamagedShardError(f"{self._path(name, shard)} is lost; {REPAIR}") from error
+
+    def _mapped_file(self, name: str, shard: int) -> MappedShard:
+        array, (text, path) = self._array(name), self._file(name, shard)
+        try:
+            stamp = _stamp(text)  # before it is mapped: what is replaced in between is read anew
+            mapped = MappedShard(path, self.slices_per_shard, array.shape[1:], array.dtype)
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"{path} is lost; {REPAIR}") from error
+        while len(self._mapped) >= MOST_MAPPED:
+            del self._mapped[next(iter(self._mapped))]
+        self._mapped[name, shard] = (stamp or (0, 0, 0), mapped)
+        return mapped
+
+    def _decompressed(self, name: str, shard: int, row: int) -> Array:
+        """Through zarr, which gives zeros where there is no file: so the file must have been there
+        before and after, and the same."""
+        text, path = self._file(name, shard)
+        for _ in range(ATTEMPTS):
+            self._known_done.discard(shard)
+            self._check_done(name, shard)
+            stamp = _stamp(text)
+            if stamp is None:
+                raise DamagedShardError(f"{path} is lost; {REPAIR}")
+            try:
+                values = np.asarray(self._array(name)[row])
+            except Exception as error:  # the codecs' errors have no common kind
+                if _stamp(text) != stamp:
+                    continue
+                raise DamagedShardError(
+                    f"{path}, slice {row}, is damaged: {error}; {REPAIR}"
+                ) from error
+            if _stamp(text) == stamp:
+                values.flags.writeable = False
+                return values
+        raise RuntimeError(f"slice {row} of {self.folder} is written right now; try again")
+
+    def _write(self, name: str, shard: int, values: Array) -> None:
+        if not self.is_compressed:
+            write_shard_file(self._path(name, shard), values, self.slices_per_shard)
+            return
+        rows = self.rows_of(shard)
+        self._array(name)[rows.start : rows.stop] = values
+        with self._path(name, shard).open("rb") as file:
+            os.fsync(file)
+
+    def _write_own(self, name: str, shard: int, values: Array) -> None:
+        write_shard_file(self._path(name, shard), values, self.slices_per_shard)
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What changes when a file is replaced; None without a file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _is_ours(content: bytes) -> bool:
+    try:
+        about = json.loads(content)["attributes"]
+        return bool(about["format"] == FORMAT and about["version"] == VERSION and about["arrays"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)  # with all its arrays, or not there
+    except OSError:
+        if not (folder / "zarr.json").exists():  # else another process was faster
+            raise
+
+
+def encoded_key(key: str) -> npt.NDArray[np.uint8]:
+    raw = key.encode()
+    if len(raw) > KEY_BYTES:
+        raise ValueError(f"slice key {key!r} has {len(raw)} bytes; the cache takes {KEY_BYTES}")
+    return np.frombuffer(raw.ljust(KEY_BYTES, b"\0"), dtype=np.uint8)
+
+
+def _checksum(parts: Sequence[Array]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = google_crc32c.extend(checksum, as_bytes(np.ascontiguousarray(part)))
+    return checksum

@@ -1,0 +1,1 @@
+"""File formats: NIfTI, DICOM, DICOM-SEG, masks as PNG, tables of labels."""

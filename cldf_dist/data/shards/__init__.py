@@ -1,0 +1,1 @@
+"""Prepared slices in indexed webdataset shards: written, read, staged from elsewhere."""

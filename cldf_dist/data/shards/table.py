@@ -1,0 +1,272 @@
+"""Slices on disk: plain webdataset tars plus a manifest that knows where each member lies.
+
+A slice is the members `<key>.image.npy` (channels, height, width) int16, `<key>.meta.json` and,
+where a mask exists, `<key>.mask.npy` uint8. Reading is indexed: one `pread` per member, checked
+against the manifest's crc32c, so that damage is found and named.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from cldf_dist.data.shards.files import REMEDY, ShardFiles
+from cldf_dist.data.shards.remote import DamagedShardError as DamagedShardError
+from cldf_dist.data.shards.remote import Record as Record
+from cldf_dist.data.shards.remote import RemoteShards, ShardCache
+from cldf_dist.data.slices import Floats, Geometry, Mask, dequantise
+
+FORMAT = "cldf-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+NPY_PREFIX = 10  # bytes before the header of a version-1 npy file; the last two are its length
+IMAGE, META, MASK = "image.npy", "meta.json", "mask.npy"  # members of a sample
+ON_DAMAGED = ("error", "skip")
+
+Stored = npt.NDArray[np.int16]
+
+
+def parse_manifest(content: bytes, source: str) -> Record:
+    """A manifest from its bytes; ValueError, with the source, where it is none of ours."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}; prepare the data again") from error
+    known = isinstance(manifest, dict)
+    found = (manifest.get("format"), manifest.get("version")) if known else (None, None)
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{source} must be {FORMAT} version {VERSION}, got {found}; prepare again")
+    return dict(manifest)
+
+
+class ShardSet:
+    """The prepared slices of a folder; the manifest may say that their shards lie elsewhere.
+
+    Those are staged through `cache`. Raises FileNotFoundError without a manifest and
+    DamagedShardError where a shard of the folder is missing or has another size. With
+    `on_damaged="skip"` it drops damaged slices instead and warns.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, on_damaged: str = "error", cache: ShardCache | None = None
+    ) -> None:
+        if on_damaged not in ON_DAMAGED:
+            raise ValueError(f"data.on_damaged must be error or skip, got {on_damaged!r}")
+        self.folder = Path(folder)
+        self.on_damaged = on_damaged
+        self.manifest = _read_manifest(self.folder)
+        self._tables: dict[str, SliceTable] = {}  # looking for damage reads every slice
+        self._remote: RemoteShards | None = None
+        if location := self.manifest.get("location"):
+            self._remote = RemoteShards(location, cache or ShardCache.default())
+            if cache:
+                cache.check_size(self.manifest["shards"])
+        elif on_damaged == "error":
+            for shard in self.manifest["shards"]:
+                _check_size(self.folder, shard)
+
+    @property
+    def patients(self) -> dict[str, list[str]]:
+        """Names of the patients of each split."""
+        return dict(self.manifest["splits"])
+
+    def geometry(self, patient: str) -> Geometry:
+        """How the slices of a patient lie in its scan."""
+        try:
+            return Geometry.from_json(self.manifest["geometry"][patient])
+        except KeyError:
+            raise ValueError(f"{self.folder} has no patient {patient!r}") from None
+
+    def split(self, name: str) -> "SliceTable":
+        """The slices of one split, in manifest order."""
+        if name not in self.manifest["splits"]:
+            known = ", ".join(self.manifest["splits"])
+            raise ValueError(f"{self.folder} has the splits {known}; got {name!r}")
+        if name not in self._tables:
+            shards = [shard for shard in self.manifest["shards"] if shard["split"] == name]
+            table = SliceTable(self.folder, shards, self._remote)
+            self._tables[name] = table if self.on_damaged == "error" else table.without_damaged()
+        return self._tables[name]
+
+    def verify(self) -> None:
+        """Read every byte: raise DamagedShardError unless each shard has its size and sha256."""
+        for shard in self.manifest["shards"]:
+            remote = self._remote
+            path = remote.cache.path(shard) if remote else _check_size(self.folder, shard)
+            with open(remote.open(shard) if remote else path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard["sha256"]:
+                raise DamagedShardError(f"{path} is damaged: its sha256 is wrong; {REMEDY}")
+
+
+class SliceTable:
+    """Slices by row number: what the manifest says about them, and their pixels on demand.
+
+    Safe to pickle and to fork: files are opened where they are read. Not for several threads.
+    """
+
+    def __init__(
+        self, folder: str | Path, shards: Sequence[Record], remote: RemoteShards | None = None
+    ) -> None:
+        samples = [sample for shard in shards for sample in shard["samples"]]
+        self.keys = tuple(str(sample["key"]) for sample in samples)
+        self.patients = tuple(str(sample["patient"]) for sample in samples)
+        self.indices = np.array([sample["index"] for sample in samples], np.int64)
+        self.labels = np.array([sample["label"] for sample in samples], np.int8)
+        self.shard_of = np.repeat(
+            np.arange(len(shards)), [len(shard["samples"]) for shard in shards]
+        ).astype(np.int64)
+        self._images = _spans(samples, "image")
+        self._masks = _spans(samples, "mask")
+        self._files = ShardFiles(Path(folder), shards, remote)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def has_mask(self) -> npt.NDArray[np.bool_]:
+        """True for each row that has a mask; nothing is read for it."""
+        return np.asarray(self._masks[:, 0] >= 0)
+
+    def read_image(self, row: int) -> Floats:
+        """One slice, (channels, height, width) in [-1, 1]."""
+        return dequantise(self._read_array(row, self._images[row], IMAGE))
+
+    def read_stored(self, row: int, out: Stored | None = None) -> Stored:
+        """One slice as it is stored, (channels, height, width) int16.
+
+        `out`, where given, takes it without a copy in between; it must be contiguous.
+        """
+        span = self._images[row]
+        if out is None:
+            return self._read_array(row, span, IMAGE).copy()
+        header = np.empty(max(int(span[1]) - out.nbytes, 0), np.uint8)
+        whole = len(header) > NPY_PREFIX and out.flags.c_contiguous
+        if whole:
+            self._read(row, span, IMAGE, [header, out])
+            whole = _header_length(header) == len(header)
+            whole = whole and (out.shape, out.dtype) == _npy_layout(header.tobytes())
+        if not whole:
+            like = self._read_array(row, span, IMAGE)
+            raise ValueError(
+                f"out must be a contiguous array of {like.shape} {like.dtype}, "
+                f"got {out.shape} {out.dtype}"
+            )
+        return out
+
+    def read_images(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
+        """Several slices, (num_rows, channels, height, width)."""
+        return np.stack([self.read_image(int(row)) for row in rows])
+
+    def read_mask(self, row: int) -> Mask | None:
+        """The mask, (height, width), or None where there is none.
+
+        For reference rows, evaluation and diagnostics only: CLDF never trains on masks.
+        """
+        if self._masks[row, 0] < 0:
+            return None
+        return np.asarray(self._read_array(row, self._masks[row], MASK) > 0)
+
+    def without_damaged(self) -> "SliceTable":
+        """The rows whose images pass their checksum; warns with the number of the others."""
+        intact, damaged = [], []
+        for row in range(len(self)):
+            try:
+                self._read_array(row, self._images[row], IMAGE)
+            except DamagedShardError as error:
+                damaged.append(str(error))
+            else:
+                intact.append(row)
+        if not damaged:
+            return self
+        warnings.warn(
+            f"data.on_damaged=skip: {len(damaged)} of {len(self)} slices are damaged and not used; "
+            f"the first: {damaged[0]}",
+            stacklevel=3,
+        )
+        return self._rows(intact)
+
+    def _rows(self, rows: list[int]) -> "SliceTable":
+        table = copy.copy(self)
+        table.keys = tuple(self.keys[row] for row in rows)
+        table.patients = tuple(self.patients[row] for row in rows)
+        table.indices, table.labels = self.indices[rows], self.labels[rows]
+        table.shard_of = self.shard_of[rows]
+        table._images, table._masks = self._images[rows], self._masks[rows]
+        return table
+
+    def _read_array(self, row: int, span: npt.NDArray[np.int64], member: str) -> npt.NDArray[Any]:
+        """A view that the next reading overwrites."""
+        content = self._files.scratch(int(span[1]))
+        self._read(row, span, member, [content])
+        start = _header_length(content)
+        shape, dtype = _npy_layout(content[:start].tobytes())
+        return content[start:].view(dtype).reshape(shape)
+
+    def _read(
+        self, row: int, span: npt.NDArray[np.int64], member: str, buffers: list[npt.NDArray[Any]]
+    ) -> None:
+        """Fill the buffers, one after the other, with a member whose checksum is right."""
+        shard = int(self.shard_of[row])
+        offset, length, checksum = span.tolist()
+        for _ in range(2):
+            num_read, found = self._files.read(shard, offset, buffers), 0
+            for buffer in buffers:
+                found = google_crc32c.extend(found, buffer)
+            if num_read == length and found == checksum:
+                return
+            if not self._files.drop_copy(shard):  # a staged one is fetched again
+                break
+        path, name = self._files.path(shard), f"{self.keys[row]}.{member}"
+        if num_read != length:
+            raise DamagedShardError(f"{path} is truncated: {name} is incomplete; {REMEDY}")
+        raise DamagedShardError(f"{path} is damaged: {name} has a wrong crc32c; {REMEDY}")
+
+
+def _header_length(content: npt.NDArray[np.uint8]) -> int:
+    """Bytes before the array in a version-1 npy file."""
+    return NPY_PREFIX + int(content[8]) + 256 * int(content[9])
+
+
+@lru_cache(maxsize=64)
+def _npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype from the header of a version-1 npy file; every slice has the same."""
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return shape, dtype
+
+
+def _spans(samples: Sequence[Record], member: str) -> npt.NDArray[np.int64]:
+    """(num_samples, 3): offset, length and crc32c; -1 where the sample has no such member."""
+    spans = [sample[member] or (-1, -1, -1) for sample in samples]
+    return np.array(spans, np.int64).reshape(len(spans), 3)
+
+
+def _read_manifest(folder: Path) -> Record:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: the data is not prepared; run: cldf prepare"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def _check_size(folder: Path, shard: Record) -> Path:
+    path = folder / str(shard["name"])
+    if not path.is_file():
+        raise DamagedShardError(f"{path} is missing; {REMEDY}")
+    size = path.stat().st_size
+    if size != shard["size"]:
+        what = "truncated" if size < shard["size"] else "damaged"
+        raise DamagedShardError(f"{path} is {what}: {size} of {shard['size']} bytes; {REMEDY}")
+    return path

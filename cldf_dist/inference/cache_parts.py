@@ -1,0 +1,110 @@
+"""Who makes which shards of the feature cache, and which of them must be made again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+from cldf_dist.config import Config
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.runs.run import write_atomically
+from cldf_dist.system.distributed import from_all, processes, together
+from cldf_dist.system.locks import FolderLock
+
+STAGE = "cache"
+STORE = "features.zarr"
+COUNT_FILE = ".parts.json"
+SHARDS_AT_ONCE = 64  # that one reading process is given, at most
+SHOWN = 20  # damaged slices that are named
+
+
+def store_folder(config: Config) -> Path:
+    return config.run_folder / STAGE / STORE
+
+
+def part_of(shards: range, part: str) -> range:
+    """The contiguous share "i/n" of shards, 1 <= i <= n; all of them for ""."""
+    if not part:
+        return shards
+    number, count = (int(word) for word in part.split("/"))
+    return _share(shards, number - 1, count)
+
+
+def rank_share(shards: range) -> range:
+    """This process's contiguous share."""
+    return _share(shards, processes().rank, processes().world_size)
+
+
+def _share(shards: range, number: int, count: int) -> range:
+    return shards[len(shards) * number // count : len(shards) * (number + 1) // count]
+
+
+@contextmanager
+def shared_stage(config: Config) -> Iterator[None]:
+    """Hold the stage's folder together with the other parts, for one job of an array.
+
+    RuntimeError where a job that makes the whole cache is at work, or parts of another number:
+    two of them would write the same files.
+    """
+    folder, count = config.run_folder / STAGE, config.cache.part.split("/")[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / COUNT_FILE
+    lock = FolderLock.shared(
+        folder, lambda: write_atomically(file, json.dumps({"parts": int(count)}))
+    )
+    try:
+        at_work = json.loads(file.read_text())["parts"]
+        if at_work != int(count):
+            raise RuntimeError(
+                f"cache.part={config.cache.part}: jobs that make parts of {at_work} are at work in "
+                f"{folder}; wait for them, or take i/{at_work}"
+            )
+        yield
+    finally:
+        lock.release()
+
+
+def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str]:
+    """Look at every byte, each process at its share; what is damaged is discarded, and so made
+    again. `keys` name the slices; those of the damaged ones, for all processes."""
+    with together():
+        shards = rank_share(range(cache.num_shards))
+        mine = damaged_rows(cache.folder, shards, keys, config.cache.verify_processes)
+        for shard in mine:
+            cache.discard(shard)
+    found = {number: rows for part in from_all(mine) for number, rows in part.items()}
+    damaged = [keys[row] for shard in sorted(found) for row in found[shard]]
+    if processes().is_main:
+        said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"
+        shown = ", ".join(damaged[:SHOWN]) + (", ..." if len(damaged) > SHOWN else "")
+        again = f" ({shown}); {len(found)} shards are made again" if damaged else ""
+        print(f"cache: {said}{again}", file=sys.stderr, flush=True)
+    return damaged
+
+
+def damaged_rows(
+    folder: Path, shards: range, keys: Sequence[str], num_processes: int
+) -> dict[int, list[int]]:
+    """{shard: rows} whose bytes are missing or not those that were signed, read by several
+    processes at once; `keys` are those of all rows."""
+    size = max(min(len(shards) // (2 * num_processes), SHARDS_AT_ONCE), 1)
+    pieces = [shards[start : start + size] for start in range(0, len(shards), size)]
+    workers = min(num_processes, len(pieces))
+    if workers < 2:
+        parts = [_damaged(folder, piece, keys) for piece in pieces]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            parts = list(pool.map(_damaged, repeat(folder), pieces, repeat(keys)))
+    return {shard: rows for part in parts for shard, rows in part.items()}
+
+
+def _damaged(folder: Path, shards: range, keys: Sequence[str]) -> dict[int, list[int]]:
+    cache = FeatureCache(folder, quiet=True)
+    found = {shard: cache.damaged_rows(shard, keys) for shard in shards}
+    return {shard: rows for shard, rows in found.items() if rows}

@@ -1,0 +1,112 @@
+"""What several stages load: slices as a stream, and the trained nets with their noise schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cldf_dist import config as settings
+from cldf_dist.config import Augment, Config, build_section
+from cldf_dist.data.shards.remote import ShardCache
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.method.noise import Schedule
+from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.nets.patch_classifier import PatchClassifier
+from cldf_dist.nets.unet import build_unet
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import accelerator
+from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.training.export import load_net, read_description
+
+
+def shard_set(config: Config, run: Run) -> ShardSet:
+    """The prepared slices, wherever they lie."""
+    cache = ShardCache.of(config.data)
+    return ShardSet(run.needs("prepare"), on_damaged=config.data.on_damaged, cache=cache)
+
+
+def training_stream(config: Config, shards: ShardSet, augment: Augment) -> Stream:
+    """Labelled slices of the training patients, changed at random."""
+    items = LabelledSlices(shards.split("train"), augment, config.seed)
+    return Stream(items, items.groups, config.seed)
+
+
+def validation_stream(config: Config, shards: ShardSet) -> Stream:
+    """Labelled slices of the validation patients as they are."""
+    items = LabelledSlices(shards.split("validation"), None, config.seed)
+    return Stream(items, items.groups, config.seed)
+
+
+def noise_schedule(config: Config) -> Schedule:
+    diffusion = config.diffusion
+    return Schedule(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction)
+
+
+def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module, Schedule]:
+    """The frozen CDM on this process's device, and its noise schedule.
+
+    With the label embedding of the folder `labels`, of `tune-labels`, in place of its own.
+    """
+    about = read_description(folder)
+    net: Any = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
+    schedule = Schedule(about["num_timesteps"], about["schedule"], about["prediction"])
+    load_net(net, folder)
+    if labels:
+        net.class_embedding = load_label_embedding(labels)
+    return place(net), schedule
+
+
+def load_label_embedding(folder: Path) -> nn.Embedding:
+    """The tuned label embedding of the CDM: a row for no object, object, and no label given."""
+    about = read_description(folder)
+    ready: Any = _ready(nn.Embedding(about["num_labels"], about["num_features"]), folder)
+    net: nn.Embedding = ready
+    return net
+
+
+def load_classifier(folder: Path) -> nn.Module:
+    """The frozen external classifier on this process's device."""
+    about = read_description(folder)
+    section = build_section(settings.Classifier, about["net"])
+    return _ready(NoisyClassifier(section, about["num_channels"]), folder)
+
+
+def load_cam(folder: Path) -> nn.Module:
+    """The frozen clean classifier on this process's device."""
+    about = read_description(folder)
+    about["net"].pop("seed_method", None)  # of nets that were made when seeds.cam was there
+    section = build_section(settings.Cam, about["net"])
+    return _ready(CamClassifier(section, about["num_channels"]), folder)
+
+
+def load_patch_classifier(folder: Path) -> PatchClassifier:
+    """The frozen patch classifier on this process's device."""
+    about = read_description(folder)
+    section = build_section(settings.PatchClassifier, about["net"])
+    ready: Any = _ready(PatchClassifier(section, about["num_channels"]), folder)
+    net: PatchClassifier = ready
+    return net
+
+
+def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
+    """The frozen pixel decoder on this process's device, and what `class_prototypes` gave."""
+    about = read_description(folder)
+    net = PixelDecoder(about["tap_channels"], about["hidden"], about["embedding"])
+    ready: Any = _ready(net, folder)
+    return ready, torch.tensor(about["prototypes"], device=accelerator().device)
+
+
+def place(net: nn.Module) -> nn.Module:
+    """A frozen net on this process's device, in the layout that is fast there."""
+    device = accelerator().device
+    layout: Any = {"memory_format": fast_layout(device)}
+    return net.to(device).to(**layout).eval().requires_grad_(False)
+
+
+def _ready(net: nn.Module, folder: Path) -> nn.Module:
+    return place(load_net(net, folder))

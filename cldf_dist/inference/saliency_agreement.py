@@ -1,0 +1,90 @@
+"""How well CDM saliency agrees with the slice labels of the validation patients: no mask in it."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cldf_dist.config import Config, Saliency, Segment
+from cldf_dist.data.shards.table import SliceTable
+from cldf_dist.data.slices import NO_OBJECT, OBJECT, foreground
+from cldf_dist.method.counterfactual import cdm_saliency
+from cldf_dist.method.noise import Schedule
+from cldf_dist.method.threshold import negative_cut
+from cldf_dist.method.weak_validation import area_shares, weak_validation
+from cldf_dist.system.distributed import accelerator, from_all, processes, together
+from cldf_dist.system.memory_format import fast_layout
+
+# the defaults: what a run says of its own rows may change without training anything again
+SALIENCY = Saliency()
+NEGATIVE_FRACTION = Segment().negative_fraction
+
+
+def saliency_agreement(
+    config: Config, table: SliceTable, diffusion: nn.Module, schedule: Schedule
+) -> float | None:
+    """The AUROC of the area above the cut for the slice label, of saliency as in the row `cdm`.
+
+    Over `label_tuning.compared_slices` slices of known label, evenly spread. All processes share
+    the work and get the same number; None where the slices have one label only.
+    """
+    known = np.flatnonzero(table.labels >= 0)
+    rows = evenly_spread(known, config.label_tuning.compared_slices)
+    mine = rows[processes().rank :: processes().world_size]
+    with together():
+        own = _saliency(config, table, mine, diffusion, schedule)
+    found = chain.from_iterable(from_all(own))
+    by_row = {row: (score, inside) for row, score, inside in found}
+    labels = table.labels[rows]
+    if not {NO_OBJECT, OBJECT} <= set(labels.tolist()):
+        return None
+    scores = np.stack([by_row[row][0] for row in rows.tolist()])
+    subject = np.stack([by_row[row][1] for row in rows.tolist()])
+    negative = labels == NO_OBJECT
+    cut = negative_cut(scores[negative][subject[negative]], NEGATIVE_FRACTION)
+    agreement = weak_validation(area_shares(scores, subject, cut), labels)["area_auroc"]
+    return None if agreement is None else float(agreement)
+
+
+def evenly_spread(rows: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
+    """At most so many of these rows, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round()
+    return rows[places.astype(np.intp)]
+
+
+def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[str]) -> Tensor:
+    """CDM saliency (batch, height, width) of slices (batch, channels, height, width), as the row
+    `cdm` has it by default."""
+    return cdm_saliency(
+        net,
+        schedule,
+        pixels,
+        keys,
+        noise_levels=SALIENCY.noise_levels,
+        draws=SALIENCY.draws,
+        smooth_pixels=SALIENCY.smooth_pixels,
+    )
+
+
+def _saliency(
+    config: Config,
+    table: SliceTable,
+    rows: npt.NDArray[np.intp],
+    diffusion: nn.Module,
+    schedule: Schedule,
+) -> list[tuple[int, Any, Any]]:
+    """(row, saliency (height, width), subject (height, width)) of these slices."""
+    device = accelerator().device
+    found: list[tuple[int, Any, Any]] = []
+    for start in range(0, len(rows), config.cache.batch_size):
+        batch = rows[start : start + config.cache.batch_size]
+        images = table.read_images(batch)
+        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+        saliency = saliency_of(diffusion, schedule, pixels, [table.keys[row] for row in batch])
+        found += zip(batch.tolist(), saliency.cpu().numpy(), foreground(images), strict=True)
+    return found

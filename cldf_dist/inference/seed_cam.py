@@ -1,0 +1,145 @@
+"""Which class activation map makes the seeds, and whether the patch classifier is to be believed.
+
+A map can collapse, turn inside out or lie beside the object with the training that it is read from,
+and slice labels cannot say so: it lights up on the right slices all the same. Another view of the
+same slices can.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cldf_dist.config import Config
+from cldf_dist.data.features.chunk_file import DamagedShardError
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.shards.table import SliceTable
+from cldf_dist.data.slices import OBJECT, foreground
+from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
+from cldf_dist.inference.patch_logits import patch_maps
+from cldf_dist.inference.saliency_agreement import evenly_spread, saliency_of
+from cldf_dist.method.agreement import correlations
+from cldf_dist.method.cam import METHODS, class_activation_maps
+from cldf_dist.system.distributed import accelerator, from_all, from_main, processes, together
+from cldf_dist.system.memory_format import fast_layout
+
+COMPARED_SLICES = 128  # positive training slices, at most
+# where no map correlates so with saliency, that says nothing, and the gradient map is asked
+LEAST_AGREEMENT = 0.2
+FALLBACK = METHODS[0]  # where no positive training slice can tell
+VIEWS = ("saliency", "gradient_map", "evidence")  # beside the activation maps
+
+# {view: {method: mean correlation, None where it is not known}}
+Agreement = dict[str, dict[str, float | None]]
+
+
+def choose_seed_map(
+    config: Config, nets: FrozenNets, table: SliceTable, store: Path
+) -> dict[str, Any]:
+    """{"map", "judged_by", "agreement"} for the attributes of the store, the same on all
+    processes: as the store was begun, else by what the nets say."""
+    with together():
+        before = _chosen_before(store) if processes().is_main else None
+    before = from_main(before)
+    if before is not None:
+        return dict(before)
+    agreement = map_agreement(config, nets, table)
+    method, view = config.seeds.cam, "seeds.cam"
+    if method == "auto":
+        method, view = best_map(agreement)
+        if processes().is_main:
+            words = ", ".join(f"{name} {_shown(r)}" for name, r in agreement[view].items())
+            print(f"cache: agreement with {view}: {words}; seeds: {method}", file=sys.stderr)
+    return {"map": method, "judged_by": view, "agreement": agreement}
+
+
+def evidence_agreement(seed_map: Mapping[str, Any]) -> float | None:
+    """The mean correlation of evidence and map; None where it is not known."""
+    agreement = seed_map.get("agreement", {}).get("evidence", {})
+    found: float | None = agreement.get(seed_map.get("map"))
+    return found
+
+
+def _chosen_before(store: Path) -> dict[str, Any] | None:
+    if not (store / "zarr.json").is_file():
+        return None
+    try:
+        return FeatureCache(store, quiet=True).attributes.get("seed_map")
+    except DamagedShardError:  # said, or mended, by whoever opens the store next
+        return None
+
+
+def with_map(config: Config, method: str) -> Config:
+    return replace(config, seeds=replace(config.seeds, cam=method))
+
+
+def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreement:
+    """The mean correlation of each activation map with each other view over the subject, on at
+    most `COMPARED_SLICES` positive slices of the table.
+
+    Saliency is asked where `seeds.cam=auto` needs it and the diffusion model has labels, evidence
+    where there is a patch classifier.
+    """
+    rows = evenly_spread(np.flatnonzero(table.labels == OBJECT), COMPARED_SLICES)
+    size = config.cache.batch_size
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    # whole batches to each process: with any number of them the same digits
+    with together():
+        own = [
+            (number, _correlations(config, nets, table, batches[number]))
+            for number in range(processes().rank, len(batches), processes().world_size)
+        ]
+    parts = dict(chain.from_iterable(from_all(own)))
+    joined = {view: [line for n in sorted(parts) for line in parts[n][view]] for view in VIEWS}
+    return {view: dict(zip(METHODS, _means(lines), strict=True)) for view, lines in joined.items()}
+
+
+def _correlations(
+    config: Config, nets: FrozenNets, table: SliceTable, rows: npt.NDArray[np.intp]
+) -> dict[str, list[list[float]]]:
+    """Of a batch of slices, for each view that there is: for each slice and each of `METHODS`."""
+    device = accelerator().device
+    images = table.read_images(rows)
+    inside = torch.from_numpy(foreground(images)).to(device)
+    pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+    keys = [table.keys[row] for row in rows]
+    views = {"gradient_map": gradient_map_of(config, nets, pixels, keys)[0]}
+    if config.seeds.cam == "auto" and config.diffusion.label_dropout < 1:
+        views["saliency"] = saliency_of(nets.diffusion, nets.schedule, pixels, keys)
+    if nets.patch_classifier is not None:
+        views["evidence"] = patch_maps(nets.patch_classifier, pixels, inside).evidence.sigmoid()
+    maps = class_activation_maps(nets.cam, pixels, config.cam.layer, METHODS)
+    found: dict[str, list[list[float]]] = {view: [] for view in VIEWS}
+    for view, values in views.items():
+        each = [correlations(maps[method], values, inside) for method in METHODS]
+        found[view] = torch.stack(each, dim=1).tolist()
+    return found
+
+
+def _means(lines: list[list[float]]) -> list[float | None]:
+    """Over slices, of each of `METHODS`; slices without a subject are left out."""
+    if not lines or np.isnan(lines).all():
+        return [None] * len(METHODS)
+    return [float(mean) for mean in np.nanmean(lines, axis=0)]
+
+
+def best_map(agreement: Agreement) -> tuple[str, str]:
+    """The map that agrees best with saliency, and "saliency"; where that says nothing, with the
+    gradient map, and "gradient_map". The first of equals, and where nothing is known."""
+    for view, least in (("saliency", LEAST_AGREEMENT), ("gradient_map", -1.0)):
+        known = {method: r for method, r in agreement[view].items() if r is not None and r >= least}
+        if known:
+            return max(known, key=lambda method: known[method]), view
+    return FALLBACK, "gradient_map"
+
+
+def _shown(agreement: float | None) -> str:
+    return "unknown" if agreement is None else f"{agreement:.3f}"

@@ -1,0 +1,1 @@
+"""From score maps to masks, tables and pictures, alike for every method."""

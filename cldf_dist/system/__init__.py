@@ -1,0 +1,1 @@
+"""What runs need of the machine: processes, files, locks, signals, progress, seeds."""

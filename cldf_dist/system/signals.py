@@ -1,0 +1,85 @@
+"""Being asked to stop: by a scheduler (SIGTERM, SIGUSR1) or by a person (Ctrl-C)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from cldf_dist.system.distributed import control_group, processes
+
+# A launcher passes the first Ctrl-C on as SIGINT, to processes that the terminal may have told
+# already, and the second one as SIGTERM.
+SECONDS_OF_ONE_CTRL_C = 1.0
+
+
+class Stopped(Exception):
+    """Raised after the checkpoint is written; holds the signal that asked."""
+
+    def __init__(self, number: int, when: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}, all saved")
+        self.number = number
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying; a second Ctrl-C kills."""
+    asked: list[int] = []
+    first_ctrl_c: list[float] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if not first_ctrl_c:
+            if number == signal.SIGINT:
+                first_ctrl_c.append(time.monotonic())
+            return
+        alone = processes().world_size == 1
+        if alone and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        later = time.monotonic() - first_ctrl_c[0] >= SECONDS_OF_ONE_CTRL_C
+        if not alone and later and number != signal.SIGUSR1:
+            # at once: what is cleaned up on the way out may wait for other processes
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class StopVote:
+    """The signal that any process received, known to all: the vote runs while a step does."""
+
+    def __init__(self, asked: list[int]) -> None:
+        self.asked = asked
+        self._flag: Any = None
+        self._work: Any = None
+
+    def open(self) -> None:
+        """Say what this process was asked so far; every process must."""
+        if processes().world_size == 1:
+            return
+        import torch
+
+        self._flag = torch.tensor(max(self.asked, default=0))
+        self._work = torch.distributed.all_reduce(
+            self._flag,
+            op=torch.distributed.ReduceOp.MAX,
+            group=control_group(),
+            async_op=True,
+        )
+
+    def result(self) -> int:
+        """The largest number of a signal that had reached any process; 0 where none did."""
+        if processes().world_size == 1:
+            return max(self.asked, default=0)
+        self._work.wait()
+        return int(self._flag)

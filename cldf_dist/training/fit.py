@@ -1,0 +1,376 @@
+"""The one training loop: any task, any number of processes, resumed by the same command.
+
+A task is an nn.Module with `.net` and `forward(batch) -> {"loss": scalar, ...}`. All randomness of
+a step is a function of (seed, step) or (seed, sample number), never of where the process started;
+that makes a resumed run equal to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cldf_dist.config import Fit
+from cldf_dist.runs.run import Run
+from cldf_dist.system.distributed import (
+    accelerator,
+    from_all,
+    from_main,
+    processes,
+    together,
+    zero_stage,
+)
+from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.progress import progress
+from cldf_dist.system.seeding import sample_seed
+from cldf_dist.system.signals import Stopped, StopVote, stop_signals
+from cldf_dist.training.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    read_weights,
+    save_checkpoint,
+)
+from cldf_dist.training.ema import MovingAverage
+from cldf_dist.training.engine import autocast, autocast_dtype, make_engine
+from cldf_dist.training.prefetch import DeviceBatches, to_device
+from cldf_dist.training.step_metrics import SkippedSteps, StepMeans
+from cldf_dist.training.throughput import Throughput
+
+Batch = Mapping[str, Any]
+# the layout in which convolutions are fastest; torch's types do not know this form of `to`
+NUM_SAMPLES = "#samples"  # beside the names of losses
+VALIDATION = "validation/"  # how the names of its means begin
+
+
+class Batches(Protocol):
+    """What `fit` asks of a stream of training samples; every batch holds `sample_number`."""
+
+    def fingerprint(self) -> str:
+        """Differs where other samples would be drawn."""
+        ...
+
+    def batches(
+        self, consumed: int, *, batch_size: int, rank: int, world_size: int, num_workers: int
+    ) -> Iterator[Batch]: ...
+
+    def fixed(
+        self, num_samples: int, batch_size: int, *, rank: int, world_size: int
+    ) -> Iterator[Batch]: ...
+
+
+def fit(
+    task: nn.Module, stream: Batches, settings: Fit, run: Run, validation: Batches | None = None
+) -> nn.Module:
+    """Train `task` to `settings.steps`; the net (its moving average where asked), frozen.
+
+    Starts from the newest valid checkpoint in `run.folder`, whatever number of processes made it,
+    with or without ZeRO. Raises ValueError where the batch does not divide over the processes,
+    FloatingPointError after too many non-finite steps in a row, and `Stopped` after SIGTERM,
+    SIGUSR1 or Ctrl-C, when everything is saved.
+    """
+    with stop_signals() as asked:  # workers are starting soon, and end late
+        training = _Training(task, stream, settings, run)
+        batches = DeviceBatches(
+            stream.batches(
+                training.step * settings.batch_size,
+                batch_size=settings.batch_size // settings.accumulate,
+                rank=processes().rank,
+                world_size=processes().world_size,
+                num_workers=settings.num_workers,
+            ),
+            training.device,
+        )
+        try:
+            _train(training, batches, validation, asked)
+            return training.result()
+        finally:
+            batches.close()
+            training.engine.close()
+
+
+def _train(
+    training: _Training, batches: DeviceBatches, validation: Batches | None, asked: list[int]
+) -> None:
+    settings, run = training.settings, training.run
+    vote = StopVote(asked)
+    with progress(run.stage, settings.steps, shown=run.is_main) as bar:
+        bar.start_at(training.step)
+        if not training.reported:  # it was stopped before it could
+            training.report(validation, asked)
+        while training.step < settings.steps:
+            vote.open()
+            training.advance(batches)
+            step = training.step
+            bar.advance(note=training.note)
+            last = step == settings.steps
+            stop = vote.result()
+            with training.throughput.pause():
+                if not stop:  # else the time to save may be short: it is done on resume
+                    stop = training.report(validation, asked)
+                if stop or _is_due(step, settings.checkpoint_every, last):
+                    training.save()
+                if last and not training.reported:  # all is safe now
+                    training.report(validation, [])
+                    training.save()
+            if stop and not last:
+                raise Stopped(stop, f"after step {step}")
+            run.stop_requested = stop
+    training.preview()
+
+
+def _is_due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something that is done every so many steps, and never for 0, is done now."""
+    return every > 0 and (last or step % every == 0)
+
+
+class _Training:
+    """The state between steps: weights, moving average, optimizer, counters."""
+
+    def __init__(self, task: nn.Module, stream: Batches, settings: Fit, run: Run) -> None:
+        _check_batch(task, settings)
+        self.settings, self.run = settings, run
+        self.device = accelerator().device
+        found = _same_checkpoint(run)
+        self.items = _same_items(stream, found)
+        with together():
+            if found:
+                task.load_state_dict(found.tensors["task"])
+            elif settings.start_from:
+                _start_from(task, Path(settings.start_from))
+        self.task: Any = task.to(self.device)
+        if not zero_stage():  # DeepSpeed lays all weights in one row
+            layout: Any = {"memory_format": fast_layout(self.device, settings.channels_last)}
+            self.task = self.task.to(**layout)
+        self.average = MovingAverage(self.task, settings.average_decay)
+        if settings.compile:  # the net, not the task: tasks make generators
+            net: Any = self.task.net
+            net.compile()
+        self.engine = make_engine(self.task, settings, run.config.mixed_precision)
+        takes_half = getattr(task, "autocast", True)
+        self.dtype = autocast_dtype(run.config.mixed_precision, self.device) if takes_half else None
+        self.means = StepMeans(self.device)
+        self.skipped = SkippedSteps(self.device, settings.max_skipped_steps, run.folder)
+        self.throughput = Throughput(self.device, self.dtype, processes().world_size)
+        self.has_buffers = any(True for _ in self.task.buffers())
+        self.note = ""
+        self.reported = found is None or bool(found.state["reported"])
+        self.step = self._resume(found) if found else 0
+        self.throughput.start(self.step)
+        run.start_logging_from(self.step, again="" if self.reported else VALIDATION)
+
+    def _resume(self, found: Checkpoint) -> int:
+        self.average.task.load_state_dict(found.tensors["average"])
+        self.engine.load(found)
+        self.skipped.load(found.state)
+        self.means.load(found.state["means"])
+        if self.run.is_main:
+            print(f"{self.run.stage}: resuming after step {found.state['step']}", file=sys.stderr)
+        return int(found.state["step"])
+
+    def advance(self, batches: DeviceBatches) -> None:
+        """One optimizer step."""
+        settings, step = self.settings, self.step
+        batch = batches.next()
+        if not self.throughput.is_counted:
+            self._count_flops(batch, batches.waited)
+        if not self.task.training:  # setting it walks through all modules
+            self.task.train()
+        # dropout inside the net draws from the global generator: make it a function of the step
+        seed = sample_seed(self.run.config.seed, step, f"rank {processes().rank}")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every kind of device
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        buffers = [buffer.clone() for buffer in self.task.buffers()] if self.has_buffers else []
+        parts, used = [], []
+        for micro in range(settings.accumulate):
+            if micro > 0:
+                batch = batches.next()
+            with self.engine.micro_batch(last=micro == settings.accumulate - 1):
+                losses = self.engine.forward(batch)
+                self.engine.backward(_finite_or_skipped(losses["loss"]))
+            parts.append(losses)
+            used.append(batch)
+            if micro < settings.accumulate - 1 or step + 1 < settings.steps:
+                batches.prefetch()
+        norm, moved = self.engine.step(learning_rate(step, settings))
+        for before, buffer in zip(buffers, self.task.buffers()):  # a skipped step leaves no trace
+            buffer.copy_(torch.where(moved, buffer, before))
+        self.average.follow(step, moved)
+        self.means.add(parts, norm, moved)
+        self.skipped.note(step, used, moved)
+        self.step += 1
+        self.reported = False
+        if _is_due(self.step, settings.log_every, self.step == settings.steps):
+            self._log(batches.waited)
+
+    def _count_flops(self, batch: Batch, waited: float) -> None:
+        self.throughput.count(self.average.task, batch, len(batch["sample_number"]))
+        self.throughput.start(self.step, waited)
+
+    def report(self, validation: Batches | None, asked: list[int]) -> int:
+        """What is due after this step: validation and previews; a signal that stopped it, or 0."""
+        settings, last = self.settings, self.step == self.settings.steps
+        if validation and _is_due(self.step, settings.validate_every, last):
+            stop = self.validate(validation, asked)
+            if stop:
+                return stop
+        if _is_due(self.step, settings.preview_every):
+            self.preview()
+        self.reported = True
+        return 0
+
+    def validate(self, validation: Batches, asked: list[int]) -> int:
+        """Log mean losses of the averaged net over the same samples and noise each time.
+
+        Gives the signal by which any process was asked to stop meanwhile; nothing is logged then.
+        """
+        sums: dict[str, Tensor] = {}
+        place = {"rank": processes().rank, "world_size": processes().world_size}
+        per_step = self.settings.batch_size // (processes().world_size * self.settings.accumulate)
+        self.average.take_buffers_of_main()
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            for batch in validation.fixed(self.settings.validation_samples, per_step, **place):
+                if asked:
+                    break
+                losses = self.average.task(to_device(batch, self.device))
+                size = len(batch["sample_number"])
+                for name, value in {**losses, NUM_SAMPLES: torch.ones(())}.items():
+                    weighted = value.detach().float().to(self.device) * size
+                    sums[name] = sums.get(name, torch.zeros((), device=self.device)) + weighted
+        stop = int(max(from_all(max(asked, default=0))))
+        if stop:
+            return stop
+        names = from_main(sorted(sums))
+        stacked = torch.stack([sums.get(name, torch.zeros(())).to(self.device) for name in names])
+        totals = dict(zip(names, accelerator().reduce(stacked, "sum").tolist()))
+        weight = max(totals.pop(NUM_SAMPLES), 1.0)
+        means = {f"{VALIDATION}{name}": total / weight for name, total in totals.items()}
+        self.run.log(self.step, means)
+        return 0
+
+    def preview(self) -> None:
+        """Write the task's pictures, made with the averaged net, as PNG files."""
+        if not (self.run.is_main and hasattr(self.task, "preview")):
+            return
+        from matplotlib import image
+
+        folder = self.run.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        average = self.average.task
+        for name, picture in average.preview(average.net).items():
+            path = folder / f"{name}-{self.step:08d}.png"
+            image.imsave(path, picture, cmap="gray", vmin=0, vmax=255)
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "items": self.items,
+            "reported": self.reported,
+            # since the last log: without them the next line of a resumed run would be another mean
+            "means": from_all(self.means.state()),
+            **self.skipped.state(),
+            **self.engine.state(),
+        }
+        tensors = {
+            "task": self.task.state_dict(),
+            "average": self.average.task.state_dict(),
+            "optimizer": self.engine.optimizer_tensors(),
+        }
+        save_checkpoint(
+            self.run.folder / "checkpoints",
+            from_main(self.run.id if self.run.is_main else ""),
+            state,
+            tensors,
+            keep=self.settings.keep,
+        )
+
+    def result(self) -> nn.Module:
+        task = self.average.task if self.settings.average_decay else self.task
+        net: nn.Module = task.net
+        return net.eval().requires_grad_(False)
+
+    def _log(self, waited: float) -> None:
+        metrics = {f"train/{name}": mean for name, mean in self.means.over_processes().items()}
+        metrics |= {
+            "train/learning_rate": learning_rate(self.step - 1, self.settings),
+            "train/skipped_steps": float(self.skipped.total),
+        }
+        metrics |= self.throughput.metrics(self.step, self.settings.batch_size, waited)
+        self.note = f"loss {metrics.get('train/loss', math.nan):.4f}"
+        self.run.log(self.step, metrics)
+
+
+def learning_rate(step: int, settings: Fit) -> float:
+    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak."""
+    peak, floor = settings.learning_rate, settings.final_learning_rate
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def _same_checkpoint(run: Run) -> Checkpoint | None:
+    """The newest valid checkpoint; the main process looks, the others take its word."""
+    with together():
+        found = newest_checkpoint(run.folder / "checkpoints", run.id) if run.is_main else None
+    path = from_main(found.path if found else None)
+    if path is None:
+        return None
+    with together():
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path} is not there for this process, but for the main one; the run folder must "
+                "lie on a file system that all of them see"
+            )
+    return found or Checkpoint(path)
+
+
+def _same_items(stream: Batches, found: Checkpoint | None) -> str:
+    """What names the samples, the same on every process and at every start.
+
+    Raises ValueError where it differs: the order of samples would be another one.
+    """
+    mine = stream.fingerprint()
+    remedy = (
+        "data.on_damaged=skip leaves out what is damaged: prepare the data again, or delete the "
+        "copy in data.shard_cache where it is one"
+    )
+    if len(set(from_all(mine))) > 1:
+        raise ValueError(f"the processes would draw from other samples than each other; {remedy}")
+    if found and found.state["items"] != mine:
+        raise ValueError(f"{found.path} was made from other samples than there are now; {remedy}")
+    return mine
+
+
+def _finite_or_skipped(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gives a gradient that is not, on all processes."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def _start_from(task: nn.Module, path: Path) -> None:
+    net: Any = task.net
+    try:
+        net.load_state_dict(read_weights(path))
+    except RuntimeError as error:  # torch lists every name that differs
+        first = " ".join(str(error).splitlines()[1:2]).strip()
+        raise ValueError(f"fit.start_from={path} does not fit this net: {first}") from error
+
+
+def _check_batch(task: nn.Module, settings: Fit) -> None:
+    world_size = processes().world_size
+    if settings.batch_size % (world_size * settings.accumulate):
+        raise ValueError(
+            f"fit.batch_size ({settings.batch_size}, over all processes) must be a multiple of "
+            f"processes x fit.accumulate = {world_size} x {settings.accumulate}"
+        )
+    if settings.accumulate > 1 and not getattr(task, "accumulates", True):
+        raise ValueError(
+            f"{type(task).__name__} contrasts within the batch: fit.accumulate must be 1, "
+            f"got {settings.accumulate}"
+        )

@@ -1,0 +1,48 @@
+"""How long a training would take here: one real step on made-up slices, extrapolated."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from cldf_dist.config import Fit
+from cldf_dist.system.distributed import accelerator, processes
+
+
+def training_time(task: nn.Module, fit: Fit, num_channels: int, image_size: int) -> dict[str, str]:
+    """For `--dry-run`: parameters, and the time of all steps at the pace of one timed slice.
+
+    Single precision, without loader and optimizer: a guess at the order of magnitude.
+    """
+    device = accelerator().device
+    task = task.to(device).train()
+    batch = {
+        "image": torch.rand(1, num_channels, image_size, image_size, device=device) * 2 - 1,
+        "label": torch.ones(1, dtype=torch.long, device=device),
+        "sample_number": torch.zeros(1, dtype=torch.long),
+    }
+    _seconds_of_step(task, batch)  # the first one also sets things up
+    seconds = _seconds_of_step(task, batch) * fit.steps * fit.batch_size / processes().world_size
+    parameters = sum(p.numel() for p in task.parameters())
+    return {
+        "net": f"{parameters / 1e6:.2f} million parameters",
+        "time": f"about {in_words(seconds)} on this machine's {device.type}, "
+        f"{processes().world_size} process(es)",
+    }
+
+
+def _seconds_of_step(task: nn.Module, batch: dict[str, Any]) -> float:
+    started = time.perf_counter()
+    task(batch)["loss"].backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
