@@ -35,7 +35,24 @@ ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "benchmarks" / "results" / "same_results.csv"
 COLUMNS = ("commit", "cpu", "torch", "processes", "item", "sha256")
 # (pattern of today, name in the baseline), tried on every part of an item's name and every key
-RENAMED: tuple[tuple[str, str], ...] = ()
+RENAMED: tuple[tuple[str, str], ...] = (
+    (r"^tune-label-embedding", "tune-labels"),
+    (r"slice_protocol\.csv$", "legacy_slices.csv"),
+    (r"^slice_protocol$", "legacy"),
+    (r"^min_body_fraction$", "min_foreground_fraction"),
+    (r"^(clean|pooled)_fraction$", r"\1_share"),
+    (r"^max_timestep$", "max_noise_level"),
+    (r"^gradient_accumulation_steps$", "accumulate"),
+    (r"^keep_checkpoints$", "keep"),
+    (r"^ema_decay$", "average_decay"),
+    (r"^final_learning_rate_fraction$", "final_learning_rate"),
+    (r"patch_logit_threshold$", "evidence_cut"),
+    (r"patch_logits$", "evidence"),
+    (r"thresholds$", "cuts"),
+    (r"^threshold$", "cut"),
+    (r"_wait_fraction$", "_wait_share"),
+    (r":body_mask$", ":foreground"),
+)
 # parts of a run that say when, where and how fast, or that repeat others in words
 VOLATILE_FILES = {"provenance.json", "run.json", "seconds.json", "state.json"}
 VOLATILE_KEYS = re.compile(r"^(time|finished|sha256|crc32c|size|offset|length|speed/.*)$")

@@ -141,20 +141,22 @@ def _config_of_doctor(words: Sequence[str]) -> Config:
 
 def _segment_new(config: Config, parts: Sequence[Config]) -> int:
     """New scans are dealt out to the processes; the main one prints what came of them."""
-    from cldf_dist.cli.multi_object import join_new_scans
+    from cldf_dist.cli.multi_object import merge_new_scans
     from cldf_dist.cli.new_scans import segment_new
-    from cldf_dist.system.distributed import from_all, processes, together
+    from cldf_dist.system.distributed import fail_on_all_ranks, gather_objects, processes
 
-    with together():
+    with fail_on_all_ranks():
         mine = [segment_new(part, Path(config.output)) for part in parts]
-    results = [result for shares in from_all(mine) for result in shares]  # by process, by part
+    results = [
+        result for shares in gather_objects(mine) for result in shares
+    ]  # by process, by part
     files = [path for written, _ in results for path in written]
     failed = [sentence for _, sentences in results for sentence in sentences]
-    with together():
+    with fail_on_all_ranks():
         if processes().is_main and len(parts) > 1:
             of_parts = [results[number :: len(parts)] for number in range(len(parts))]
             written = [[path for found, _ in shares for path in found] for shares in of_parts]
-            files += join_new_scans(config, parts, written)
+            files += merge_new_scans(config, parts, written)
     if processes().is_main:
         for path in sorted(files):
             print(path)
@@ -164,7 +166,7 @@ def _segment_new(config: Config, parts: Sequence[Config]) -> int:
 
 
 def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage], name: str) -> int:
-    from cldf_dist.cli.multi_object import join_runs, with_one_split
+    from cldf_dist.cli.multi_object import merge_runs, with_one_split
     from cldf_dist.system.distributed import processes
     from cldf_dist.system.signals import Stopped
 
@@ -176,7 +178,7 @@ def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage],
         # under a launcher a rank that was asked to stop has done its duty: DONE tells the rest
         return 0 if processes().world_size > 1 else 128 + stop.number
     if len(parts) > 1 and stage_named("segment") in stages and processes().is_main:
-        folder = join_runs(config, parts)
+        folder = merge_runs(config, parts)
         print(f"joint    {folder / 'masks'}/PATIENT.nii.gz, {folder / 'labels.json'}")
     return 0
 

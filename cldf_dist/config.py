@@ -51,7 +51,7 @@ class Data:
     split_seed: int = 0
     image_size: int = 128  # pixels; slices are cropped to the subject and resampled to a square
     min_object_pixels: int = 50  # in-plane pixels of the original scan that make a slice positive
-    min_foreground_fraction: float = 0.05  # of the square; emptier slices are not used
+    min_body_fraction: float = 0.05  # of the square; emptier slices are not used
     subject: str = "auto"  # auto | nonzero | tissue: how the subject is told from the air
     # (low, high) of the stored values, mapped to [-1, 1] in place of the robust standardisation;
     # empty: the abdominal window for CT, the robust standardisation for everything else
@@ -88,15 +88,15 @@ class Fit:
 
     steps: int = 10_000
     batch_size: int = 32
-    accumulate: int = 1  # micro-batches per optimizer step and process
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step and process
     learning_rate: float = 2e-4
     warmup_steps: int = 200
-    final_learning_rate: float = 0.05  # share of `learning_rate` at the end of the cosine
+    final_learning_rate_fraction: float = 0.05  # share of `learning_rate` at the end of the cosine
     weight_decay: float = 1e-4
     clip_norm: float = 1.0  # gradient norm; 0 switches clipping off
-    average_decay: float = 0.999  # of the moving average of the weights; 0 switches it off
+    ema_decay: float = 0.999  # of the moving average of the weights; 0 switches it off
     checkpoint_every: int = 1000  # steps
-    keep: int = 2  # checkpoints
+    keep_checkpoints: int = 2  # checkpoints
     validate_every: int = 500  # steps; 0 switches validation off
     validation_samples: int = 128
     preview_every: int = 0  # steps; 0 only at the end
@@ -141,7 +141,10 @@ class LabelTuning:
     """The CDM's label embedding alone, trained on until a wrong label predicts the noise worse."""
 
     enabled: bool = True  # false leaves the embedding as `train-diffusion` made it
-    noise_range: tuple[int, int] = (200, 450)  # timesteps: lowest, and the first that is too high
+    timestep_range: tuple[int, int] = (
+        200,
+        450,
+    )  # timesteps: lowest, and the first that is too high
     # validation slices by whose labels the better of the two embeddings is kept
     compared_slices: int = 128
     augment: Augment = field(default_factory=Augment)
@@ -152,7 +155,7 @@ class LabelTuning:
             learning_rate=6e-2,
             warmup_steps=10,
             weight_decay=0.0,
-            average_decay=0.95,
+            ema_decay=0.95,
             checkpoint_every=100,
             validate_every=100,
         )
@@ -169,13 +172,13 @@ class Classifier:
     num_head_channels: int = 32
     norm_num_groups: int = 16
     dropout: float = 0.1  # before the linear layer
-    max_noise_level: int = 300  # timestep; training noise is drawn below it
-    clean_share: float = 0.3  # of the training samples get no noise
+    max_timestep: int = 300  # timestep; training noise is drawn below it
+    clean_fraction: float = 0.3  # of the training samples get no noise
     label_smoothing: float = 0.02
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
         default_factory=lambda: Fit(
-            steps=3000, learning_rate=5e-4, weight_decay=0.05, average_decay=0.99
+            steps=3000, learning_rate=5e-4, weight_decay=0.05, ema_decay=0.99
         )
     )
 
@@ -192,7 +195,7 @@ class Cam:
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
         default_factory=lambda: Fit(
-            steps=3000, learning_rate=5e-4, weight_decay=0.05, average_decay=0.99
+            steps=3000, learning_rate=5e-4, weight_decay=0.05, ema_decay=0.99
         )
     )
 
@@ -205,21 +208,21 @@ class PatchClassifier:
     channels: int = 32
     layers: int = 4  # 3x3 convolutions: a pixel's evidence depends on 2 layers + 1 pixels
     downsample: int = 1  # pixels of the slice per pixel of the net, in each direction
-    pooled_share: float = 0.02  # of the subject's pixels, the highest, make the slice's logit
+    pooled_fraction: float = 0.02  # of the subject's pixels, the highest, make the slice's logit
     dropout: float = 0.2  # of whole channels, before the linear layer
     label_smoothing: float = 0.0
     augment: Augment = field(default_factory=Augment)
     fit: Fit = field(
         default_factory=lambda: Fit(
-            steps=3000, learning_rate=2e-3, weight_decay=0.05, average_decay=0.99
+            steps=3000, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.99
         )
     )
 
 
 @dataclass(frozen=True)
 class GradientMap:
-    noise_levels: tuple[int, ...] = (50, 100, 150, 200, 250)  # timesteps
-    draws: int = 2  # of the noise, per noise level
+    timesteps: tuple[int, ...] = (50, 100, 150, 200, 250)  # timesteps
+    num_noise_samples: int = 2  # of the noise, per noise level
     smooth_pixels: float = 1.0  # standard deviation of the Gaussian, in prepared pixels
 
 
@@ -228,12 +231,14 @@ class Features:
     """Which activations of the frozen CDM are the diffusion features."""
 
     taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
-    noise_levels: tuple[int, ...] = (50, 150, 300)  # timesteps
+    timesteps: tuple[int, ...] = (50, 150, 300)  # timesteps
     # drawn | none: what is added to the slice; none: it is only scaled as at that noise level
     noise: str = "none"
-    draws: int = 1  # of the noise, at each noise level
-    combine_levels: str = "stack"  # stack | average: one feature map per noise level, or their mean
-    combine_draws: str = "average"  # average | stack
+    num_noise_samples: int = 1  # of the noise, at each noise level
+    combine_timesteps: str = (
+        "stack"  # stack | average: one feature map per noise level, or their mean
+    )
+    combine_noise_samples: str = "average"  # average | stack
     # auto | fp32 | bf16: of the CDM's passes, for the cache and for new scans; auto: bf16 on GPUs
     precision: str = "auto"
     # float16 | int8: as stored; int8 has a scale per slice and channel, and half the bytes
@@ -250,23 +255,24 @@ class Seeds:
     # auto | gradcam | gradcam_pp | layercam: which activation map; auto: the one that agrees best
     # with CDM saliency on positive training slices
     cam: str = "auto"
-    foreground: float = 0.5  # a map above it speaks for the object
-    background: float = 0.2  # a map below it speaks for background
-    negative_slices: bool = True  # all foreground pixels of negative slices are background seeds
+    object_threshold: float = 0.5  # a map above it speaks for the object
+    background_threshold: float = 0.2  # a map below it speaks for background
+    negative_slices: bool = True  # all body pixels of negative slices are background seeds
 
 
 @dataclass(frozen=True)
 class Plus:
     """`cldf_plus`: the same contrastive stage, from the seeds of the patch classifier."""
 
-    # share of the subject's pixels of negative validation slices whose evidence may exceed the cut
-    foreground: float = 0.01
-    # what exceeds the cut in a positive slice is an object seed where the activation map, scaled to
-    # [0, 1] within the slice, exceeds this; 0: the evidence alone decides
-    cam: float = 0.3
+    # share of the subject's pixels of negative validation slices whose evidence may exceed the
+    # threshold
+    negative_fraction: float = 0.01
+    # what exceeds the threshold in a positive slice is an object seed where the activation map,
+    # scaled to [0, 1] within the slice, exceeds this; 0: the evidence alone decides
+    cam_threshold: float = 0.3
     # least mean correlation of evidence and activation map on positive training slices, else the
     # row is left out: one of the two does not show the object; -1: it is not asked
-    agreement: float = 0.2
+    min_agreement: float = 0.2
     patch_tap: bool = True  # the patch classifier's activations are features too
 
 
@@ -283,7 +289,7 @@ class Cache:
 @dataclass(frozen=True)
 class Contrast:
     temperature: float = 0.1
-    foreground_pixels: int = 256  # per step, over all processes
+    object_pixels: int = 256  # per step, over all processes
     background_pixels: int = 384  # per step, over all processes; half from negative slices
     # share of a slice's background pixels that are drawn from its hardest: where the activation or
     # the gradient map, scaled within the slice, speaks most for the object; 0: drawn at random
@@ -312,7 +318,7 @@ class Decoder:
             learning_rate=2e-3,
             warmup_steps=20,
             weight_decay=0.05,
-            average_decay=0.98,
+            ema_decay=0.98,
             checkpoint_every=100,
             validate_every=0,
         )
@@ -323,8 +329,8 @@ class Decoder:
 class Saliency:
     """CDM saliency by condition flip: |prediction(object) - prediction(no object)|."""
 
-    noise_levels: tuple[int, ...] = (250, 350)  # timesteps
-    draws: int = 2  # of the noise, per noise level
+    timesteps: tuple[int, ...] = (250, 350)  # timesteps
+    num_noise_samples: int = 2  # of the noise, per noise level
     smooth_pixels: float = 1.0
 
 
@@ -338,7 +344,7 @@ class CgDiff:
     enabled: bool = True  # false leaves the row out
     inversion: bool = True  # encode by DDIM, as Wolleb et al.; false: noise, as the CDM-WSSS code
     # chosen by slice labels of validation patients (docs/log.md); published: docs/method.md
-    noise_level: int = 250  # timestep
+    timestep: int = 250  # timestep
     steps: int = 20  # of DDIM, each way, evenly spaced; the published codes take every timestep
     scale: float = 100.0  # of the classifier's gradient; Wolleb et al.
     label_scale: float = 2.0  # of classifier-free guidance by "no object"; 1: the label alone
@@ -351,7 +357,7 @@ class CgCdm:
 
     enabled: bool = True  # false leaves the row out
     # chosen by slice labels of validation patients (docs/log.md); published: docs/method.md
-    noise_level: int = 250  # timestep
+    timestep: int = 250  # timestep
     steps: int = 10  # adjacent DDIM steps
     scale: float = 0.1  # of the classifier's gradient. 0: their CDM, without a classifier
     tau: float = 0.0  # share of f(object) in the second label. 0: "no object" itself
@@ -366,14 +372,14 @@ class Segment:
         0.5  # slices that the classifiers, on average, put below are emptied; 0: off
     )
     negative_fraction: float = (
-        0.01  # headline rule: share of negative validation pixels above the cut
+        0.01  # headline rule: share of negative validation pixels above the threshold
     )
     min_component_ml: float = 0.0  # smaller components are removed, in every row alike
     # auto | cldf | cldf_plus: whose masks new scans and joint label maps get; auto: the one whose
     # areas tell the validation slices apart better (weak validation)
-    mask_row: str = "auto"
+    mask_method: str = "auto"
     # only these rows are scored and evaluated, of those that the run has; empty: all
-    rows: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ COMBINATIONS = ("stack", "average")
 CAM_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 PHANTOM_MINIMA = {"num_patients": 3, "num_slices": 4, "grid_size": 16, "seed": 0}
 COUNTS = (
-    "gradient_map.draws", "features.draws", "saliency.draws", "cache.batch_size",
+    "gradient_map.num_noise_samples", "features.num_noise_samples", "saliency.num_noise_samples", "cache.batch_size",
     "cache.slices_per_shard", "cache.verify_processes", "segment.batch_size",
     "segment.tile_pixels", "evaluate.resamples",
     "report.slices_per_patient", "decoder.hidden", "decoder.embedding", "decoder.prototype_pixels",
@@ -65,8 +65,8 @@ def _choices(config: Config) -> Iterator[str]:
         ("features.condition", config.features.condition, ("object", "no_object", "none")),
         ("features.precision", config.features.precision, ("auto", "fp32", "bf16")),
         ("features.noise", config.features.noise, ("drawn", "none")),
-        ("features.combine_levels", config.features.combine_levels, COMBINATIONS),
-        ("features.combine_draws", config.features.combine_draws, COMBINATIONS),
+        ("features.combine_timesteps", config.features.combine_timesteps, COMBINATIONS),
+        ("features.combine_noise_samples", config.features.combine_noise_samples, COMBINATIONS),
         ("features.storage", config.features.storage, ("float16", "int8")),
         ("cache.compression", config.cache.compression, ("none", "zstd")),
         ("seeds.rule", config.seeds.rule, ("both", "cam", "gradient")),
@@ -75,7 +75,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("decoder.contrast.precision", contrast.precision, PRECISIONS),
         ("cam.layer", config.cam.layer, CAM_LAYERS),
         ("seeds.cam", config.seeds.cam, ("auto", "gradcam", "gradcam_pp", "layercam")),
-        ("segment.mask_row", config.segment.mask_row, ("auto", "cldf", "cldf_plus")),
+        ("segment.mask_method", config.segment.mask_method, ("auto", "cldf", "cldf_plus")),
     ):
         if value not in choices:
             yield f"{path} must be one of {', '.join(choices)}, got {value!r}"
@@ -173,13 +173,20 @@ def _object(config: Config) -> Iterator[str]:
 def _fit(path: str, fit: Fit) -> Iterator[str]:
     if fit.channels_last not in LAYOUTS:
         yield f"{path}.channels_last must be one of {', '.join(LAYOUTS)}, got {fit.channels_last!r}"
-    for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+    ):
         if getattr(fit, name) < 1:
             yield f"{path}.{name} must be >= 1, got {getattr(fit, name)}"
     if fit.learning_rate <= 0:
         yield f"{path}.learning_rate must be > 0, got {fit.learning_rate}"
-    if not 0 <= fit.average_decay < 1:
-        yield f"{path}.average_decay must lie in [0, 1), got {fit.average_decay}"
+    if not 0 <= fit.ema_decay < 1:
+        yield f"{path}.ema_decay must lie in [0, 1), got {fit.ema_decay}"
     for name in ("warmup_steps", "weight_decay", "clip_norm", "num_workers", "validate_every"):
         if getattr(fit, name) < 0:
             yield f"{path}.{name} must be >= 0, got {getattr(fit, name)}"

@@ -90,20 +90,20 @@ def _patch_classifier(config: Config) -> Iterator[str]:
             f"patch_classifier.downsample must divide data.image_size ({config.data.image_size}), "
             f"got {settings.downsample}"
         )
-    if not 0 < settings.pooled_share <= 1:
-        yield f"patch_classifier.pooled_share must lie in (0, 1], got {settings.pooled_share}"
-    if not settings.enabled and config.segment.mask_row == "cldf_plus":
-        yield "segment.mask_row=cldf_plus needs patch_classifier.enabled=true"
+    if not 0 < settings.pooled_fraction <= 1:
+        yield f"patch_classifier.pooled_fraction must lie in (0, 1], got {settings.pooled_fraction}"
+    if not settings.enabled and config.segment.mask_method == "cldf_plus":
+        yield "segment.mask_method=cldf_plus needs patch_classifier.enabled=true"
 
 
 def _label_tuning(config: Config) -> Iterator[str]:
     settings, end = config.label_tuning, config.diffusion.num_timesteps
     if not settings.enabled:
         return
-    wanted = settings.noise_range
+    wanted = settings.timestep_range
     if len(wanted) != 2 or not 0 <= wanted[0] < wanted[1] <= end:
         yield (
-            f"label_tuning.noise_range must be two timesteps (low, high), 0 <= low < high <= {end}"
+            f"label_tuning.timestep_range must be two timesteps (low, high), 0 <= low < high <= {end}"
             f", got {list(wanted)}; label_tuning.enabled=false leaves the stage out"
         )
     if settings.fit.weight_decay:
@@ -120,7 +120,7 @@ def _label_tuning(config: Config) -> Iterator[str]:
 
 def _unconditional(config: Config) -> Iterator[str]:
     """What a diffusion model that never sees a label cannot do."""
-    dropped, rows = config.diffusion.label_dropout, config.segment.rows
+    dropped, rows = config.diffusion.label_dropout, config.segment.methods
     if not 0 <= dropped <= 1:
         yield f"diffusion.label_dropout must lie in [0, 1], got {dropped}"
     asks = (
@@ -134,21 +134,21 @@ def _unconditional(config: Config) -> Iterator[str]:
         yield (
             "diffusion.label_dropout=1 trains a model that never sees a label; it needs "
             "features.condition=none, features.contrast=false, label_tuning.enabled=false, and "
-            "segment.rows without cdm, cg_diff and cg_cdm, e.g. segment.rows=[cldf]"
+            "segment.methods without cdm, cg_diff and cg_cdm, e.g. segment.methods=[cldf]"
         )
 
 
 def _noise_levels(config: Config) -> Iterator[str]:
     last = config.diffusion.num_timesteps - 1
     for path, levels in (
-        ("features.noise_levels", config.features.noise_levels),
-        ("gradient_map.noise_levels", config.gradient_map.noise_levels),
-        ("saliency.noise_levels", config.saliency.noise_levels),
-        ("classifier.max_noise_level", (config.classifier.max_noise_level,)),
+        ("features.timesteps", config.features.timesteps),
+        ("gradient_map.timesteps", config.gradient_map.timesteps),
+        ("saliency.timesteps", config.saliency.timesteps),
+        ("classifier.max_timestep", (config.classifier.max_timestep,)),
     ):
         if not levels or any(not 0 <= level <= last for level in levels):
             yield f"{path} must be timesteps in 0..{last}, got {list(levels)}"
-    asked = max(Saliency().noise_levels)
+    asked = max(Saliency().timesteps)
     by_seeds = config.seeds.cam == "auto" and config.diffusion.label_dropout < 1
     if asked > last and (by_seeds or config.label_tuning.enabled):
         yield (
@@ -156,11 +156,11 @@ def _noise_levels(config: Config) -> Iterator[str]:
             f"diffusion.num_timesteps is {last + 1}; set seeds.cam=gradcam_pp and "
             "label_tuning.enabled=false, or take more timesteps"
         )
-    highest = max(config.gradient_map.noise_levels, default=0)
-    if highest >= config.classifier.max_noise_level:
+    highest = max(config.gradient_map.timesteps, default=0)
+    if highest >= config.classifier.max_timestep:
         yield (
-            "gradient_map.noise_levels must stay below classifier.max_noise_level "
-            f"({config.classifier.max_noise_level}), noise that the classifier never saw in "
+            "gradient_map.timesteps must stay below classifier.max_timestep "
+            f"({config.classifier.max_timestep}), noise that the classifier never saw in "
             f"training; got {highest}"
         )
 
@@ -168,24 +168,21 @@ def _noise_levels(config: Config) -> Iterator[str]:
 def _counterfactuals(config: Config) -> Iterator[str]:
     """The rules of the rows cg_diff and cg_cdm, where they are on."""
     last = config.diffusion.num_timesteps - 1
-    blind = config.classifier.max_noise_level
+    blind = config.classifier.max_timestep
     for path, row in (("cg_diff", config.cg_diff), ("cg_cdm", config.cg_cdm)):
         if not row.enabled:
             continue
-        if not 1 <= row.noise_level <= last:
-            yield f"{path}.noise_level must be a timestep in 1..{last}, got {row.noise_level}"
-        if not 1 <= row.steps <= row.noise_level:
-            yield (
-                f"{path}.steps must lie in 1..{row.noise_level} ({path}.noise_level), "
-                f"got {row.steps}"
-            )
+        if not 1 <= row.timestep <= last:
+            yield f"{path}.timestep must be a timestep in 1..{last}, got {row.timestep}"
+        if not 1 <= row.steps <= row.timestep:
+            yield (f"{path}.steps must lie in 1..{row.timestep} ({path}.timestep), got {row.steps}")
         if row.scale < 0:
             yield f"{path}.scale must be >= 0, got {row.scale}"
-        if row.scale > 0 and row.noise_level >= blind:
+        if row.scale > 0 and row.timestep >= blind:
             yield (
-                f"{path}.noise_level must stay below classifier.max_noise_level ({blind}), noise "
+                f"{path}.timestep must stay below classifier.max_timestep ({blind}), noise "
                 f"that the classifier never saw in training, or {path}.scale be 0; "
-                f"got {row.noise_level}"
+                f"got {row.timestep}"
             )
     if config.cg_diff.label_scale < 0:
         yield f"cg_diff.label_scale must be >= 0, got {config.cg_diff.label_scale}"
@@ -206,8 +203,8 @@ def _taps(config: Config) -> Iterator[str]:
         yield "features.taps must name at least one decoder level, e.g. [up2.1]"
     if len(set(taps)) != len(taps):
         yield f"features.taps must differ, got {list(taps)}"
-    if config.features.noise == "none" and config.features.draws != 1:
-        yield f"features.draws must be 1 with features.noise=none, got {config.features.draws}"
+    if config.features.noise == "none" and config.features.num_noise_samples != 1:
+        yield f"features.num_noise_samples must be 1 with features.noise=none, got {config.features.num_noise_samples}"
     for tap in taps:
         if OTHER_TAP.fullmatch(tap):
             continue
@@ -265,7 +262,7 @@ def _decoder(config: Config) -> Iterator[str]:
             "leave them out with decoder.loss=cross_entropy"
         )
     batch = config.decoder.fit.batch_size
-    for name, parts in (("foreground_pixels", 1), ("background_pixels", 2)):
+    for name, parts in (("object_pixels", 1), ("background_pixels", 2)):
         pixels = getattr(contrast, name)
         if pixels < 1 or pixels % (batch * parts):
             yield (
@@ -273,10 +270,10 @@ def _decoder(config: Config) -> Iterator[str]:
                 f"(decoder.fit.batch_size x {parts}), got {pixels}"
             )
     yield from _hard_negatives(contrast, contrast.background_pixels // (2 * batch))
-    if config.decoder.fit.accumulate != 1:
+    if config.decoder.fit.gradient_accumulation_steps != 1:
         yield (
-            "decoder.fit.accumulate must be 1, "
-            f"got {config.decoder.fit.accumulate}: it would change the negatives of the loss"
+            "decoder.fit.gradient_accumulation_steps must be 1, "
+            f"got {config.decoder.fit.gradient_accumulation_steps}: it would change the negatives of the loss"
         )
 
 
@@ -297,45 +294,45 @@ def _hard_negatives(contrast: Contrast, per_slice: int) -> Iterator[str]:
 
 def _shares(config: Config) -> Iterator[str]:
     seeds = config.seeds
-    if not 0 <= seeds.background < seeds.foreground <= 1:
+    if not 0 <= seeds.background_threshold < seeds.object_threshold <= 1:
         yield (
             "seeds must keep 0 <= background < foreground <= 1, "
-            f"got {seeds.background} and {seeds.foreground}"
+            f"got {seeds.background_threshold} and {seeds.object_threshold}"
         )
     for path, share in (
         ("segment.negative_fraction", config.segment.negative_fraction),
-        ("plus.foreground", config.plus.foreground),
+        ("plus.negative_fraction", config.plus.negative_fraction),
         ("evaluate.confidence", config.evaluate.confidence),
     ):
         if not 0 < share < 1:
             yield f"{path} must lie in (0, 1), got {share}"
     for path, share in (
-        ("classifier.clean_share", config.classifier.clean_share),
+        ("classifier.clean_fraction", config.classifier.clean_fraction),
         ("segment.gate_probability", config.segment.gate_probability),
-        ("plus.cam", config.plus.cam),
+        ("plus.cam_threshold", config.plus.cam_threshold),
         ("patch_classifier.dropout", config.patch_classifier.dropout),
         ("patch_classifier.label_smoothing", config.patch_classifier.label_smoothing),
         ("decoder.dropout", config.decoder.dropout),
     ):
         if not 0 <= share < 1:
             yield f"{path} must lie in [0, 1), got {share}"
-    if not -1 <= config.plus.agreement < 1:
-        yield f"plus.agreement must lie in [-1, 1), got {config.plus.agreement}"
+    if not -1 <= config.plus.min_agreement < 1:
+        yield f"plus.min_agreement must lie in [-1, 1), got {config.plus.min_agreement}"
     if not config.segment.min_component_ml >= 0:
         yield f"segment.min_component_ml must be >= 0, got {config.segment.min_component_ml}"
 
 
 def _rows(config: Config) -> Iterator[str]:
-    rows = config.segment.rows
+    rows = config.segment.methods
     for row in rows:
         if row not in ROWS:
-            yield f"segment.rows must be of {', '.join(ROWS)}, got {row!r}"
+            yield f"segment.methods must be of {', '.join(ROWS)}, got {row!r}"
     if len(set(rows)) != len(rows):
-        yield f"segment.rows must differ, got {list(rows)}"
-    if rows and config.segment.mask_row not in ("auto", *rows):
+        yield f"segment.methods must differ, got {list(rows)}"
+    if rows and config.segment.mask_method not in ("auto", *rows):
         yield (
-            f"segment.rows must hold {config.segment.mask_row}, whose masks segment.mask_row asks "
+            f"segment.methods must hold {config.segment.mask_method}, whose masks segment.mask_method asks "
             f"for, got {list(rows)}"
         )
     if rows and "cldf" not in rows:
-        yield f"segment.rows must hold cldf, with which the others are compared, got {list(rows)}"
+        yield f"segment.methods must hold cldf, with which the others are compared, got {list(rows)}"

@@ -121,7 +121,7 @@ def save_scaled(path: Path) -> None:
     nib.save(image, path)
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Keep the first `size` bytes; a negative size leaves so many away."""
     path.write_bytes(path.read_bytes()[:size])
 

@@ -116,8 +116,13 @@ def segment_stage(config, volumes, prepared) -> None:
             native, allowed = native_scores(scores, method, geometry, 0.5)
             mask = object_mask(native, allowed, CUT, spacing=geometry.spacing)
             write_nifti(folder / "masks" / method / f"{name}.nii.gz", mask, volumes[name].affine)
-    cuts = dict.fromkeys(methods, CUT)
-    rule = {"rule": "negatives", "negative_fraction": 0.01, "cuts": cuts, "mask_row": "cldf"}
+    thresholds = dict.fromkeys(methods, CUT)
+    rule = {
+        "rule": "negatives",
+        "negative_fraction": 0.01,
+        "thresholds": thresholds,
+        "mask_method": "cldf",
+    }
     (folder / "thresholds.json").write_text(json.dumps(rule))
     finish(config, "segment", {})
 

@@ -25,7 +25,6 @@ from bad_input_files import (
     brats_file,
     change,
     compress,
-    cut,
     describe,
     flip,
     lay_again,
@@ -33,6 +32,7 @@ from bad_input_files import (
     move_slice,
     save_nifti,
     save_scaled,
+    truncate,
     voxels_of,
     with_voxel,
     words_of,
@@ -144,10 +144,10 @@ NIFTI = [
         in_t1(lambda path: save_nifti(path, np.ones((16, 16, 6), np.int16), 2 * AFFINE)),
         T1, "must have the same affine", "register them to one grid",
     ),
-    brats_case("cut in the middle", in_t1(cut, 1000), T1, *DAMAGED),
-    brats_case("cut in its checksum", in_t1(cut, -6), T1, *DAMAGED),
-    brats_case("cut by one byte", in_t1(cut, -1), T1, *DAMAGED),
-    brats_case("cut to nothing", in_t1(cut, 0), T1, *DAMAGED),
+    brats_case("cut in the middle", in_t1(truncate, 1000), T1, *DAMAGED),
+    brats_case("cut in its checksum", in_t1(truncate, -6), T1, *DAMAGED),
+    brats_case("cut by one byte", in_t1(truncate, -1), T1, *DAMAGED),
+    brats_case("cut to nothing", in_t1(truncate, 0), T1, *DAMAGED),
     brats_case("a flipped bit", in_t1(flip), T1, *DAMAGED),
     brats_case("an error page", in_t1(lambda path: path.write_text("<html>")), T1, *DAMAGED),
     brats_case("not packed", in_t1(unpack), T1, "is not packed", "take .gz off its name"),
@@ -210,7 +210,7 @@ DICOM = [
         SECOND, "holds 2 series, must be one", "keep one folder per series")),
     Spoiled("no decoder", "dicom", compress, (
         f"{SECOND}/002.dcm", "no decoder is installed", "decompress it with")),
-    Spoiled("a cut slice", "dicom", lambda root: cut(root / SECOND / "002.dcm", -100), (
+    Spoiled("a cut slice", "dicom", lambda root: truncate(root / SECOND / "002.dcm", -100), (
         f"{SECOND}/002.dcm", "cannot be decoded", "fetch it again")),
     Spoiled("no labels", "dicom", remove("labels.csv"), (
         "data.labels: ", "labels.csv does not exist")),
@@ -228,7 +228,7 @@ DICOM = [
 NNUNET = [
     Spoiled("no description", "nnunet", remove("dataset.json"), (
         "dataset.json does not exist", "expected <root>/dataset.json")),
-    Spoiled("not JSON", "nnunet", lambda root: cut(root / "dataset.json", 30), (
+    Spoiled("not JSON", "nnunet", lambda root: truncate(root / "dataset.json", 30), (
         "dataset.json is not JSON",)),
     Spoiled("no label names", "nnunet", partial(describe, labels=None), (
         "dataset.json: labels must name at least one object", "such as {\"tumour\": 1}")),

@@ -85,10 +85,8 @@ def test_a_typo_names_its_full_path_and_the_near_key(phantom: str, word: str, me
 
 
 def test_a_typo_in_a_file_is_found_too(tmp_path: Path) -> None:
-    path = write(tmp_path, "typo", {**PHANTOM, "features": {"noise_level": [3]}})
-    with pytest.raises(
-        ValueError, match=r"features\.noise_level; did you mean features\.noise_levels"
-    ):
+    path = write(tmp_path, "typo", {**PHANTOM, "features": {"timestep": [3]}})
+    with pytest.raises(ValueError, match=r"features\.timestep; did you mean features\.timesteps"):
         load([path])
 
 
@@ -101,7 +99,7 @@ def test_a_typo_in_a_file_is_found_too(tmp_path: Path) -> None:
         ("tracking.enabled=1", r"tracking\.enabled must be bool, got 1"),
         ("cam.dropout=high", r"cam\.dropout must be float, got 'high'"),
         ("features.taps=up0.1", r"features\.taps must be a list of str, got 'up0\.1'"),
-        ("features.noise_levels=[10,ten]", r"features\.noise_levels\[1\] must be int, got 'ten'"),
+        ("features.timesteps=[10,ten]", r"features\.timesteps\[1\] must be int, got 'ten'"),
         ("cam=3", r"cam must hold keys, got 3"),
     ],
 )
@@ -115,7 +113,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
     assert config.cam.fit.learning_rate == 1e-4
     assert type(config.cam.dropout) is float
     assert config.name == "3"
-    assert load([phantom], ["features.noise_levels=[7]"]).features.noise_levels == (7,)
+    assert load([phantom], ["features.timesteps=[7]"]).features.timesteps == (7,)
 
 
 @pytest.mark.parametrize(
@@ -130,41 +128,41 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("data.slices_per_shard", 0, r"data\.slices_per_shard must be >= 1, got 0"),
         ("diffusion.fit.steps", 0, r"diffusion\.fit\.steps must be >= 1, got 0"),
         ("cam.fit.learning_rate", 0.0, r"cam\.fit\.learning_rate must be > 0, got 0\.0"),
-        ("classifier.fit.average_decay", 1.0, r"classifier\.fit\.average_decay must lie in"),
+        ("classifier.fit.ema_decay", 1.0, r"classifier\.fit\.ema_decay must lie in"),
         ("decoder.fit.clip_norm", -1.0, r"decoder\.fit\.clip_norm must be >= 0"),
         ("diffusion.net.channels", [64, 64], r"attention_levels needs one entry per level"),
         ("diffusion.net.norm_num_groups", 48, r"multiples of diffusion.*norm_num_groups \(48\)"),
         ("diffusion.net.num_head_channels", 96, r"net\.num_head_channels \(96\), got 256"),
         ("features.noise", "some", r"features\.noise must be one of drawn, none, got 'some'"),
-        ("features.noise_levels", [1000], r"features\.noise_levels must be timesteps in 0\.\.999"),
-        ("saliency.noise_levels", [], r"saliency\.noise_levels must be timesteps"),
+        ("features.timesteps", [1000], r"features\.timesteps must be timesteps in 0\.\.999"),
+        ("saliency.timesteps", [], r"saliency\.timesteps must be timesteps"),
         ("features.taps", [], r"features\.taps must name at least one"),
         ("decoder.contrast.temperature", -0.1, r"temperature must be > 0, got -0\.1"),
         ("decoder.contrast.background_pixels", 96, r"must be a positive multiple of 64"),
-        ("decoder.contrast.foreground_pixels", 300, r"a positive multiple of 32 .*got 300"),
-        ("decoder.contrast.foreground_pixels", 0, r"a positive multiple of 32 .*got 0"),
+        ("decoder.contrast.object_pixels", 300, r"a positive multiple of 32 .*got 300"),
+        ("decoder.contrast.object_pixels", 0, r"a positive multiple of 32 .*got 0"),
         ("decoder.contrast.hard_negatives", 1.5, r"hard_negatives must lie in \[0, 1\], got 1\.5"),
         ("decoder.contrast.hard_negatives", 0.05, r"one of the 6 background pixels .*got 0\.05"),
         ("decoder.contrast.hard_pool", 0.0, r"hard_pool must lie in \(0, 1\], got 0\.0"),
-        ("decoder.fit.accumulate", 2, r"decoder\.fit\.accumulate must be 1, got 2"),
-        ("seeds.background", 0.6, r"0 <= background < foreground <= 1, got 0\.6 and 0\.5"),
-        ("segment.rows", ["cldf", "cldf_best"], r"must be of gradcam, .*, got 'cldf_best'"),
-        ("segment.rows", ["gradcam"], r"segment\.rows must hold cldf"),
-        ("segment.rows", ["cldf", "cldf"], r"segment\.rows must differ"),
-        ("segment.mask_row", "best", r"mask_row must be one of auto, cldf, cldf_plus, got 'best'"),
+        ("decoder.fit.gradient_accumulation_steps", 2, r"decoder\.fit\.accumulate must be 1, got 2"),
+        ("seeds.background_threshold", 0.6, r"0 <= background < foreground <= 1, got 0\.6 and 0\.5"),
+        ("segment.methods", ["cldf", "cldf_best"], r"must be of gradcam, .*, got 'cldf_best'"),
+        ("segment.methods", ["gradcam"], r"segment\.rows must hold cldf"),
+        ("segment.methods", ["cldf", "cldf"], r"segment\.rows must differ"),
+        ("segment.mask_method", "best", r"mask_method must be one of auto, cldf, cldf_plus, got 'best'"),
         ("patch_classifier.downsample", 3, r"must divide data\.image_size \(128\), got 3"),
-        ("patch_classifier.pooled_share", 0.0, r"pooled_share must lie in \(0, 1\], got 0\.0"),
-        ("patch_classifier.pooled_share", 1.5, r"pooled_share must lie in \(0, 1\], got 1\.5"),
+        ("patch_classifier.pooled_fraction", 0.0, r"pooled_fraction must lie in \(0, 1\], got 0\.0"),
+        ("patch_classifier.pooled_fraction", 1.5, r"pooled_fraction must lie in \(0, 1\], got 1\.5"),
         ("patch_classifier.dropout", 1.0, r"classifier\.dropout must lie in \[0, 1\), got 1"),
         ("patch_classifier.label_smoothing", -0.1, r"label_smoothing must lie in .*got -0\.1"),
         ("patch_classifier.fit.steps", 0, r"patch_classifier\.fit\.steps must be >= 1, got 0"),
-        ("plus.foreground", 0.0, r"plus\.foreground must lie in \(0, 1\), got 0\.0"),
-        ("plus.agreement", 1.0, r"plus\.agreement must lie in \[-1, 1\), got 1\.0"),
-        ("plus.foreground", 1.0, r"plus\.foreground must lie in \(0, 1\), got 1\.0"),
+        ("plus.negative_fraction", 0.0, r"plus\.foreground must lie in \(0, 1\), got 0\.0"),
+        ("plus.min_agreement", 1.0, r"plus\.agreement must lie in \[-1, 1\), got 1\.0"),
+        ("plus.negative_fraction", 1.0, r"plus\.foreground must lie in \(0, 1\), got 1\.0"),
         ("segment.negative_fraction", 0.0, r"must lie in \(0, 1\), got 0\.0"),
         ("diffusion.label_dropout", 1.1, r"label_dropout must lie in \[0, 1\], got 1\.1"),
         ("diffusion.label_dropout", 1.0, r"label_dropout=1 .* features\.condition=none, .* seg"),
-        ("label_tuning.noise_range", [600, 50], r"0 <= low < high <= 1000, got \[600, 50\]"),
+        ("label_tuning.timestep_range", [600, 50], r"0 <= low < high <= 1000, got \[600, 50\]"),
         ("label_tuning.fit.compile", True, r"label_tuning\.fit\.compile and .* must stay false"),
         ("label_tuning.fit.weight_decay", 0.1, r"weight_decay must be 0: .* got 0\.1"),
         ("label_tuning.compared_slices", 0, r"label_tuning\.compared_slices must be >= 1, got 0"),
@@ -188,7 +186,7 @@ def test_numbers_are_taken_as_yaml_and_people_write_them(phantom: str) -> None:
         ("features.taps", ["image4"], r"size 1, 3, 5, 7 or 9, or cam<layer> .* got 'image4'"),
         ("features.taps", ["cam5"], r"or cam<layer> with layer 1 to 4, got 'cam5'"),
         ("features.taps", ["up1.1", "up1.1"], r"features\.taps must differ"),
-        ("classifier.max_noise_level", 250, r"must stay below classifier\.max_noise_level \(250\)"),
+        ("classifier.max_timestep", 250, r"must stay below classifier\.max_timestep \(250\)"),
         ("gradient_map.smooth_pixels", -1.0, r"gradient_map\.smooth_pixels must be >= 0 .*got -1"),
         ("saliency.smooth_pixels", 43.0, r"saliency\.smooth_pixels .*image_size \(128\), got 43"),
         ("cam.fit.validation_samples", 0, r"cam\.fit\.validation_samples must be >= 1 where"),
@@ -212,14 +210,14 @@ def test_counts_are_at_least_one(path: str) -> None:
 
 def test_masks_are_of_a_row_that_the_run_has() -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
-    plus = changed(sound, "segment.mask_row", "cldf_plus")
+    plus = changed(sound, "segment.mask_method", "cldf_plus")
     check(plus)
     check(changed(sound, "patch_classifier.enabled", False))
-    with pytest.raises(ValueError, match=r"mask_row=cldf_plus needs patch_classifier\.enabled="):
+    with pytest.raises(ValueError, match=r"mask_method=cldf_plus needs patch_classifier\.enabled="):
         check(changed(plus, "patch_classifier.enabled", False))
-    check(changed(plus, "segment.rows", ["cldf", "cldf_plus"]))
+    check(changed(plus, "segment.methods", ["cldf", "cldf_plus"]))
     with pytest.raises(ValueError, match=r"segment\.rows must hold cldf_plus, .*got \['cldf'\]"):
-        check(changed(plus, "segment.rows", ["cldf"]))
+        check(changed(plus, "segment.methods", ["cldf"]))
 
 
 def test_the_rules_of_a_net_are_those_of_its_builder() -> None:
@@ -277,7 +275,9 @@ def test_all_broken_rules_are_told_at_once() -> None:
     broken = Config(
         name="x",
         data=Data(dataset="phantom"),
-        decoder=Decoder(contrast=Contrast(temperature=0.0), fit=Fit(batch_size=32, keep=0)),
+        decoder=Decoder(
+            contrast=Contrast(temperature=0.0), fit=Fit(batch_size=32, keep_checkpoints=0)
+        ),
     )
     with pytest.raises(
         ValueError, match=r"temperature must be > 0.*decoder\.fit\.keep must be >= 1"
@@ -300,7 +300,8 @@ def test_a_word_leaves_the_other_settings_of_its_section_as_they_are(phantom: st
 def test_a_bare_fit_word_means_the_training_of_the_stage(phantom: str) -> None:
     sections = {stage.name: stage.fit_section for stage in STAGES if stage.fit_section}
     assert list(sections) == [
-        "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
+        "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
+        "train-patch-classifier",
         "train-decoder",
     ]  # fmt: skip
     for section in sections.values():
@@ -373,19 +374,19 @@ def test_the_ready_configurations_keep_every_rule(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "rule"),
     [
-        ("cg_diff.noise_level", 0, r"cg_diff\.noise_level must be a timestep in 1\.\.999, got 0"),
-        ("cg_cdm.noise_level", 1000, r"cg_cdm\.noise_level must be a timestep in 1\.\.999"),
+        ("cg_diff.timestep", 0, r"cg_diff\.timestep must be a timestep in 1\.\.999, got 0"),
+        ("cg_cdm.timestep", 1000, r"cg_cdm\.timestep must be a timestep in 1\.\.999"),
         (
             "cg_diff.steps",
             251,
-            r"cg_diff\.steps must lie in 1\.\.250 \(cg_diff\.noise_level\), got",
+            r"cg_diff\.steps must lie in 1\.\.250 \(cg_diff\.timestep\), got",
         ),
-        ("cg_cdm.steps", 0, r"cg_cdm\.steps must lie in 1\.\.250 \(cg_cdm\.noise_level\), got 0"),
+        ("cg_cdm.steps", 0, r"cg_cdm\.steps must lie in 1\.\.250 \(cg_cdm\.timestep\), got 0"),
         ("cg_diff.scale", -1.0, r"cg_diff\.scale must be >= 0, got -1\.0"),
         (
-            "cg_cdm.noise_level",
+            "cg_cdm.timestep",
             300,
-            r"cg_cdm\.noise_level must stay below classifier\.max_noise_le",
+            r"cg_cdm\.timestep must stay below classifier\.max_noise_le",
         ),
         ("cg_cdm.tau", 1.0, r"cg_cdm\.tau must lie in \[0, 1\), got 1\.0"),
         ("cg_cdm.smooth_pixels", 43.0, r"cg_cdm\.smooth_pixels must be >= 0 .* got 43\.0"),
@@ -411,7 +412,7 @@ def test_saliency_that_chooses_must_lie_in_the_chain() -> None:
     few = Config(name="few", data=Data(dataset="phantom"))
     for path, value in (
         ("diffusion.num_timesteps", 340),
-        ("saliency.noise_levels", (100,)),
+        ("saliency.timesteps", (100,)),
         ("label_tuning.enabled", False),
     ):
         few = changed(few, path, value)
@@ -422,7 +423,7 @@ def test_saliency_that_chooses_must_lie_in_the_chain() -> None:
 
 def test_without_guidance_the_nets_need_not_know_what_it_asks() -> None:
     sound = Config(name="sound", data=Data(dataset="phantom"))
-    check(changed(changed(sound, "cg_diff.noise_level", 818), "cg_diff.scale", 0.0))
+    check(changed(changed(sound, "cg_diff.timestep", 818), "cg_diff.scale", 0.0))
     by_label = changed(changed(sound, "cg_diff.inversion", False), "cg_diff.label_scale", 1.0)
     check(changed(by_label, "diffusion.label_dropout", 0.0))
 

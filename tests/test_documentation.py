@@ -277,7 +277,7 @@ def test_slurm_dry_run_shows_every_stage_behind_those_it_needs(tmp_path: Path) -
     assert list(rows) == [stage.name for stage in STAGES]
     assert rows["prepare"][1] == "finished"
     assert rows["train-cam"][-1] == "-"  # all it needs is there
-    trainings = ("tune-labels", "train-classifier", "train-cam", "train-patch-classifier")
+    trainings = ("tune-label-embedding", "train-classifier", "train-cam", "train-patch-classifier")
     assert rows["cache"][-1] == ":".join(("afterok", *trainings))
     assert "--gpus-per-node=4" in rows["cache"]
     assert "--gpus-per-node=4" not in rows["report"]

@@ -23,7 +23,8 @@ LAUNCH = (
     "-m", "cldf_dist",
 )  # fmt: skip
 TRAININGS = (
-    "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
+    "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
+    "train-patch-classifier",
     "train-decoder/supervised_decoder", "train-decoder/supervised_plus",
 )  # fmt: skip
 
@@ -62,8 +63,12 @@ def test_two_processes_do_what_one_does(
     for row in (".", "cldf_plus", "patch_features"):
         decoders = [folder / "train-decoder" / row for folder in (debug_run.folder, run.folder)]
         check_same_metrics(*decoders, tolerance=0.05)
-    cuts = [json.loads((r.folder / "train-decoder/DONE").read_text()) for r in (debug_run, run)]
-    assert cuts[0]["evidence_cut"] == pytest.approx(cuts[1]["evidence_cut"], abs=1e-2)
+    thresholds = [
+        json.loads((r.folder / "train-decoder/DONE").read_text()) for r in (debug_run, run)
+    ]
+    assert thresholds[0]["patch_logit_threshold"] == pytest.approx(
+        thresholds[1]["patch_logit_threshold"], abs=1e-2
+    )
     check_same_cache(debug_run.folder / "cache", run.folder / "cache")
     check_same_geometry(debug_run.folder / "segment", run.folder / "segment")
     provenance = json.loads((run.folder / "segment" / "provenance.json").read_text())
@@ -102,8 +107,10 @@ def check_same_cache(one: Path, two: Path) -> None:
     ]
     assert np.mean(moved) < 1e-3
     for row in range(len(mine)):  # -inf outside the subject
-        evidence = [cache.read("evidence", row).astype(np.float32) for cache in (mine, theirs)]
-        np.testing.assert_allclose(*evidence, rtol=1e-2, atol=1e-2)
+        patch_logits = [
+            cache.read("patch_logits", row).astype(np.float32) for cache in (mine, theirs)
+        ]
+        np.testing.assert_allclose(*patch_logits, rtol=1e-2, atol=1e-2)
 
 
 def check_same_geometry(one: Path, two: Path) -> None:

@@ -87,7 +87,7 @@ def _keep_split(path: Path, settings: Data) -> None:
     write_atomically(about, json.dumps(drawn_by, indent=1))
 
 
-def join_runs(config: Config, parts: Sequence[Config]) -> Path:
+def merge_runs(config: Config, parts: Sequence[Config]) -> Path:
     """Write the label maps of the test patients of finished runs; the folder they are in."""
     folders = {part.data.object: part.run_folder / "segment" for part in parts}
     files = sorted(
@@ -96,7 +96,7 @@ def join_runs(config: Config, parts: Sequence[Config]) -> Path:
         )
     )
     target = config.run_folder / "joint"
-    rows = {name: mask_row(folder) for name, folder in folders.items()}
+    rows = {name: mask_method(folder) for name, folder in folders.items()}
     for file in files:
         found = {
             name: _found(folder / "masks" / rows[name] / file, folder / "probability" / file)
@@ -107,12 +107,12 @@ def join_runs(config: Config, parts: Sequence[Config]) -> Path:
     return target
 
 
-def mask_row(segment: Path) -> str:
+def mask_method(segment: Path) -> str:
     """The row whose masks a finished run stands for."""
-    return str(read_json(segment / "thresholds.json")["mask_row"])
+    return str(read_json(segment / "thresholds.json")["mask_method"])
 
 
-def join_new_scans(
+def merge_new_scans(
     config: Config, parts: Sequence[Config], written: Sequence[Sequence[Path]]
 ) -> list[Path]:
     """Write a label map for each new scan that every run has segmented now; their files.

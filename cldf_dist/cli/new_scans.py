@@ -49,7 +49,7 @@ class Segmentation:
 
     name: str
     mask: Mask  # (x, y, slices)
-    probability: FloatArray  # (x, y, slices) in [0, 1]; 0.5 at the cut
+    probability: FloatArray  # (x, y, slices) in [0, 1]; 0.5 at the threshold
     affine: Affine  # (4, 4), voxel index to mm
     slice_probability: FloatArray  # (slices,) p(object) by the classifiers; nan where not prepared
     config: Config
@@ -93,7 +93,7 @@ class ScanSegmenter:
     config: Config
     kind: ScanKind
     row: str  # whose masks they get
-    cut: float
+    threshold: float
     nets: Segmenter
 
     @property
@@ -149,13 +149,12 @@ class ScanSegmenter:
         slices, geometry = prepare_volume(anonymous, config.data)
         if not slices:
             raise ValueError(
-                f"{volume.patient}: no slice shows enough of the subject "
-                "(data.min_foreground_fraction)"
+                f"{volume.patient}: no slice shows enough of the subject (data.min_body_fraction)"
             )
         images = np.stack([item.image for item in slices])
         keys = [item.key for item in slices]
         scores = self.nets.score(key, keys, images, rows=(self.row,))
-        mask, probability = mask_and_probability(config, scores, self.row, geometry, self.cut)
+        mask, probability = mask_and_probability(config, scores, self.row, geometry, self.threshold)
         certainty = np.full(_num_slices(geometry), np.nan, np.float32)
         certainty[list(geometry.indices)] = scores.probability
         return Segmentation(
@@ -250,11 +249,11 @@ def _loaded(config: Config) -> ScanSegmenter:
     run = Run(config, "segment", ())
     folder = run.needs("segment")
     rule = read_json(folder / "thresholds.json")
-    row = rule["mask_row"]
+    row = rule["mask_method"]
     prepared = ShardSet(run.needs("prepare"), on_damaged="skip")
     seen = prepared.geometry(prepared.patients["train"][0])
     kind = ScanKind(config.data, tuple(prepared.manifest["channels"]), seen.hounsfield)
-    return ScanSegmenter(config, kind, row, rule["cuts"][row], Segmenter.load(config, run))
+    return ScanSegmenter(config, kind, row, rule["thresholds"][row], Segmenter.load(config, run))
 
 
 def _settings_of_run(config: Config) -> Config:

@@ -17,7 +17,7 @@ from cldf_dist.config import Config, to_yaml
 from cldf_dist.runs.run import Run, command_for, room_explained, seconds_of, write_atomically
 from cldf_dist.runs.tracking import local_uri
 from cldf_dist.stages import STAGES, Stage, part_folder, stage_named
-from cldf_dist.system.distributed import from_main, processes, wait_for_everyone
+from cldf_dist.system.distributed import broadcast_object, processes, wait_for_everyone
 from cldf_dist.system.signals import Stopped
 
 BEAT_SECONDS = 5.0
@@ -39,16 +39,17 @@ def _check_batches(config: Config) -> None:
     """ValueError for a training, of those to come, whose batch these processes cannot share."""
     num_processes = processes().world_size
     for stage in STAGES:
-        if not stage.fit_section or from_main(_run_of(config, stage).is_finished):
+        if not stage.fit_section or broadcast_object(_run_of(config, stage).is_finished):
             continue
         name = stage.fit_section.removesuffix(".fit")
         section: Any = getattr(config, name)
-        parts = num_processes * section.fit.accumulate
+        parts = num_processes * section.fit.gradient_accumulation_steps
         if getattr(section, "enabled", True) and section.fit.batch_size % parts:
             raise ValueError(
                 f"{stage.fit_section}.batch_size ({section.fit.batch_size}, over all processes) "
-                f"must be a multiple of processes x {stage.fit_section}.accumulate = "
-                f"{num_processes} x {section.fit.accumulate}"
+                f"must be a multiple of processes x {stage.fit_section}."
+                f"gradient_accumulation_steps = "
+                f"{num_processes} x {section.fit.gradient_accumulation_steps}"
             )
 
 
@@ -62,7 +63,7 @@ def run_stage(config: Config, stage: Stage) -> int:
         run.needs(name)
         _check_chain(config, stage_named(name))
     again = stage.name == "cache" and config.cache.verify
-    if from_main(run.is_finished) and not again:
+    if broadcast_object(run.is_finished) and not again:
         _check_finished(config, stage, run)
         _say(f"{stage.name}: finished before, in {run.folder}")
         _finish_parts(config, stage)
@@ -92,7 +93,7 @@ def _finish_parts(config: Config, stage: Stage) -> None:
         (run.folder / "parts" / f"{number}-of-{parts}" / "DONE").exists()
         for number in range(1, parts + 1)
     ]
-    if not from_main(all(finished)):
+    if not broadcast_object(all(finished)):
         return
     try:
         run_stage(whole, stage)
@@ -125,7 +126,7 @@ def _run_together(config: Config, stage: Stage, run: Run, again: bool) -> None:
         except Exception as error:
             problem = error
     # somebody else may have finished it between our look and our lock
-    problem, finished = from_main((problem, run.is_finished and not again))
+    problem, finished = broadcast_object((problem, run.is_finished and not again))
     if problem is not None:
         raise problem
     try:
@@ -138,7 +139,7 @@ def _run_together(config: Config, stage: Stage, run: Run, again: bool) -> None:
 
 def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
     """Main works; the others watch its word in the folder, not a collective that times out."""
-    attempt = from_main(uuid.uuid4().hex)
+    attempt = broadcast_object(uuid.uuid4().hex)
     word = run.folder / ".attempt.json"
     if not run.is_main:
         _follow(run, word, attempt, config.run.heartbeat_seconds)
@@ -260,7 +261,11 @@ def summary(config: Config) -> str:
     table = folder / "evaluate" / "table.txt"
     if table.exists():
         lines += ["", table.read_text().rstrip()]
-    legacy = "; as in papers: legacy.txt" if (table.parent / "legacy.txt").exists() else ""
+    legacy = (
+        "; as in papers: slice_protocol.txt"
+        if (table.parent / "slice_protocol.txt").exists()
+        else ""
+    )
     lines += [
         "",
         f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",

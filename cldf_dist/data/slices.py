@@ -82,7 +82,7 @@ def slice_key(patient: str, index: int) -> str:
     return key
 
 
-def foreground(images: Floats) -> Mask:
+def body_mask(images: Floats) -> Mask:
     """Where the subject is: (..., channels, height, width) to (..., height, width)."""
     return np.asarray((images > OUTSIDE).any(axis=-3))
 
@@ -96,7 +96,7 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
     is no subject or a channel is constant.
     """
     transform = _to_lps(_orientation_of(volume.affine))
-    inside = _reorient(volume.foreground, transform)
+    inside = _reorient(volume.body_mask, transform)
     if not inside.any():
         where = volume.sources[0] if volume.sources else volume.patient
         raise ValueError(
@@ -119,7 +119,7 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
 
     labels = _slice_labels(volume, mask, transform, settings.min_object_pixels)
     share = subject.mean(axis=(0, 1))
-    kept = np.flatnonzero(share >= settings.min_foreground_fraction).tolist()
+    kept = np.flatnonzero(share >= settings.min_body_fraction).tolist()
     geometry = dataclasses.replace(geometry, indices=tuple(kept))
     slices = [
         Slice(
@@ -212,7 +212,7 @@ def _lps_shape(geometry: Geometry) -> tuple[int, int, int]:
 
 
 def _geometry(volume: Volume, image_size: int, box: tuple[int, int, int, int]) -> Geometry:
-    x, y, z = volume.foreground.shape
+    x, y, z = volume.body_mask.shape
     return Geometry(
         patient=volume.patient,
         shape=(x, y, z),
@@ -288,7 +288,7 @@ def _slice_labels(
     """The label of every slice of the LPS-oriented volume: the list's where there is one, else the
     mask's."""
     axis = int(np.flatnonzero(transform[:, 0] == 2)[0])
-    num_slices = volume.foreground.shape[axis]
+    num_slices = volume.body_mask.shape[axis]
     if volume.slice_labels is None:
         return [_slice_label(mask, index, min_object_pixels) for index in range(num_slices)]
     if len(volume.slice_labels) != num_slices:

@@ -22,7 +22,7 @@ from cldf_dist.doctor.findings import Finding, Seen
 from cldf_dist.system.distributed import (
     TIMEOUT,
     accelerator,
-    from_all,
+    gather_objects,
     processes,
     wait_for_everyone,
 )
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
         errors += finding.level == "error"
     if processes().is_main:
         _say(f"{errors} error(s)" if errors else "nothing stands in the way")
-    return int(any(from_all(errors)))
+    return int(any(gather_objects(errors)))
 
 
 def _findings(config: Config) -> Iterator[Finding]:
@@ -95,7 +95,7 @@ def _look_around() -> list[Seen]:
         processors=len(os.sched_getaffinity(0)),
         clock=time.time(),
     )
-    return [Seen(**found) for found in from_all(asdict(seen))]
+    return [Seen(**found) for found in gather_objects(asdict(seen))]
 
 
 def _driver() -> str:

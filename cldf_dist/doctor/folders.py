@@ -14,7 +14,7 @@ from cldf_dist.config import Config
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.doctor.findings import Finding, error, ok, warning
 from cldf_dist.stages.cache import bytes_to_come, cached_slices
-from cldf_dist.system.distributed import from_all, from_main, processes
+from cldf_dist.system.distributed import broadcast_object, gather_objects, processes
 from cldf_dist.system.locks import FolderLock
 
 TEST_FILE_BYTES = 64 * 2**20
@@ -34,7 +34,7 @@ def of_folder(config: Config) -> Iterator[Finding]:
         said = f"cannot write {folder}: {problem.strerror}"
         yield error("disk", said, "choose another with runs=FOLDER")
         pace = files = 0.0
-    paces = from_all((pace, files))
+    paces = gather_objects((pace, files))
     if not all(written for written, _ in paces):
         return
     slowest, fewest = min(p for p, _ in paces), min(f for _, f in paces)
@@ -73,11 +73,11 @@ def _pace(folder: Path) -> tuple[float, float]:
 
 def _one_folder(folder: Path) -> Iterator[Finding]:
     """Whether every process sees what the main one writes."""
-    path = Path(from_main(str(_test_file(folder))))
+    path = Path(broadcast_object(str(_test_file(folder))))
     if processes().is_main:
         path.write_text("here")
-    from_main(None)  # it is written
-    sees = from_all(_appears(path))
+    broadcast_object(None)  # it is written
+    sees = gather_objects(_appears(path))
     if processes().is_main:
         path.unlink(missing_ok=True)
     blind = [rank for rank, can_see in enumerate(sees) if not can_see]
@@ -137,7 +137,9 @@ def of_data(config: Config) -> Iterator[Finding]:
     needed, free = bytes_to_come(config, cached_slices(shards)), shutil.disk_usage(folder).free
     said = f"features take {needed / 1e9:.2f} GB more, {free / 1e9:.1f} GB are free"
     if needed > free:
-        remedy = "features.storage=int8, features.combine_levels=average, fewer features.taps, or "
+        remedy = (
+            "features.storage=int8, features.combine_timesteps=average, fewer features.taps, or "
+        )
         yield error("cache", said, remedy + "runs=FOLDER on another disk")
     else:
         yield ok("cache", said)

@@ -18,7 +18,7 @@ from cldf_dist.config_rules import FITTED
 from cldf_dist.doctor.findings import Finding, Seen, error, hosts, ok, warning
 from cldf_dist.nets.attention import xformers_fault
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.system.distributed import accelerator, from_all, processes
+from cldf_dist.system.distributed import accelerator, gather_objects, processes
 
 ALL_REDUCE_BYTES = 64 * 2**20
 SLOW_NETWORK = 1e9  # bytes per second of the all-reduce, between GPUs
@@ -124,7 +124,7 @@ def of_network() -> Iterator[Finding]:
     is_right = bool((values == sum(range(1, processes().world_size + 1))).all())
     rate = _bus_bandwidth(values)
     backend = torch.distributed.get_backend()
-    if not all(from_all(is_right)):
+    if not all(gather_objects(is_right)):
         remedy = "look at NCCL_DEBUG=INFO, try another NCCL_SOCKET_IFNAME"
         yield error("network", f"a sum over all processes by {backend} is wrong", remedy)
         return

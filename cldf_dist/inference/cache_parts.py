@@ -14,7 +14,7 @@ from pathlib import Path
 from cldf_dist.config import Config
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.runs.run import write_atomically
-from cldf_dist.system.distributed import from_all, processes, together
+from cldf_dist.system.distributed import fail_on_all_ranks, gather_objects, processes
 from cldf_dist.system.locks import FolderLock
 
 STAGE = "cache"
@@ -36,7 +36,7 @@ def part_of(shards: range, part: str) -> range:
     return _share(shards, number - 1, count)
 
 
-def rank_share(shards: range) -> range:
+def shards_of_this_rank(shards: range) -> range:
     """This process's contiguous share."""
     return _share(shards, processes().rank, processes().world_size)
 
@@ -73,12 +73,12 @@ def shared_stage(config: Config) -> Iterator[None]:
 def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str]:
     """Look at every byte, each process at its share; what is damaged is discarded, and so made
     again. `keys` name the slices; those of the damaged ones, for all processes."""
-    with together():
-        shards = rank_share(range(cache.num_shards))
+    with fail_on_all_ranks():
+        shards = shards_of_this_rank(range(cache.num_shards))
         mine = damaged_rows(cache.folder, shards, keys, config.cache.verify_processes)
         for shard in mine:
             cache.discard(shard)
-    found = {number: rows for part in from_all(mine) for number, rows in part.items()}
+    found = {number: rows for part in gather_objects(mine) for number, rows in part.items()}
     damaged = [keys[row] for shard in sorted(found) for row in found[shard]]
     if processes().is_main:
         said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"

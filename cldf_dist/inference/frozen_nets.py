@@ -36,7 +36,7 @@ class FrozenNets:
 
     @classmethod
     def load(cls, config: Config, run: Run) -> FrozenNets:
-        tuned = run.needs("tune-labels") if config.label_tuning.enabled else None
+        tuned = run.needs("tune-label-embedding") if config.label_tuning.enabled else None
         diffusion, schedule = load_diffusion(run.needs("train-diffusion"), tuned)
         return cls(
             diffusion,
@@ -73,7 +73,7 @@ def gradient_map_of(
         nets.schedule,
         images,
         keys,
-        noise_levels=settings.noise_levels,
-        draws=settings.draws,
+        timesteps=settings.timesteps,
+        num_noise_samples=settings.num_noise_samples,
         smooth_pixels=settings.smooth_pixels,
     )

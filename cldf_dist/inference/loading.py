@@ -20,7 +20,7 @@ from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.memory_format import fast_memory_format
 from cldf_dist.training.export import load_net, read_description
 
 
@@ -50,7 +50,7 @@ def noise_schedule(config: Config) -> Schedule:
 def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module, Schedule]:
     """The frozen CDM on this process's device, and its noise schedule.
 
-    With the label embedding of the folder `labels`, of `tune-labels`, in place of its own.
+    With the label embedding of the folder `labels`, of `tune-label-embedding`, in place of its own.
     """
     about = read_description(folder)
     net: Any = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
@@ -104,7 +104,7 @@ def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
 def place(net: nn.Module) -> nn.Module:
     """A frozen net on this process's device, in the layout that is fast there."""
     device = accelerator().device
-    layout: Any = {"memory_format": fast_layout(device)}
+    layout: Any = {"memory_format": fast_memory_format(device)}
     return net.to(device).to(**layout).eval().requires_grad_(False)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from cldf_dist.config import Config, Saliency, Segment
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import NO_OBJECT, OBJECT, foreground
+from cldf_dist.data.slices import NO_OBJECT, OBJECT, body_mask
 from cldf_dist.method.counterfactual import cdm_saliency
 from cldf_dist.method.noise import Schedule
-from cldf_dist.method.threshold import negative_cut
-from cldf_dist.method.weak_validation import area_shares, weak_validation
-from cldf_dist.system.distributed import accelerator, from_all, processes, together
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.method.threshold import negative_threshold
+from cldf_dist.method.weak_validation import area_fractions, weak_validation
+from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, gather_objects, processes
+from cldf_dist.system.memory_format import fast_memory_format
 
 # the defaults: what a run says of its own rows may change without training anything again
 SALIENCY = Saliency()
@@ -28,7 +28,8 @@ NEGATIVE_FRACTION = Segment().negative_fraction
 def saliency_agreement(
     config: Config, table: SliceTable, diffusion: nn.Module, schedule: Schedule
 ) -> float | None:
-    """The AUROC of the area above the cut for the slice label, of saliency as in the row `cdm`.
+    """The AUROC of the area above the threshold for the slice label, of saliency as in the row
+    `cdm`.
 
     Over `label_tuning.compared_slices` slices of known label, evenly spread. All processes share
     the work and get the same number; None where the slices have one label only.
@@ -36,9 +37,9 @@ def saliency_agreement(
     known = np.flatnonzero(table.labels >= 0)
     rows = evenly_spread(known, config.label_tuning.compared_slices)
     mine = rows[processes().rank :: processes().world_size]
-    with together():
+    with fail_on_all_ranks():
         own = _saliency(config, table, mine, diffusion, schedule)
-    found = chain.from_iterable(from_all(own))
+    found = chain.from_iterable(gather_objects(own))
     by_row = {row: (score, inside) for row, score, inside in found}
     labels = table.labels[rows]
     if not {NO_OBJECT, OBJECT} <= set(labels.tolist()):
@@ -46,8 +47,8 @@ def saliency_agreement(
     scores = np.stack([by_row[row][0] for row in rows.tolist()])
     subject = np.stack([by_row[row][1] for row in rows.tolist()])
     negative = labels == NO_OBJECT
-    cut = negative_cut(scores[negative][subject[negative]], NEGATIVE_FRACTION)
-    agreement = weak_validation(area_shares(scores, subject, cut), labels)["area_auroc"]
+    threshold = negative_threshold(scores[negative][subject[negative]], NEGATIVE_FRACTION)
+    agreement = weak_validation(area_fractions(scores, subject, threshold), labels)["area_auroc"]
     return None if agreement is None else float(agreement)
 
 
@@ -65,8 +66,8 @@ def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[s
         schedule,
         pixels,
         keys,
-        noise_levels=SALIENCY.noise_levels,
-        draws=SALIENCY.draws,
+        timesteps=SALIENCY.timesteps,
+        num_noise_samples=SALIENCY.num_noise_samples,
         smooth_pixels=SALIENCY.smooth_pixels,
     )
 
@@ -84,7 +85,9 @@ def _saliency(
     for start in range(0, len(rows), config.cache.batch_size):
         batch = rows[start : start + config.cache.batch_size]
         images = table.read_images(batch)
-        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+        pixels = (
+            torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
+        )
         saliency = saliency_of(diffusion, schedule, pixels, [table.keys[row] for row in batch])
-        found += zip(batch.tolist(), saliency.cpu().numpy(), foreground(images), strict=True)
+        found += zip(batch.tolist(), saliency.cpu().numpy(), body_mask(images), strict=True)
     return found

@@ -22,33 +22,39 @@ from cldf_dist.config import Config
 from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import OBJECT, foreground
+from cldf_dist.data.slices import OBJECT, body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.inference.patch_logits import patch_maps
 from cldf_dist.inference.saliency_agreement import evenly_spread, saliency_of
 from cldf_dist.method.agreement import correlations
 from cldf_dist.method.cam import METHODS, class_activation_maps
-from cldf_dist.system.distributed import accelerator, from_all, from_main, processes, together
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.distributed import (
+    accelerator,
+    broadcast_object,
+    fail_on_all_ranks,
+    gather_objects,
+    processes,
+)
+from cldf_dist.system.memory_format import fast_memory_format
 
 COMPARED_SLICES = 128  # positive training slices, at most
 # where no map correlates so with saliency, that says nothing, and the gradient map is asked
 LEAST_AGREEMENT = 0.2
 FALLBACK = METHODS[0]  # where no positive training slice can tell
-VIEWS = ("saliency", "gradient_map", "evidence")  # beside the activation maps
+VIEWS = ("saliency", "gradient_map", "patch_logits")  # beside the activation maps
 
 # {view: {method: mean correlation, None where it is not known}}
 Agreement = dict[str, dict[str, float | None]]
 
 
-def choose_seed_map(
+def choose_seed_cam(
     config: Config, nets: FrozenNets, table: SliceTable, store: Path
 ) -> dict[str, Any]:
     """{"map", "judged_by", "agreement"} for the attributes of the store, the same on all
     processes: as the store was begun, else by what the nets say."""
-    with together():
+    with fail_on_all_ranks():
         before = _chosen_before(store) if processes().is_main else None
-    before = from_main(before)
+    before = broadcast_object(before)
     if before is not None:
         return dict(before)
     agreement = map_agreement(config, nets, table)
@@ -61,10 +67,10 @@ def choose_seed_map(
     return {"map": method, "judged_by": view, "agreement": agreement}
 
 
-def evidence_agreement(seed_map: Mapping[str, Any]) -> float | None:
+def patch_logit_agreement(seed_cam: Mapping[str, Any]) -> float | None:
     """The mean correlation of evidence and map; None where it is not known."""
-    agreement = seed_map.get("agreement", {}).get("evidence", {})
-    found: float | None = agreement.get(seed_map.get("map"))
+    agreement = seed_cam.get("agreement", {}).get("patch_logits", {})
+    found: float | None = agreement.get(seed_cam.get("map"))
     return found
 
 
@@ -72,7 +78,7 @@ def _chosen_before(store: Path) -> dict[str, Any] | None:
     if not (store / "zarr.json").is_file():
         return None
     try:
-        return FeatureCache(store, quiet=True).attributes.get("seed_map")
+        return FeatureCache(store, quiet=True).attributes.get("seed_cam")
     except DamagedShardError:  # said, or mended, by whoever opens the store next
         return None
 
@@ -92,12 +98,12 @@ def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreem
     size = config.cache.batch_size
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     # whole batches to each process: with any number of them the same digits
-    with together():
+    with fail_on_all_ranks():
         own = [
             (number, _correlations(config, nets, table, batches[number]))
             for number in range(processes().rank, len(batches), processes().world_size)
         ]
-    parts = dict(chain.from_iterable(from_all(own)))
+    parts = dict(chain.from_iterable(gather_objects(own)))
     joined = {view: [line for n in sorted(parts) for line in parts[n][view]] for view in VIEWS}
     return {view: dict(zip(METHODS, _means(lines), strict=True)) for view, lines in joined.items()}
 
@@ -108,14 +114,18 @@ def _correlations(
     """Of a batch of slices, for each view that there is: for each slice and each of `METHODS`."""
     device = accelerator().device
     images = table.read_images(rows)
-    inside = torch.from_numpy(foreground(images)).to(device)
-    pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+    inside = torch.from_numpy(body_mask(images)).to(device)
+    pixels = (
+        torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
+    )
     keys = [table.keys[row] for row in rows]
     views = {"gradient_map": gradient_map_of(config, nets, pixels, keys)[0]}
     if config.seeds.cam == "auto" and config.diffusion.label_dropout < 1:
         views["saliency"] = saliency_of(nets.diffusion, nets.schedule, pixels, keys)
     if nets.patch_classifier is not None:
-        views["evidence"] = patch_maps(nets.patch_classifier, pixels, inside).evidence.sigmoid()
+        views["patch_logits"] = patch_maps(
+            nets.patch_classifier, pixels, inside
+        ).patch_logits.sigmoid()
     maps = class_activation_maps(nets.cam, pixels, config.cam.layer, METHODS)
     found: dict[str, list[list[float]]] = {view: [] for view in VIEWS}
     for view, values in views.items():

@@ -1,8 +1,8 @@
 """Baselines that ask the diffusion model itself what an object-free slice would look like.
 
-All maps are >= 0 and on one scale for all slices: a single cut holds for them. docs/method.md,
-"Baselines", says what is published, what the published code does, and where this differs.
-"""
+All maps are >= 0 and on one scale for all slices: a single threshold holds for them.
+docs/method.md, "Baselines", says what is published, what the published code does, and where this
+differs."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def cdm_saliency(
     images: Tensor,
     keys: Sequence[str],
     *,
-    noise_levels: Sequence[int],
-    draws: int,
+    timesteps: Sequence[int],
+    num_noise_samples: int,
     smooth_pixels: float,
 ) -> Tensor:
     """Saliency (batch, height, width) >= 0 by condition flip, on one scale for all slices.
 
-    The mean over noise levels and draws of |noise predicted for "object" - noise predicted for
+    The mean over timesteps and noise samples of |noise predicted for "object" - noise predicted for
     "no object"| at the same x_t, summed over channels, then smoothed.
     """
     num_images = len(images)
     labels = torch.arange(2, device=images.device).repeat_interleave(num_images)
     total = torch.zeros_like(images[:, 0])
-    for level in noise_levels:
-        timesteps = torch.full((2 * num_images,), level, device=images.device)
-        for draw in range(draws):
-            noise = key_noise(keys, level, draw, images.shape[1:], images.device)
-            noised = schedule.add_noise(images, timesteps[:num_images], noise).repeat(2, 1, 1, 1)
-            output = net(noised, timesteps, class_labels=labels)
-            absent, present = schedule.predicted_noise(noised, timesteps, output).chunk(2)
+    for timestep in timesteps:
+        steps = torch.full((2 * num_images,), timestep, device=images.device)
+        for sample in range(num_noise_samples):
+            noise = key_noise(keys, timestep, sample, images.shape[1:], images.device)
+            noised = schedule.add_noise(images, steps[:num_images], noise).repeat(2, 1, 1, 1)
+            output = net(noised, steps, class_labels=labels)
+            absent, present = schedule.predicted_noise(noised, steps, output).chunk(2)
             total += (present - absent).abs().sum(1)
-    return smooth(total / (len(noise_levels) * draws), smooth_pixels)
+    return smooth(total / (len(timesteps) * num_noise_samples), smooth_pixels)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def cg_diff(
     images: Tensor,
     keys: Sequence[str],
     *,
-    noise_level: int,
+    timestep: int,
     steps: int,
     scale: float,
     inversion: bool,
@@ -73,7 +73,7 @@ def cg_diff(
 ) -> Tensor:
     """Saliency (batch, height, width) >= 0: |what changes where the object is taken away|.
 
-    From `noise_level` down to timestep 0 in `steps` deterministic DDIM steps, with the label "no
+    From `timestep` down to timestep 0 in `steps` deterministic DDIM steps, with the label "no
     object" and the classifier's gradient towards it, times `scale`. The difference is summed over
     channels, then smoothed. With a `label_scale` other than 1 the steps down go by classifier-free
     guidance (Ho and Salimans 2021): so many times what the label changes in the output.
@@ -84,7 +84,7 @@ def cg_diff(
     which is denoised and guided towards "object".
     """
     sampler = _Guided(_guided_by_label(net, label_scale), classifier, schedule, scale)
-    down = _path(noise_level, steps)
+    down = _path(timestep, steps)
     if inversion:
         noised = images
         unlabelled, encoder = (
@@ -95,7 +95,7 @@ def cg_diff(
             noised = encoder.step(noised, lower, upper, unlabelled)
         targets = _classes(images, NO_OBJECT)
     else:
-        noised = _noised(schedule, images, keys, noise_level).repeat(2, 1, 1, 1)
+        noised = _noised(schedule, images, keys, timestep).repeat(2, 1, 1, 1)
         targets = _classes(images, OBJECT, NO_OBJECT)
     for upper, lower in down:
         noised = sampler.step(noised, upper, lower, targets, targets)
@@ -111,7 +111,7 @@ def cg_cdm(
     images: Tensor,
     keys: Sequence[str],
     *,
-    noise_level: int,
+    timestep: int,
     steps: int,
     scale: float,
     tau: float,
@@ -121,7 +121,7 @@ def cg_cdm(
 
     Hu et al. 2023, Algorithm 1: two branches from the same noised slice, one with the label's
     embedding f(object), one with `tau` f(object) + (1 - tau) f(no object), take `steps` adjacent
-    DDIM steps from `noise_level` on; after each their difference is added up, divided by 1 - tau.
+    DDIM steps from `timestep` on; after each their difference is added up, divided by 1 - tau.
     Each branch is guided towards its own class by the classifier's gradient times `scale`; with
     scale 0 it is their CDM. The absolute value is summed over channels, then smoothed.
 
@@ -129,11 +129,11 @@ def cg_cdm(
     """
     denoise, between = _with_label_between(net, tau)
     sampler = _Guided(denoise, classifier, schedule, scale)
-    noised = _noised(schedule, images, keys, noise_level).repeat(2, 1, 1, 1)
+    noised = _noised(schedule, images, keys, timestep).repeat(2, 1, 1, 1)
     labels = _classes(images, OBJECT, between)
     targets = _classes(images, OBJECT, NO_OBJECT)
     total = torch.zeros_like(images)
-    for level in range(noise_level, noise_level - steps, -1):
+    for level in range(timestep, timestep - steps, -1):
         noised = sampler.step(noised, level, level - 1, labels, targets)
         present, absent = noised.chunk(2)
         total += (present - absent) / (1 - tau)
@@ -218,15 +218,15 @@ def _with_label_between(net: nn.Module, tau: float) -> tuple[Denoiser, int]:
     return denoise, len(weight)
 
 
-def _path(noise_level: int, steps: int) -> list[tuple[int, int]]:
-    """The (upper, lower) timesteps of each step from `noise_level` to 0, evenly spaced."""
-    stops = [noise_level * left // steps for left in range(steps, -1, -1)]
+def _path(timestep: int, steps: int) -> list[tuple[int, int]]:
+    """The (upper, lower) timesteps of each step from `timestep` to 0, evenly spaced."""
+    stops = [timestep * left // steps for left in range(steps, -1, -1)]
     return list(pairwise(stops))
 
 
-def _noised(schedule: Schedule, images: Tensor, keys: Sequence[str], noise_level: int) -> Tensor:
-    noise = key_noise(keys, noise_level, 0, images.shape[1:], images.device)
-    timesteps = torch.full((len(images),), noise_level, device=images.device)
+def _noised(schedule: Schedule, images: Tensor, keys: Sequence[str], timestep: int) -> Tensor:
+    noise = key_noise(keys, timestep, 0, images.shape[1:], images.device)
+    timesteps = torch.full((len(images),), timestep, device=images.device)
     return schedule.add_noise(images, timesteps, noise)
 
 

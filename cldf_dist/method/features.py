@@ -166,11 +166,12 @@ def _of_net(
         conditions += [name for name in ("object", "no_object") if name != settings.condition]
     plain = {tap: _Combined(settings) for tap in settings.taps}
     contrast = {tap: _Combined(settings) for tap in settings.taps}
-    draws = range(settings.draws)
     precision = torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=bool(dtype))
     with FeatureTaps(net, settings.taps) as taps, precision:
-        for level, draw in itertools.product(range(len(settings.noise_levels)), draws):
-            timestep = settings.noise_levels[level]
+        for level, draw in itertools.product(
+            range(len(settings.timesteps)), range(settings.num_noise_samples)
+        ):
+            timestep = settings.timesteps[level]
             which = draw if settings.noise == "drawn" else None
             found = _one_pass(taps, schedule, images, keys, timestep, which, conditions)
             for tap, by_condition in found.items():
@@ -190,9 +191,11 @@ def features_dtype(settings: Features, device: torch.device) -> torch.dtype | No
 
 def num_levels(settings: Features) -> int:
     """How many maps are kept of each channel of a tap."""
-    levels = len(settings.noise_levels) if settings.combine_levels == "stack" else 1
-    draws = settings.draws if settings.combine_draws == "stack" else 1
-    return levels * draws * (2 if settings.contrast else 1)
+    levels = len(settings.timesteps) if settings.combine_timesteps == "stack" else 1
+    num_noise_samples = (
+        settings.num_noise_samples if settings.combine_noise_samples == "stack" else 1
+    )
+    return levels * num_noise_samples * (2 if settings.contrast else 1)
 
 
 def tap_shapes(
@@ -227,16 +230,16 @@ class _Combined:
     """Maps of one tap, averaged or stacked over noise levels and draws as the settings say."""
 
     def __init__(self, settings: Features) -> None:
-        self._stacks_levels = settings.combine_levels == "stack"
-        self._stacks_draws = settings.combine_draws == "stack"
-        self._draws = settings.draws if self._stacks_draws else 1
+        self._stacks_levels = settings.combine_timesteps == "stack"
+        self._stacks_noise_samples = settings.combine_noise_samples == "stack"
+        self._draws = settings.num_noise_samples if self._stacks_noise_samples else 1
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
 
     def add(self, level: int, draw: int, activation: Tensor) -> None:
         """The map of the noise level and the draw of these numbers."""
         place = self._draws * (level if self._stacks_levels else 0)
-        place += draw if self._stacks_draws else 0
+        place += draw if self._stacks_noise_samples else 0
         so_far = self._sums.get(place)
         self._sums[place] = activation if so_far is None else so_far + activation
         self._counts[place] = self._counts.get(place, 0) + 1

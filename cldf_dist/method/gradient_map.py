@@ -19,31 +19,32 @@ def gradient_map(
     images: Tensor,
     keys: Sequence[str],
     *,
-    noise_levels: Sequence[int],
-    draws: int,
+    timesteps: Sequence[int],
+    num_noise_samples: int,
     smooth_pixels: float,
 ) -> tuple[Tensor, Tensor]:
     """Maps (batch, height, width) >= 0 and p(object) (batch,) of (batch, channels, height, width).
 
-    A map is the mean over noise levels and draws of |grad of log p(object | x_t) with respect to
-    x_t|, each gradient scaled to unit length, summed over channels, smoothed by a Gaussian of
-    `smooth_pixels`. The probability is the mean over the clean slice (t = 0) and the draws of the
-    lowest noise level. `classifier(x_t, timesteps)` gives logits and is in evaluation mode.
-    """
-    lowest = min(noise_levels)
+    A map is the mean over timesteps and noise samples of |grad of log p(object | x_t) with respect
+    to x_t|, each gradient scaled to unit length, summed over channels, smoothed by a Gaussian of
+    `smooth_pixels`. The probability is the mean over the clean slice (t = 0) and the noise samples
+    of the lowest timestep. `classifier(x_t, timesteps)` gives logits and is in evaluation mode."""
+    lowest = min(timesteps)
     maps = torch.zeros_like(images[:, 0])
     with torch.no_grad():
         probability = _object_probability(classifier(images, _timesteps(images, 0)))
-    for level in noise_levels:
-        timesteps = _timesteps(images, level)
-        for draw in range(draws):
-            noise = key_noise(keys, level, draw, images.shape[1:], images.device)
-            noised = schedule.add_noise(images, timesteps, noise)
-            gradient, logits = _log_odds_gradient(classifier, noised, timesteps)
+    for timestep in timesteps:
+        steps = _timesteps(images, timestep)
+        for sample in range(num_noise_samples):
+            noise = key_noise(keys, timestep, sample, images.shape[1:], images.device)
+            noised = schedule.add_noise(images, steps, noise)
+            gradient, logits = _log_odds_gradient(classifier, noised, steps)
             maps += unit_length(gradient).abs().sum(1)
-            if level == lowest:
+            if timestep == lowest:
                 probability = probability + _object_probability(logits)
-    return smooth(maps / (len(noise_levels) * draws), smooth_pixels), probability / (1 + draws)
+    return smooth(maps / (len(timesteps) * num_noise_samples), smooth_pixels), probability / (
+        1 + num_noise_samples
+    )
 
 
 def unit_length(gradients: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def sample_dropout(
 
 def key_noise(
     keys: Sequence[str],
-    noise_level: int,
+    timestep: int,
     draw: int,
     shape: Sequence[int],
     device: torch.device | str,
@@ -176,7 +176,7 @@ def key_noise(
     """
     draws = []
     for key in keys:
-        text = f"{key}/{noise_level}/{draw}".encode()
+        text = f"{key}/{timestep}/{draw}".encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         draws.append(torch.randn(tuple(shape), generator=generator))

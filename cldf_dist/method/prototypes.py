@@ -25,7 +25,7 @@ def class_prototypes(
         if len(chosen) == 0:
             raise ValueError(
                 f"no {name} pixel among {len(labels)} seeds, so there is no {name} prototype; "
-                "loosen seeds.foreground or seeds.background"
+                "loosen seeds.object_threshold or seeds.background_threshold"
             )
         if len(chosen) < per_class:
             raise ValueError(

@@ -12,53 +12,52 @@ RULES = ("both", "cam", "gradient")
 OBJECT, BACKGROUND, UNKNOWN = 1, 0, -1
 
 
-def scale_to_unit(maps: Tensor, foreground: Tensor) -> Tensor:
+def scale_to_unit(maps: Tensor, body_mask: Tensor) -> Tensor:
     """Each map (batch, height, width) scaled to [0, 1] within its subject, 0 outside.
 
-    `foreground` (batch, height, width) is True on the subject. A map that is constant there
+    `body_mask` (batch, height, width) is True on the subject. A map that is constant there
     becomes 0.
     """
     infinity = torch.full_like(maps, math.inf)
-    low = torch.where(foreground, maps, infinity).amin((1, 2), keepdim=True)
-    high = torch.where(foreground, maps, -infinity).amax((1, 2), keepdim=True)
+    low = torch.where(body_mask, maps, infinity).amin((1, 2), keepdim=True)
+    high = torch.where(body_mask, maps, -infinity).amax((1, 2), keepdim=True)
     scaled = (maps - low) / (high - low)
-    return torch.where(foreground & (high > low), scaled, torch.zeros_like(maps))
+    return torch.where(body_mask & (high > low), scaled, torch.zeros_like(maps))
 
 
 def seed_labels(
     gradient_map: Tensor,
     cam: Tensor,
-    foreground: Tensor,
+    body_mask: Tensor,
     label: Tensor,
     *,
     rule: str,
-    foreground_cut: float,
-    background_cut: float,
+    object_threshold: float,
+    background_threshold: float,
     negative_slices: bool,
 ) -> Tensor:
     """Label the pixels we dare to trust: int8 1 object, 0 background, -1 unknown.
 
-    Both maps are (batch, height, width) in [0, 1], `foreground` is True on the subject, `label`
+    Both maps are (batch, height, width) in [0, 1], `body_mask` is True on the subject, `label`
     (batch,) is the slice's class. In positive slices a pixel is object where the maps that `rule`
-    names exceed `foreground_cut`, background where they stay under `background_cut`. Negative
-    slices are background throughout the subject, or unknown without `negative_slices`; slices of
-    unknown class (label < 0) and pixels outside the subject are unknown.
-    Raises ValueError for an unknown rule or unless 0 <= background_cut <= foreground_cut <= 1.
-    """
+    names exceed `object_threshold`, background where they stay under `background_threshold`.
+    Negative slices are background throughout the subject, or unknown without `negative_slices`;
+    slices of unknown class (label < 0) and pixels outside the subject are unknown. Raises
+    ValueError for an unknown rule or unless 0 <= background_threshold <= object_threshold <= 1."""
     if rule not in RULES:
         raise ValueError(f"seeds.rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not 0 <= background_cut <= foreground_cut <= 1:
+    if not 0 <= background_threshold <= object_threshold <= 1:
         raise ValueError(
             f"seeds need 0 <= background <= foreground <= 1, "
-            f"got background {background_cut} and foreground {foreground_cut}"
+            f"got background {background_threshold} and foreground {object_threshold}"
         )
     maps = {"both": [gradient_map, cam], "cam": [cam], "gradient": [gradient_map]}[rule]
     stacked = torch.stack(maps)
-    positive = (label == 1)[:, None, None] & foreground
-    negative = (label == 0)[:, None, None] & foreground
-    seeds = torch.full_like(foreground, UNKNOWN, dtype=torch.int8)
-    seeds[positive & (stacked > foreground_cut).all(0)] = OBJECT
-    seeds[positive & (stacked < background_cut).all(0)] = BACKGROUND
+    positive = (label == 1)[:, None, None] & body_mask
+    negative = (label == 0)[:, None, None] & body_mask
+    seeds = torch.full_like(body_mask, UNKNOWN, dtype=torch.int8)
+    seeds[positive & (stacked > object_threshold).all(0)] = OBJECT
+    seeds[positive & (stacked < background_threshold).all(0)] = BACKGROUND
     if negative_slices:
         seeds[negative] = BACKGROUND
     return seeds

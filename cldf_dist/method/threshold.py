@@ -1,4 +1,4 @@
-"""Where to cut a score map: without masks, by its histogram, and (for reference) with masks."""
+"""Thresholds of a score map: without masks, by its histogram, and (for reference) with masks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from skimage.filters import threshold_otsu
 
 Scores = npt.NDArray[np.floating]
 
-NUM_CUTS = 256  # tried by the oracle
+NUM_THRESHOLDS = 256  # tried by the oracle
 
 
-def negative_cut(scores: Scores, fraction: float) -> float:
+def negative_threshold(scores: Scores, fraction: float) -> float:
     """The lowest score with at most `fraction` of `scores` strictly above it.
 
-    `scores` are those of all subject pixels of negative validation slices: the cut is set without
-    masks, by the share of false alarms it allows where there is nothing to find.
-    """
+    `scores` are those of all subject pixels of negative validation slices: the threshold is set
+    without masks, by the share of false alarms it allows where there is nothing to find."""
     _check(scores)
     if not 0 <= fraction < 1:
         raise ValueError(f"segment.negative_fraction must be in [0, 1), got {fraction}")
@@ -27,7 +26,7 @@ def negative_cut(scores: Scores, fraction: float) -> float:
     return float(np.partition(scores, position)[position])
 
 
-def otsu_cut(scores: Scores) -> float:
+def otsu_threshold(scores: Scores) -> float:
     """Otsu's threshold; of constant scores, that constant."""
     _check(scores)
     low = float(scores.min())
@@ -35,56 +34,61 @@ def otsu_cut(scores: Scores) -> float:
 
 
 class OracleSearch:
-    """Mean Dice of many cuts at once, patient by patient: memory does not grow with patients.
+    """Mean Dice of many thresholds at once, patient by patient: memory does not grow with patients.
 
     It uses the test masks, so it says what a score map could reach, not what a method does. True
     negatives are left out of the mean, as in the table; small components are not removed.
     """
 
-    def __init__(self, cuts: Scores) -> None:
-        self.cuts = cuts  # ascending
-        self._dice_sum = np.zeros(len(cuts))
-        self._num_defined = np.zeros(len(cuts), dtype=np.int64)
+    def __init__(self, thresholds: Scores) -> None:
+        self.thresholds = thresholds  # ascending
+        self._dice_sum = np.zeros(len(thresholds))
+        self._num_defined = np.zeros(len(thresholds), dtype=np.int64)
 
     def add(self, scores: Scores, truth: npt.NDArray[np.bool_], num_true: int) -> None:
         """One patient: `scores` and `truth` of the voxels that a mask may hold, both 1-D.
 
         `num_true` counts the true voxels of the whole scan.
         """
-        above = np.searchsorted(self.cuts, scores, side="left")  # cuts below each score
-        predicted = _num_above(above, len(self.cuts))
-        hits = _num_above(above[truth], len(self.cuts))
+        above = np.searchsorted(self.thresholds, scores, side="left")  # thresholds below each score
+        predicted = _num_above(above, len(self.thresholds))
+        hits = _num_above(above[truth], len(self.thresholds))
         total = predicted + num_true
         self._dice_sum += np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0)
         self._num_defined += total > 0
 
     def best(self) -> dict[str, float | None]:
-        """The cut of the highest mean Dice; None where Dice is defined for no patient."""
+        """The threshold of the highest mean Dice; None where Dice is defined for no patient."""
         if not self._num_defined.any():
-            return {"cut": None, "dice": None}
+            return {"threshold": None, "dice": None}
         dice = np.where(self._num_defined > 0, self._dice_sum / np.maximum(self._num_defined, 1), 0)
         best = int(np.argmax(dice))
-        return {"cut": float(self.cuts[best]), "dice": float(dice[best])}
+        return {"threshold": float(self.thresholds[best]), "dice": float(dice[best])}
 
 
-def _num_above(num_cuts_below: npt.NDArray[np.intp], num_cuts: int) -> npt.NDArray[np.int64]:
-    """For each cut, how many scores exceed it."""
-    counts = np.bincount(num_cuts_below, minlength=num_cuts + 1)
+def _num_above(
+    num_thresholds_below: npt.NDArray[np.intp], num_thresholds: int
+) -> npt.NDArray[np.int64]:
+    """For each threshold, how many scores exceed it."""
+    counts = np.bincount(num_thresholds_below, minlength=num_thresholds + 1)
     return np.cumsum(counts[::-1])[::-1][1:]
 
 
-def cuts_to_try(sampled: Sequence[Scores], headline_cut: float) -> Scores:
+def candidate_thresholds(sampled: Sequence[Scores], headline_threshold: float) -> Scores:
     """Ascending; quantiles that get denser towards the highest score."""
-    cuts = [np.float32(headline_cut)]
+    thresholds = [np.float32(headline_threshold)]
     if sampled:
         scores = np.concatenate(sampled)
-        shares = np.geomspace(1.0, 1.0 / scores.size, NUM_CUTS)
-        cuts += [np.nextafter(scores.min(), np.float32(-np.inf)), *np.quantile(scores, 1 - shares)]
-    return np.unique(np.asarray(cuts, dtype=np.float32))
+        shares = np.geomspace(1.0, 1.0 / scores.size, NUM_THRESHOLDS)
+        thresholds += [
+            np.nextafter(scores.min(), np.float32(-np.inf)),
+            *np.quantile(scores, 1 - shares),
+        ]
+    return np.unique(np.asarray(thresholds, dtype=np.float32))
 
 
 def _check(scores: Scores) -> None:
     if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
         raise ValueError(
-            f"a cut needs a non-empty 1-D array of finite scores, got shape {scores.shape}"
+            f"a threshold needs a non-empty 1-D array of finite scores, got shape {scores.shape}"
         )

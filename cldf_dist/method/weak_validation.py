@@ -1,7 +1,7 @@
 """How well score maps agree with slice labels: what may choose settings where no mask may.
 
-Neither number sees a mask. They say whether the pixels above a cut lie on the right slices, not
-whether they lie at the right place within them: a necessary condition, not an estimate of Dice.
+Neither number sees a mask. They say whether the pixels above a threshold lie on the right slices,
+not whether they lie at the right place within them: a necessary condition, not an estimate of Dice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Labels = npt.NDArray[np.integer]
 Mask = npt.NDArray[np.bool_]
 
 
-def area_shares(scores: Scores, subject: Mask, cut: float) -> npt.NDArray[np.float64]:
-    """Share of each slice's subject above `cut` (slices,), from (slices, height, width).
+def area_fractions(scores: Scores, subject: Mask, threshold: float) -> npt.NDArray[np.float64]:
+    """Share of each slice's subject above `threshold` (slices,), from (slices, height, width).
 
     A slice without a subject has the share 0.
     """
-    above = ((scores > cut) & subject).sum((1, 2))
+    above = ((scores > threshold) & subject).sum((1, 2))
     return np.asarray(above / np.maximum(subject.sum((1, 2)), 1), dtype=np.float64)
 
 

@@ -27,7 +27,7 @@ class PatchClassifier(nn.Module):
 
     def __init__(self, settings: Settings, num_channels: int) -> None:
         super().__init__()
-        self.pooled_share = settings.pooled_share
+        self.pooled_fraction = settings.pooled_fraction
         self.downsample = settings.downsample
         self.dropout = settings.dropout
         self.num_features = settings.channels
@@ -45,7 +45,7 @@ class PatchClassifier(nn.Module):
         logit = pooled_logit(
             self.linear(features)[:, 0].float(),
             functional.max_pool2d(inside, self.downsample)[:, 0] > 0,
-            self.pooled_share,
+            self.pooled_fraction,
         )
         return torch.stack([-logit / 2, logit / 2], 1)
 
@@ -54,7 +54,7 @@ class PatchClassifier(nn.Module):
         activations: Tensor = self.body(functional.avg_pool2d(x, self.downsample))
         return activations
 
-    def evidence(self, activations: Tensor, size: tuple[int, int]) -> Tensor:
+    def patch_logits(self, activations: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits (batch, *size) of the pixels: how much the window around each speaks for the
         object. On one scale for all slices."""
         logits = self.linear(activations).float()

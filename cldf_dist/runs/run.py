@@ -26,7 +26,7 @@ from cldf_dist import config as configuration
 from cldf_dist.config import Config
 from cldf_dist.runs.tracking import Tracker
 from cldf_dist.system.distributed import processes
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 from cldf_dist.system.locks import FolderLock
 
 DONE = "DONE"
@@ -41,7 +41,8 @@ NO_ROOM = {
 }
 # settings that may differ between two starts of a stage: they do not change what it computes
 HARMLESS = (
-    "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep", "fit.preview_every",
+    "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep_checkpoints",
+    "fit.preview_every",
     "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
     "cache.part", "cache.verify", "cache.verify_processes",
     "segment.tile_pixels",
@@ -297,7 +298,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old or the new whole."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

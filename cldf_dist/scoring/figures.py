@@ -33,7 +33,7 @@ from cldf_dist.scoring.masks import (
     Mask,
     PatientScores,
 )
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 TITLES = {
     "gradcam": "GradCAM",
@@ -125,7 +125,7 @@ def write_comparison(
         axes.set_title(panel.title, fontsize=8)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=COMPARED_DOTS_PER_INCH, format="png", metadata={"Software": None})
 
 
@@ -165,10 +165,10 @@ def _panels(
 
     def score_panel(method: str, title: str) -> _Panel:
         values = scores.scores[method]
-        inside = values[scores.foreground]
+        inside = values[scores.body_mask]
         top = float(np.percentile(inside, TOP_PERCENTILE)) if inside.size else 1.0
         high = max(top, 1e-12) if method in UNBOUNDED else 1.0
-        shown = np.where(scores.foreground, values, 0)[rows]
+        shown = np.where(scores.body_mask, values, 0)[rows]
         return _Panel(title, on_scan(shown), "magma", 0.0, high)
 
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
@@ -176,7 +176,7 @@ def _panels(
     cam = config.seeds.cam
     titles = {cam: f"CAM ({TITLES.get(cam)})", "gradient_map": TITLES["gradient_map"]}
     maps = [score_panel(row, titles[row]) for row in titles if row in scores.scores]
-    if len(maps) == len(titles):  # segment.rows may leave either out, and "auto" is no map
+    if len(maps) == len(titles):  # segment.methods may leave either out, and "auto" is no map
         seeds = _would_be_seeds(scores, rows, config)
         colours = _seed_colours(on_scan(seeds == OBJECT), on_scan(seeds == BACKGROUND))
         maps.append(_Panel("seeds (as they\nwould be)", image, overlay=colours))
@@ -210,8 +210,8 @@ def _would_be_seeds(
 ) -> npt.NDArray[np.int8]:
     """Seeds by the rule of the cache, with the classifier's verdict in place of the slice label."""
     settings: Seeds = config.seeds
-    inside = torch.from_numpy(scores.foreground[rows])
-    cut = config.segment.gate_probability or 0.5
+    inside = torch.from_numpy(scores.body_mask[rows])
+    threshold = config.segment.gate_probability or 0.5
     maps = {
         method: scale_to_unit(torch.from_numpy(scores.scores[method][rows]), inside)
         for method in ("gradient_map", config.seeds.cam)
@@ -220,10 +220,10 @@ def _would_be_seeds(
         maps["gradient_map"],
         maps[config.seeds.cam],
         inside,
-        torch.from_numpy((scores.probability[rows] >= cut).astype(np.int64)),
+        torch.from_numpy((scores.probability[rows] >= threshold).astype(np.int64)),
         rule=settings.rule,
-        foreground_cut=settings.foreground,
-        background_cut=settings.background,
+        object_threshold=settings.object_threshold,
+        background_threshold=settings.background_threshold,
         negative_slices=settings.negative_slices,
     )
     return np.asarray(seeds.numpy(), dtype=np.int8)
@@ -333,6 +333,6 @@ def _legend() -> list[Any]:
         Line2D([], [], color=TRUTH_COLOUR, label="truth"),
         Patch(color=OBJECT_SEED, label="object seed"),
         Patch(color=BACKGROUND_SEED, label="background seed"),
-        Line2D([], [], color="none", label="maps: before gate and cut, black 0 to white 1"),
+        Line2D([], [], color="none", label="maps: before gate and threshold, black 0 to white 1"),
         Line2D([], [], color="none", label=f"CDM: to the patient's {TOP_PERCENTILE} percentile"),
     ]

@@ -18,15 +18,15 @@ from cldf_dist.method.threshold import OracleSearch
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores, native_scores
 
 ORACLE_INTENSITY = "oracle_intensity"
-SAMPLED_PIXELS = 20_000  # per patient; they place the cuts
-SIGNS = {True: 1.0, False: -1.0}  # object above the cut, or below
+SAMPLED_PIXELS = 20_000  # per patient; they place the thresholds
+SIGNS = {True: 1.0, False: -1.0}  # object above the threshold, or below
 
-NUM_EVEN = 65  # cuts at equal distances from the lowest to the highest pixel
-# shares of the pixels below a cut: denser towards both ends, where small objects are
+NUM_EVEN = 65  # thresholds at equal distances from the lowest to the highest pixel
+# shares of the pixels below a threshold: denser towards both ends, where small objects are
 TAILS = np.geomspace(0.5, 1e-4, 96)
 SHARES = np.unique([*np.linspace(0, 1, 65), *TAILS, *(1 - TAILS)])
 
-Choice = tuple[int, bool]  # channel, whether the object is above the cut
+Choice = tuple[int, bool]  # channel, whether the object is above the threshold
 
 
 def oracle_intensity(
@@ -44,13 +44,13 @@ def oracle_intensity(
     if not patients:
         return {}, []
     channels = list(shards.manifest["channels"])
-    cuts = _cuts(shards, scores, patients, len(channels))
+    thresholds = _thresholds(shards, scores, patients, len(channels))
     best = {}
     for gate in dict.fromkeys((gate_probability, 0.0)):
-        found = {choice: OracleSearch(tried) for choice, tried in cuts.items()}
+        found = {choice: OracleSearch(tried) for choice, tried in thresholds.items()}
         for patient in patients:
             truth = truth_of(patient)
-            for choice, values, allowed in _maps(shards, scores, patient, list(cuts), gate):
+            for choice, values, allowed in _maps(shards, scores, patient, list(thresholds), gate):
                 found[choice].add(values[allowed], truth[allowed], int(truth.sum()))
         best[gate] = _best(found, channels)
     chosen = best[gate_probability]
@@ -60,7 +60,7 @@ def oracle_intensity(
     cases = []
     for patient in patients:
         for _, values, allowed in _maps(shards, scores, patient, [choice], gate_probability):
-            mask = (values > SIGNS[choice[1]] * chosen["cut"]) & allowed
+            mask = (values > SIGNS[choice[1]] * chosen["threshold"]) & allowed
             spacing = shards.geometry(patient).spacing
             cases.append((patient, score_case(mask, truth_of(patient), spacing)))
     return {**chosen, "ungated": best[0.0]}, cases
@@ -69,29 +69,29 @@ def oracle_intensity(
 def _best(found: dict[Choice, OracleSearch], channels: Sequence[str]) -> dict[str, Any]:
     results = {choice: search.best() for choice, search in found.items()}
     (channel, above), result = max(results.items(), key=lambda item: item[1]["dice"] or 0.0)
-    cut = result["cut"]
+    threshold = result["threshold"]
     return {
         "channel": channels[channel],
         "above": above,
-        "cut": None if cut is None else SIGNS[above] * cut,
+        "threshold": None if threshold is None else SIGNS[above] * threshold,
         "dice": result["dice"],
     }
 
 
-def _cuts(
+def _thresholds(
     shards: ShardSet, scores: Path, patients: Sequence[str], num_channels: int
 ) -> dict[Choice, FloatArray]:
-    """For every choice the cuts to try, ascending: of signed intensities."""
+    """For every choice the thresholds to try, ascending: of signed intensities."""
     sampled: list[FloatArray] = []  # (pixels, channels) of each patient
     for patient in patients:
         images, known = _images(shards, scores, patient)
-        pixels = np.moveaxis(images, 1, -1)[known.foreground]
+        pixels = np.moveaxis(images, 1, -1)[known.body_mask]
         sampled.append(pixels[:: max(1, len(pixels) // SAMPLED_PIXELS)])
     pooled = np.concatenate(sampled)
     if not len(pooled):
         pooled = np.zeros((1, num_channels), dtype=np.float32)
     even = np.linspace(pooled.min(axis=0), pooled.max(axis=0), NUM_EVEN)  # gaps hold no quantile
-    tried = np.concatenate([np.quantile(pooled, SHARES, axis=0), even])  # (cuts, channels)
+    tried = np.concatenate([np.quantile(pooled, SHARES, axis=0), even])  # (thresholds, channels)
     return {
         (channel, above): np.unique((sign * tried[:, channel]).astype(np.float32))
         for channel in range(num_channels)
@@ -107,7 +107,7 @@ def _maps(
     geometry = shards.geometry(patient)
     for channel in dict.fromkeys(channel for channel, _ in choices):
         maps = PatientScores(
-            patient, {ORACLE_INTENSITY: images[:, channel]}, known.probability, known.foreground
+            patient, {ORACLE_INTENSITY: images[:, channel]}, known.probability, known.body_mask
         )
         values, allowed = native_scores(maps, ORACLE_INTENSITY, geometry, gate)
         for above, sign in SIGNS.items():

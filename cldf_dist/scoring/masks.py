@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config, Data
 from cldf_dist.data.slices import Geometry, to_native
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +37,7 @@ CONTROLS = (RAW_PATCHES, PATCH_FEATURES)
 SUPERVISED, SUPERVISED_PLUS = "supervised_decoder", "supervised_plus"
 UPPER_BOUNDS = (SUPERVISED, SUPERVISED_PLUS)
 SURE = 1e-3  # a slice's p(object) counts as no closer to 0 or 1 than this
-PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the cut
+PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the threshold
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class PatientScores:
     patient: str
     scores: dict[str, FloatArray]  # method -> (slices, height, width); higher means object
     probability: FloatArray  # (slices,) of the object: the mean of what the classifiers say
-    foreground: Mask  # (slices, height, width) of the subject
+    body_mask: Mask  # (slices, height, width) of the subject
 
     def save(self, folder: Path) -> None:
         arrays: dict[str, Any] = {
             f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()
         }
-        arrays |= {"probability": self.probability, "foreground": self.foreground}
-        with whole_file(folder / f"{self.patient}.npz") as file:
+        arrays |= {"probability": self.probability, "body_mask": self.body_mask}
+        with atomic_write(folder / f"{self.patient}.npz") as file:
             np.savez_compressed(file, **arrays)
 
     def spread(self, places: Sequence[int], num_slices: int) -> PatientScores:
@@ -72,7 +72,7 @@ class PatientScores:
             self.patient,
             {name: among_all(scores) for name, scores in self.scores.items()},
             among_all(self.probability),
-            among_all(self.foreground),
+            among_all(self.body_mask),
         )
 
     @classmethod
@@ -86,22 +86,22 @@ class PatientScores:
                 f"{path} is damaged ({error}); delete it and the stage's DONE, and segment again"
             ) from error
         scores = {n.removeprefix("score_"): a for n, a in arrays.items() if n.startswith("score_")}
-        return cls(patient, scores, arrays["probability"], arrays["foreground"])
+        return cls(patient, scores, arrays["probability"], arrays["body_mask"])
 
 
 def mask_and_probability(
-    config: Config, scores: PatientScores, row: str, geometry: Geometry, cut: float
+    config: Config, scores: PatientScores, row: str, geometry: Geometry, threshold: float
 ) -> tuple[Mask, FloatArray]:
-    """The mask, and a map in [0, 1] that is 0.5 at the cut; both on the scan's grid."""
+    """The mask, and a map in [0, 1] that is 0.5 at the threshold; both on the scan's grid."""
     native, allowed = native_scores(scores, row, geometry, config.segment.gate_probability)
     mask = object_mask(
         native,
         allowed,
-        cut,
+        threshold,
         spacing=geometry.spacing,
         min_component_ml=config.segment.min_component_ml,
     )
-    probability = 1 / (1 + np.exp(-np.clip((native - cut) / PROBABILITY_WIDTH, -30, 30)))
+    probability = 1 / (1 + np.exp(-np.clip((native - threshold) / PROBABILITY_WIDTH, -30, 30)))
     return mask, np.where(allowed, probability, 0).astype(np.float32)
 
 
@@ -129,16 +129,16 @@ def native_scores(
     the classifier calls negative.
     """
     scores = to_native(patient.scores[method].astype(np.float32), geometry)
-    allowed = patient.foreground & open_slices(patient, gate_probability)[:, None, None]
+    allowed = patient.body_mask & open_slices(patient, gate_probability)[:, None, None]
     return scores, to_native(allowed.astype(np.float32), geometry) > 0.5
 
 
 def object_mask(
-    scores: FloatArray, allowed: Mask, cut: float, *, spacing: tuple[float, float, float],
+    scores: FloatArray, allowed: Mask, threshold: float, *, spacing: tuple[float, float, float],
     min_component_ml: float = 0.0,
 ) -> Mask:  # fmt: skip
-    """The pixels above the cut, where allowed, without components below `min_component_ml`."""
-    mask: Mask = (scores > cut) & allowed
+    """The allowed pixels above the threshold, without components below `min_component_ml`."""
+    mask: Mask = (scores > threshold) & allowed
     if min_component_ml <= 0 or not mask.any():
         return mask
     import cc3d
@@ -153,16 +153,16 @@ def otsu_mask(
     *, min_component_ml: float = 0.0,
 ) -> Mask:  # fmt: skip
     """The mask by Otsu's threshold within each slice that passes the gate, as the CDM code does."""
-    from cldf_dist.method.threshold import otsu_cut
+    from cldf_dist.method.threshold import otsu_threshold
 
     scores = patient.scores[method].astype(np.float32)
     above = np.full(scores.shape, -1.0, dtype=np.float32)
     for index in np.flatnonzero(open_slices(patient, gate_probability)):
-        inside = scores[index][patient.foreground[index]]
+        inside = scores[index][patient.body_mask[index]]
         if inside.size:
-            above[index] = scores[index] - otsu_cut(inside)
+            above[index] = scores[index] - otsu_threshold(inside)
     shifted = PatientScores(
-        patient.patient, {method: above}, patient.probability, patient.foreground
+        patient.patient, {method: above}, patient.probability, patient.body_mask
     )
     native, allowed = native_scores(shifted, method, geometry, gate_probability)
     return object_mask(

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cldf_dist.data.slices import ORIENTATION, Geometry, to_native
 from cldf_dist.method.slice_metrics import SliceScore, largest_components, slice_score
-from cldf_dist.method.threshold import otsu_cut
+from cldf_dist.method.threshold import otsu_threshold
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores
 
 RULE = (
@@ -33,7 +33,7 @@ METRICS = tuple(field.name for field in dataclasses.fields(SliceScore))
 
 
 @dataclass(frozen=True)
-class LegacySlice:
+class ProtocolSlice:
     """One slice with the object under one method."""
 
     patient: str
@@ -45,7 +45,7 @@ class LegacySlice:
 
 def score_slices(
     scores: PatientScores, truth: Mask, geometry: Geometry, methods: Sequence[str]
-) -> list[LegacySlice]:
+) -> list[ProtocolSlice]:
     """Score one patient's slices with the object, slice by slice, every method.
 
     `truth` is (x, y, slices) as in its file. A slice that was not prepared has an empty prediction.
@@ -61,11 +61,13 @@ def score_slices(
             kept = largest_components(predicted)
             if not np.array_equal(kept, predicted):
                 largest = slice_score(kept, true)
-            found.append(LegacySlice(scores.patient, index, method, plain, largest))
+            found.append(ProtocolSlice(scores.patient, index, method, plain, largest))
     return sorted(found, key=lambda one: one.index)
 
 
-def legacy_summary(slices: Sequence[LegacySlice], methods: Sequence[str]) -> dict[str, Any]:
+def slice_protocol_summary(
+    slices: Sequence[ProtocolSlice], methods: Sequence[str]
+) -> dict[str, Any]:
     """`summary.json`'s legacy block: mean and standard deviation over slices; None without one."""
     plain: dict[str, list[SliceScore]] = {method: [] for method in methods}
     largest: dict[str, list[SliceScore]] = {method: [] for method in methods}
@@ -79,7 +81,7 @@ def legacy_summary(slices: Sequence[LegacySlice], methods: Sequence[str]) -> dic
     }
 
 
-def legacy_csv(slices: Iterable[LegacySlice]) -> str:
+def slice_protocol_csv(slices: Iterable[ProtocolSlice]) -> str:
     """One line a slice and method, so that any part of the slices can be averaged again."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -114,7 +116,7 @@ def _native_maps(scores: PatientScores, method: str, geometry: Geometry) -> Floa
     prepared. Otsu's threshold moves with the scale, so theirs, from 0 to 1 within the slice, would
     give the same mask.
     """
-    maps, inside = scores.scores[method].astype(np.float32), scores.foreground
+    maps, inside = scores.scores[method].astype(np.float32), scores.body_mask
     lowest = np.where(inside, maps, np.inf).min(axis=(1, 2), keepdims=True)
     return _upright(to_native(np.where(inside, maps - lowest, 0), geometry), geometry)
 
@@ -122,7 +124,7 @@ def _native_maps(scores: PatientScores, method: str, geometry: Geometry) -> Floa
 def _above_otsu(maps: FloatArray) -> Mask:
     """Above Otsu's threshold of all pixels (x, y); empty for a constant map, where the published
     code divides by zero."""
-    return np.asarray(maps > otsu_cut(maps.ravel()))
+    return np.asarray(maps > otsu_threshold(maps.ravel()))
 
 
 def _upright(volume: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:

@@ -1,4 +1,5 @@
-"""The results as plain text: the strict ones for the terminal and table.txt, legacy.txt apart."""
+"""The results as plain text: the strict ones for the terminal and table.txt, slice_protocol.txt
+apart."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
         + (f"\n{unscored} more test patients have no truth mask." if unscored else ""),
         f"Headline rule: {strict['headline_rule']}.\n" + _scores_block(strict["methods"]),
         "Otsu's threshold within each slice\n" + _scores_block(strict["methods_otsu"]),
-        "Oracle: one cut per method, chosen WITH the test masks; not a result, only what the "
+        "Oracle: one threshold per method, chosen WITH the test masks; not a result, only what the "
         "scores could reach\n" + _oracle_block(strict["oracle_threshold"]),
     ]
     if intensity := strict.get("oracle_intensity"):
@@ -47,9 +48,10 @@ def results_table(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def legacy_table(summary: Mapping[str, Any]) -> str:
-    """The legacy block of summary.json for legacy.txt: means with their standard deviations."""
-    legacy = summary["legacy"]
+def slice_protocol_table(summary: Mapping[str, Any]) -> str:
+    """The legacy block of summary.json for slice_protocol.txt: means with their standard
+    deviations."""
+    legacy = summary["slice_protocol"]
     blocks = [
         f"Legacy protocol, only to compare with papers: {legacy['rule']}.\n"
         "These numbers must not stand beside those of table.txt: they leave out false alarms on "
@@ -108,8 +110,8 @@ def _scores_block(rows: Mapping[str, Any]) -> str:
 
 
 def _oracle_block(rows: Mapping[str, Any]) -> str:
-    lines = [[_marked(m), _number(r["dice"]), _number(r["cut"], 4)] for m, r in rows.items()]
-    return _aligned([["method", "oracle Dice", "cut"], *lines])
+    lines = [[_marked(m), _number(r["dice"]), _number(r["threshold"], 4)] for m, r in rows.items()]
+    return _aligned([["method", "oracle Dice", "threshold"], *lines])
 
 
 def _intensity_line(found: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def _intensity_line(found: Mapping[str, Any]) -> str:
 
 def _threshold(found: Mapping[str, Any]) -> str:
     side = "above" if found["above"] else "below"
-    return f"{found['channel']} {side} {_number(found['cut'])}"
+    return f"{found['channel']} {side} {_number(found['threshold'])}"
 
 
 def _weak_block(rows: Mapping[str, Any]) -> str:

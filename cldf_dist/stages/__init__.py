@@ -56,7 +56,7 @@ STAGES = (
         fit_section="diffusion.fit",
     ),
     Stage(
-        "tune-labels",
+        "tune-label-embedding",
         "the CDM's label embedding, so that the model uses its label",
         needs=("train-diffusion",),
         sections=("label_tuning",),
@@ -90,7 +90,7 @@ STAGES = (
     Stage(
         "cache",
         "diffusion features, maps and seeds of the training slices, once",
-        needs=("tune-labels", "train-classifier", "train-cam", "train-patch-classifier"),
+        needs=("tune-label-embedding", "train-classifier", "train-cam", "train-patch-classifier"),
         sections=("cache", "features", "gradient_map", "seeds", "plus.patch_tap"),
     ),
     Stage(

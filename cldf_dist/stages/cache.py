@@ -29,26 +29,26 @@ from cldf_dist.data.features.pixel_labels import SeedLabels
 from cldf_dist.data.features.store import SCALE, FeatureCache, encoded_key
 from cldf_dist.data.readers import datasets
 from cldf_dist.data.shards.table import ShardSet, SliceTable
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.cache_parts import (
     STORE,
     part_of,
-    rank_share,
     repair,
+    shards_of_this_rank,
     shared_stage,
     store_folder,
 )  # fmt: skip
 from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.inference.loading import shard_set
-from cldf_dist.inference.patch_logits import EVIDENCE, PATCH_TAP, patch_maps, seed_report
-from cldf_dist.inference.seed_cam import FALLBACK, choose_seed_map, with_map
+from cldf_dist.inference.patch_logits import PATCH_LOGITS, PATCH_TAP, patch_maps, seed_report
+from cldf_dist.inference.seed_cam import FALLBACK, choose_seed_cam, with_map
 from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
 from cldf_dist.method.seeds import scale_to_unit, seed_labels
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
-from cldf_dist.system.distributed import accelerator, processes, together
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, processes
+from cldf_dist.system.memory_format import fast_memory_format
 from cldf_dist.system.progress import progress
 from cldf_dist.training.time_estimate import in_words
 
@@ -89,20 +89,20 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     slices = cached_slices(shard_set(config, run))
     nets = FrozenNets.load(config, run)
     with ExitStack() as held:
-        with together():
+        with fail_on_all_ranks():
             if run.is_main and config.cache.part:
                 held.enter_context(shared_stage(config))
             if run.is_main:
                 _check_keys(slices)
-        seed_map = choose_seed_map(config, nets, slices.tables[0], store_folder(config))
-        with together():
+        seed_cam = choose_seed_cam(config, nets, slices.tables[0], store_folder(config))
+        with fail_on_all_ranks():
             if run.is_main:
-                empty = partial(_create, config, run, nets.diffusion, len(slices), seed_map)
+                empty = partial(_create, config, run, nets.diffusion, len(slices), seed_cam)
                 if config.cache.verify:
                     _repair_metadata(config, run, empty)
                 _check_space(config, slices)
                 empty(store_folder(config))
-        with together():
+        with fail_on_all_ranks():
             cache = FeatureCache(store_folder(config))
             _check_same_settings(cache, config, run)
             _check_count(cache, slices)
@@ -111,15 +111,15 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         if config.cache.verify:
             damaged = repair(config, cache, slices.keys)
             cache = FeatureCache(cache.folder, quiet=True)  # what others discarded is not done
-        with together():
+        with fail_on_all_ranks():
             check_same_slices(cache, slices)
             scope = part_of(range(cache.num_shards), config.cache.part)
-            cache.sweep(rank_share(scope))
+            cache.sweep(shards_of_this_rank(scope))
         _extract(config, nets, slices, cache, scope)
     if not run.is_main:
         return {}
     num_slices = sum(len(cache.rows_of(shard)) for shard in scope)
-    result: dict[str, Any] = {"slices": num_slices, "seed_map": config.seeds.cam}
+    result: dict[str, Any] = {"slices": num_slices, "seed_cam": config.seeds.cam}
     if config.cache.verify:
         result["damaged"] = damaged
     if config.cache.part:
@@ -131,13 +131,13 @@ def _extract(
     config: Config, nets: FrozenNets, slices: Slices, cache: FeatureCache, scope: range
 ) -> None:
     """Make the shards of `scope` that are not done; each process its own, in order."""
-    mine = rank_share(scope)
+    mine = shards_of_this_rank(scope)
     total = sum(len(cache.rows_of(shard)) for shard in scope)
     main = processes().is_main
     with progress("cache", total, "slices", shown=main) as bar:
         bar.start_at(cache.num_done(scope))
         # writing waits for the disk: the next shard is computed meanwhile
-        with together(), ThreadPoolExecutor(1) as writer:
+        with fail_on_all_ranks(), ThreadPoolExecutor(1) as writer:
             writing: Future[None] | None = None
             for shard in mine:
                 if cache.is_done(shard):
@@ -202,8 +202,10 @@ def _compute_batch(
     config: Config, nets: FrozenNets, images: Any, keys: list[str], labels: Tensor
 ) -> dict[str, Tensor]:
     device = accelerator().device
-    inside = torch.from_numpy(foreground(images)).to(device)
-    pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+    inside = torch.from_numpy(body_mask(images)).to(device)
+    pixels = (
+        torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
+    )
     labels = labels.to(device)
     maps, probability = gradient_map_of(config, nets, pixels, keys)
     cams = class_activation_maps(nets.cam, pixels, config.cam.layer, (config.seeds.cam,))
@@ -214,8 +216,8 @@ def _compute_batch(
         inside,
         labels,
         rule=config.seeds.rule,
-        foreground_cut=config.seeds.foreground,
-        background_cut=config.seeds.background,
+        object_threshold=config.seeds.object_threshold,
+        background_threshold=config.seeds.background_threshold,
         negative_slices=config.seeds.negative_slices,
     )
     features = extract_features(
@@ -230,7 +232,7 @@ def _compute_batch(
     stored: dict[str, Tensor] = {}
     if nets.patch_classifier is not None:
         found = patch_maps(nets.patch_classifier, pixels, inside)
-        stored[EVIDENCE] = found.evidence.half()
+        stored[PATCH_LOGITS] = found.patch_logits.half()
         if config.plus.patch_tap:
             features[PATCH_TAP] = found.activations
     for tap, value in features.items():
@@ -252,7 +254,7 @@ def row_shapes(net: nn.Module, config: Config) -> dict[str, tuple[tuple[int, ...
     taps: dict[str, tuple[tuple[int, ...], str]] = {}
     shapes = tap_shapes(net, image_size, features, config.cam.channels)
     if patches.enabled:
-        taps[EVIDENCE] = (square, "float16")
+        taps[PATCH_LOGITS] = (square, "float16")
         if config.plus.patch_tap:
             side = image_size // patches.downsample
             shapes[PATCH_TAP] = (1, patches.channels, side, side)
@@ -341,7 +343,7 @@ def _create(
     run: Run,
     net: nn.Module,
     num_slices: int,
-    seed_map: Mapping[str, Any],
+    seed_cam: Mapping[str, Any],
     folder: Path,
 ) -> None:
     """The empty store, unless it is there."""
@@ -358,7 +360,7 @@ def _create(
             "settings": _settings(config),
             "inputs": run.input_ids(),
             "precision": "bf16" if bf16 else "fp32",
-            "seed_map": dict(seed_map),
+            "seed_cam": dict(seed_cam),
         },
         compression=config.cache.compression,
     )
@@ -399,7 +401,7 @@ def _as_begun(config: Config, cache: FeatureCache) -> Config:
     features = replace(config.features, precision=cache.attributes["precision"])
     config = replace(config, features=features)
     if config.seeds.cam == "auto":
-        chosen = cache.attributes.get("seed_map")
+        chosen = cache.attributes.get("seed_cam")
         if chosen is None:
             raise ValueError(
                 f"{cache.folder} was begun by an earlier version, without a choice of the map that "
@@ -438,7 +440,7 @@ def _check_space(config: Config, slices: Slices) -> None:
     if needed > free:
         raise ValueError(
             f"the cache needs {needed / 1e9:.2f} GB more, {folder.parent} has {free / 1e9:.2f} GB "
-            "free; take fewer features.taps or features.noise_levels, "
-            "features.combine_levels=average, features.storage=int8, or another disk with "
+            "free; take fewer features.taps or features.timesteps, "
+            "features.combine_timesteps=average, features.storage=int8, or another disk with "
             "runs=FOLDER"
         )

@@ -1,7 +1,7 @@
 """Score the written masks of all test patients: strict protocol, intervals, paired comparisons.
 
 A patient is scored as a whole, on all slices, in the scan's own grid. What used the masks to get
-better (the upper bounds, the oracle cuts) is kept apart and marked.
+better (the upper bounds, the oracle thresholds) is kept apart and marked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
-from cldf_dist.data.features.pixel_labels import EvidenceLabels
+from cldf_dist.data.features.pixel_labels import PatchLogitLabels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.remote import ShardCache
@@ -35,7 +35,7 @@ from cldf_dist.method.statistics import (
     specificity,
     summarise,
 )
-from cldf_dist.method.threshold import OracleSearch, cuts_to_try
+from cldf_dist.method.threshold import OracleSearch, candidate_thresholds
 from cldf_dist.runs.run import DONE, Run, read_json, write_atomically
 from cldf_dist.scoring.intensity_threshold import ORACLE_INTENSITY, oracle_intensity
 from cldf_dist.scoring.masks import (
@@ -48,9 +48,14 @@ from cldf_dist.scoring.masks import (
     open_slices,
     otsu_mask,
 )
-from cldf_dist.scoring.slice_protocol import LegacySlice, legacy_csv, legacy_summary, score_slices
-from cldf_dist.scoring.tables import legacy_table, results_table
-from cldf_dist.scoring.weak_validation import weak_rows
+from cldf_dist.scoring.slice_protocol import (
+    ProtocolSlice,
+    score_slices,
+    slice_protocol_csv,
+    slice_protocol_summary,
+)
+from cldf_dist.scoring.tables import results_table, slice_protocol_table
+from cldf_dist.scoring.weak_validation import weak_validation_of_methods
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.system.progress import progress
 
@@ -58,7 +63,7 @@ from cldf_dist.system.progress import progress
 HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
 CLDF = "cldf"
 METRICS = ("dice", "iou", "hd95_mm")
-SAMPLED_SCORES = 20_000  # per patient; they place the oracle's cuts
+SAMPLED_SCORES = 20_000  # per patient; they place the oracle's thresholds
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,14 @@ class Case:
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Score all test patients; return what to keep with DONE.
 
-    Writes summary.json, cases.csv and table.txt, and legacy_slices.csv and legacy.txt apart.
-    """
+    Writes summary.json, cases.csv and table.txt, and slice_protocol.csv and slice_protocol.txt
+    apart."""
     prepare, cache, decoder, segment = (
         run.needs(name) for name in ("prepare", "cache", "train-decoder", "segment")
     )
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     rule = read_json(segment / "thresholds.json")
-    methods = list(rule["cuts"])
+    methods = list(rule["thresholds"])
     patients = [name for name in shards.patients["test"] if truth_path(prepare, name).is_file()]
     if not patients:
         print(
@@ -90,10 +95,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             file=sys.stderr,
         )
         methods = []
-    cuts = {method: rule["cuts"][method] for method in methods}
-    oracles = _oracles(segment / "scores", patients, cuts, config)
+    thresholds = {method: rule["thresholds"][method] for method in methods}
+    oracles = _oracles(segment / "scores", patients, thresholds, config)
     cases: list[Case] = []
-    legacy: list[LegacySlice] = []
+    legacy: list[ProtocolSlice] = []
     with progress("evaluate", len(patients), "patients") as counter:
         for patient in patients:
             cases += _score_patient(config, shards, segment, patient, oracles)
@@ -123,45 +128,49 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "num_without_object": _num_without_object(cases),
             "num_without_truth": len(shards.patients["test"]) - len(patients),
         },
-        "legacy": legacy_summary(legacy, methods),
-        "weak_validation": weak_rows(shards, segment / "scores", rule["cuts"]),
+        "slice_protocol": slice_protocol_summary(legacy, methods),
+        "weak_validation": weak_validation_of_methods(
+            shards, segment / "scores", rule["thresholds"]
+        ),
         "gate": _gate(config, shards, segment / "scores"),
         "seeds": cached.get("seeds") or {},
-        "seed_map": _seed_map(config, cached, cache / STORE),
+        "seed_cam": _seed_cam(config, cached, cache / STORE),
         "seeds_plus": _seeds_of_plus(config, shards, cache / STORE, decoder),
-        "mask_row": rule["mask_row"],
+        "mask_method": rule["mask_method"],
     }
     cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
     write_atomically(run.folder / "cases.csv", _as_csv(cases))
     write_atomically(run.folder / "table.txt", results_table(summary))
     if patients:
-        write_atomically(run.folder / "legacy_slices.csv", legacy_csv(legacy))
-        write_atomically(run.folder / "legacy.txt", legacy_table(summary))
+        write_atomically(run.folder / "slice_protocol.csv", slice_protocol_csv(legacy))
+        write_atomically(run.folder / "slice_protocol.txt", slice_protocol_table(summary))
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
     return {"num_test_patients": len(patients), "dice": dice}
 
 
-def _seed_map(config: Config, cached: Mapping[str, Any], store: Path) -> str:
+def _seed_cam(config: Config, cached: Mapping[str, Any], store: Path) -> str:
     """The activation map that made the seeds; of a cache that did not say so, as its store does."""
-    said = str(cached.get("seed_map", config.seeds.cam))
+    said = str(cached.get("seed_cam", config.seeds.cam))
     if said == "auto" and store.is_dir():
-        said = str(FeatureCache(store).attributes.get("seed_map", {}).get("map", said))
+        said = str(FeatureCache(store).attributes.get("seed_cam", {}).get("map", said))
     return said
 
 
 def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
     """Here, because a training opens no mask but those of the upper bounds."""
-    cut = read_json(decoder / DONE).get("evidence_cut")
-    if cut is None:
+    threshold = read_json(decoder / DONE).get("patch_logit_threshold")
+    if threshold is None:
         return {}
     if not store.is_dir():
         print(f"evaluate: {store} is gone: the seeds of {PLUS} are not scored", file=sys.stderr)
         return {}
     cache, slices = FeatureCache(store), cached_slices(shards)
     check_same_slices(cache, slices)
-    return seed_report(EvidenceLabels(cache, cut, config.plus.cam), slices.tables[0])
+    return seed_report(
+        PatchLogitLabels(cache, threshold, config.plus.cam_threshold), slices.tables[0]
+    )
 
 
 def truth_path(prepare: Path, patient: str) -> Path:
@@ -180,19 +189,22 @@ def read_mask(path: Path) -> Mask:
 
 
 def _oracles(
-    folder: Path, patients: Sequence[str], headline_cuts: Mapping[str, float], config: Config
+    folder: Path, patients: Sequence[str], headline_thresholds: Mapping[str, float], config: Config
 ) -> dict[str, OracleSearch]:
-    """Per method, a search over quantiles of the test scores and the headline rule's own cut."""
-    sampled: dict[str, list[FloatArray]] = {method: [] for method in headline_cuts}
+    """Per method, a search over quantiles of the test scores and the headline threshold."""
+    sampled: dict[str, list[FloatArray]] = {method: [] for method in headline_thresholds}
     for name in patients:
         patient = PatientScores.load(folder, name)
         opened = open_slices(patient, config.segment.gate_probability)[:, None, None]
         for method, parts in sampled.items():
-            scores = patient.scores[method][patient.foreground & opened]
+            scores = patient.scores[method][patient.body_mask & opened]
             if scores.size:
                 step = max(1, scores.size // SAMPLED_SCORES)
                 parts += [scores[::step], scores.max(keepdims=True)]
-    return {m: OracleSearch(cuts_to_try(parts, headline_cuts[m])) for m, parts in sampled.items()}
+    return {
+        m: OracleSearch(candidate_thresholds(parts, headline_thresholds[m]))
+        for m, parts in sampled.items()
+    }
 
 
 def _score_patient(
@@ -296,12 +308,13 @@ def _num_without_object(cases: Iterable[Case]) -> int:
 
 
 def _gate(config: Config, shards: ShardSet, folder: Path) -> dict[str, dict[str, Any]]:
-    """How well the classifiers together tell labelled slices apart; without a gate, at cut 0.5."""
-    cut = config.segment.gate_probability or 0.5
+    """How well the classifiers together tell labelled slices apart; without a gate, at threshold
+    0.5."""
+    threshold = config.segment.gate_probability or 0.5
     result = {}
     for split in ("validation", "test"):
         labels, probabilities = _slice_probabilities(shards, split, folder)
-        right = (probabilities >= cut) == labels
+        right = (probabilities >= threshold) == labels
         result[split] = {
             "slice_accuracy": float(right.mean()) if right.size else None,
             "slice_auroc": auroc(probabilities, labels) if right.size else None,
@@ -335,8 +348,9 @@ def _in_words(rule: Mapping[str, Any]) -> str:
     if rule["rule"] != "negatives":
         return str(rule["rule"])
     return (
-        f"one cut per method, below which lie all but {100 * rule['negative_fraction']:g} % of the "
-        "subject's pixels in negative validation slices; no mask was used to set it"
+        f"one threshold per method, below which lie all but "
+        f"{100 * rule['negative_fraction']:g} % of the subject's pixels in negative validation "
+        "slices; no mask was used to set it"
     )
 
 

@@ -37,7 +37,7 @@ from cldf_dist.data.slices import (
 )
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
 from cldf_dist.runs.run import DONE, Run, read_json
-from cldf_dist.system.files import remove_leftovers, whole_file
+from cldf_dist.system.files import atomic_write, remove_leftovers
 from cldf_dist.system.progress import progress
 
 
@@ -174,8 +174,8 @@ def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> 
     slices, geometry = prepare_volume(volume, settings)
     if not slices:
         raise ValueError(
-            f"{name}: no slice is kept, its subject covers less than data.min_foreground_fraction="
-            f"{settings.min_foreground_fraction} of every slice; lower that, or take the patient "
+            f"{name}: no slice is kept, its subject covers less than data.min_body_fraction="
+            f"{settings.min_body_fraction} of every slice; lower that, or take the patient "
             "out of the data"
         )
     arrays: dict[str, Any] = {
@@ -190,7 +190,7 @@ def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> 
     if volume.mask is not None:
         write_nifti(native_mask, volume.mask.astype(np.uint8), volume.affine)
         arrays["masks"] = np.stack([item.mask for item in slices if item.mask is not None])
-    with whole_file(spool / f"{name}.npz") as file:
+    with atomic_write(spool / f"{name}.npz") as file:
         np.savez(file, **arrays)
 
 

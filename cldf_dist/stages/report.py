@@ -47,8 +47,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     summary = read_json(evaluated / "summary.json")
     with (evaluated / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
-    drawn = with_map(config, summary.get("seed_map", config.seeds.cam))
-    pictures = _draw_overlays(drawn, run, cases, summary["mask_row"])
+    drawn = with_map(config, summary.get("seed_cam", config.seeds.cam))
+    pictures = _draw_overlays(drawn, run, cases, summary["mask_method"])
     page = _page(config, run.folder.parent, summary, cases, pictures)
     write_atomically(run.folder / "report.html", page)
     return {"report": "report.html", "num_pictures": len(pictures)}
@@ -97,7 +97,7 @@ def _page(
     pictures: Mapping[str, Path],
 ) -> str:
     """The HTML."""
-    row = summary["mask_row"]
+    row = summary["mask_method"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,7 +111,7 @@ def _page(
         channels=ShardSet(folder / "prepare", on_damaged="skip").manifest["channels"],
         target=object_title(config.data),
         strict=summary["strict"],
-        legacy=summary["legacy"],
+        legacy=summary["slice_protocol"],
         gate=summary["gate"],
         seeds=summary["seeds"],
         titles=TITLES,

@@ -1,8 +1,8 @@
 """Score maps and masks of the test patients, for CLDF and every baseline.
 
-The cut of each row is set without masks: it is the score that a fixed share of the subject pixels
-of negative validation slices exceeds. Gate, grid and post-processing are the same for all rows.
-"""
+The threshold of each row is set without masks: it is the score that a fixed share of the subject
+pixels of negative validation slices exceeds. Gate, grid and post-processing are the same for all
+rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cldf_dist.config import Config
 from cldf_dist.data.features.encoding import as_stored
 from cldf_dist.data.formats.nifti import write_nifti
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.slices import Geometry, foreground
+from cldf_dist.data.slices import Geometry, body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.inference.loading import load_decoder, shard_set
 from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
@@ -30,7 +30,7 @@ from cldf_dist.method.counterfactual import cdm_saliency, cg_cdm, cg_diff
 from cldf_dist.method.features import extract_features, features_dtype
 from cldf_dist.method.prototypes import prototype_score
 from cldf_dist.method.seeds import scale_to_unit
-from cldf_dist.method.threshold import negative_cut
+from cldf_dist.method.threshold import negative_threshold
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.runs.run import Run, read_json, write_atomically
 from cldf_dist.scoring.masks import (
@@ -45,10 +45,10 @@ from cldf_dist.scoring.masks import (
     smoothed_over_slices,
     write_own_layout,
 )
-from cldf_dist.scoring.weak_validation import weak_rows
-from cldf_dist.system.distributed import accelerator, from_main, processes, wait_for_everyone
+from cldf_dist.scoring.weak_validation import weak_validation_of_methods
+from cldf_dist.system.distributed import accelerator, broadcast_object, processes, wait_for_everyone
 from cldf_dist.system.files import remove_leftovers
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.memory_format import fast_memory_format
 from cldf_dist.system.progress import progress
 from cldf_dist.training.export import read_description
 
@@ -86,7 +86,7 @@ class Segmenter:
             "patch_classifier": config.patch_classifier.enabled,
         }
         rows = (*METHODS, *CONTROLS, *UPPER_BOUNDS)
-        asked = config.segment.rows or rows
+        asked = config.segment.methods or rows
         return tuple(row for row in rows if row in asked and there.get(row, True))
 
     def score(
@@ -105,7 +105,7 @@ class Segmenter:
             parts.append({name: part.cpu() for name, part in scores.items()})
         joined = {n: torch.cat([p.pop(n) for p in parts]).numpy() for n in list(parts[0])}
         probability = smoothed_over_slices(joined.pop("probability"))
-        return PatientScores(patient, joined, probability, foreground(images))
+        return PatientScores(patient, joined, probability, body_mask(images))
 
     def _score_batch(
         self, images: FloatArray, keys: list[str], rows: Sequence[str]
@@ -114,8 +114,10 @@ class Segmenter:
         of what the classifiers of the run say."""
         config, nets = self.config, self.nets
         device = accelerator().device
-        inside = torch.from_numpy(foreground(images)).to(device)
-        pixels = torch.from_numpy(images).to(device).contiguous(memory_format=fast_layout(device))
+        inside = torch.from_numpy(body_mask(images)).to(device)
+        pixels = (
+            torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
+        )
         maps, verdict = gradient_map_of(config, nets, pixels, keys)
         verdicts = [verdict, slice_probability(nets.cam, pixels)]
         scaled = {"gradient_map": maps}
@@ -128,7 +130,7 @@ class Segmenter:
             verdicts.append(slice_probability(nets.patch_classifier, pixels))
         probability = torch.stack(verdicts).mean(0)
         # a map scaled within its slice says where, p(object) says whether: only the product
-        # can be compared with one cut across slices
+        # can be compared with one threshold across slices
         sure = probability[:, None, None]
         scores = {
             row: scale_to_unit(scaled[row], inside) * sure
@@ -137,7 +139,7 @@ class Segmenter:
         }
         scores |= _counterfactuals(config, nets, pixels, keys, rows)
         if patches is not None:
-            scores["patch_classifier"] = patches.evidence.sigmoid()
+            scores["patch_classifier"] = patches.patch_logits.sigmoid()
         decoded = [row for row in self.decoders if row in rows]
         scores |= self._decoded(pixels, keys, decoded, patches)
         return {
@@ -211,8 +213,8 @@ def _counterfactuals(
             nets.schedule,
             pixels,
             keys,
-            noise_levels=config.saliency.noise_levels,
-            draws=config.saliency.draws,
+            timesteps=config.saliency.timesteps,
+            num_noise_samples=config.saliency.num_noise_samples,
             smooth_pixels=config.saliency.smooth_pixels,
         )
     if "cg_diff" in rows:
@@ -222,7 +224,7 @@ def _counterfactuals(
             nets.schedule,
             pixels,
             keys,
-            noise_level=config.cg_diff.noise_level,
+            timestep=config.cg_diff.timestep,
             steps=config.cg_diff.steps,
             scale=config.cg_diff.scale,
             inversion=config.cg_diff.inversion,
@@ -236,7 +238,7 @@ def _counterfactuals(
             nets.schedule,
             pixels,
             keys,
-            noise_level=config.cg_cdm.noise_level,
+            timestep=config.cg_cdm.timestep,
             steps=config.cg_cdm.steps,
             scale=config.cg_cdm.scale,
             tau=config.cg_cdm.tau,
@@ -256,8 +258,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     patients = [*shards.patients["validation"], *shards.patients["test"]]
     # one look for all processes: files appear while the others still look
-    missing = from_main([name for name in patients if not (folder / f"{name}.npz").exists()])
-    mine = my_share({name: len(shards.geometry(name).indices) for name in missing})
+    missing = broadcast_object([name for name in patients if not (folder / f"{name}.npz").exists()])
+    mine = patients_of_this_rank({name: len(shards.geometry(name).indices) for name in missing})
     with progress("segment", len(mine), "patients", shown=run.is_main) as bar:
         for name in mine:
             keys, images, places = _slices_of(shards, name)
@@ -266,8 +268,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             bar.advance(note=name)
     wait_for_everyone()
     if run.is_main:
-        rule = _cuts_without_masks(config, shards, folder, segmenter.rows)
-        rule["mask_row"] = _mask_row(config, shards, folder, rule["cuts"])
+        rule = _thresholds_without_masks(config, shards, folder, segmenter.rows)
+        rule["mask_method"] = _mask_row(config, shards, folder, rule["thresholds"])
         write_atomically(run.folder / "thresholds.json", json.dumps(rule, indent=1))
     wait_for_everyone()
     rule = read_json(run.folder / "thresholds.json")
@@ -278,7 +280,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"rows": list(segmenter.rows), "patients": len(patients)}
 
 
-def my_share(num_slices: Mapping[str, int]) -> list[str]:
+def patients_of_this_rank(num_slices: Mapping[str, int]) -> list[str]:
     """The patients of this process, by their slices: the largest first, each to the process that
     has the fewest slices so far."""
     shares: list[list[str]] = [[] for _ in range(processes().world_size)]
@@ -302,10 +304,10 @@ def _slices_of(shards: ShardSet, patient: str) -> tuple[list[str], FloatArray, l
     raise ValueError(f"{patient} has no prepared slices")
 
 
-def _cuts_without_masks(
+def _thresholds_without_masks(
     config: Config, shards: ShardSet, folder: Path, rows: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The headline rule: for each row the cut that `segment.negative_fraction` of the subject
+    """The headline rule: for each row the threshold that `segment.negative_fraction` of the subject
     pixels of negative validation slices exceed. It uses image-level labels only."""
     fraction = config.segment.negative_fraction
     table = shards.split("validation")
@@ -316,28 +318,30 @@ def _cuts_without_masks(
         negatives = table.indices[mine][table.labels[mine] == 0]
         negative = np.isin(shards.geometry(patient).indices, negatives)
         for row in rows:
-            pools[row].append(scores.scores[row][negative][scores.foreground[negative]])
-    cuts = {row: negative_cut(np.concatenate(pools[row]), fraction) for row in rows}
-    return {"rule": "negatives", "negative_fraction": fraction, "cuts": cuts}
+            pools[row].append(scores.scores[row][negative][scores.body_mask[negative]])
+    thresholds = {row: negative_threshold(np.concatenate(pools[row]), fraction) for row in rows}
+    return {"rule": "negatives", "negative_fraction": fraction, "thresholds": thresholds}
 
 
 def _check_mask_row(config: Config, rows: Sequence[str]) -> None:
     """Raise ValueError, before any patient is scored, where the row was left out in training."""
-    chosen, ours = config.segment.mask_row, [row for row in OURS if row in rows]
+    chosen, ours = config.segment.mask_method, [row for row in OURS if row in rows]
     if chosen not in ("auto", *ours):
         raise ValueError(
-            f"segment.mask_row={chosen} is no row of this run, which has {', '.join(ours)}: it was "
-            "left out in train-decoder; take another or auto"
+            f"segment.mask_method={chosen} is no row of this run, which has {', '.join(ours)}: it "
+            "was left out in train-decoder; take another or auto"
         )
 
 
-def _mask_row(config: Config, shards: ShardSet, folder: Path, cuts: Mapping[str, float]) -> str:
+def _mask_row(
+    config: Config, shards: ShardSet, folder: Path, thresholds: Mapping[str, float]
+) -> str:
     """The row whose masks new scans get: as set, or the best of ours by weak validation, the first
     of equals."""
-    if config.segment.mask_row != "auto":
-        return config.segment.mask_row
-    ours = {row: cuts[row] for row in OURS if row in cuts}
-    weak = weak_rows(shards, folder, ours)
+    if config.segment.mask_method != "auto":
+        return config.segment.mask_method
+    ours = {row: thresholds[row] for row in OURS if row in thresholds}
+    weak = weak_validation_of_methods(shards, folder, ours)
     return max(ours, key=lambda row: weak[row]["area_auroc"] or 0.0)
 
 
@@ -345,13 +349,13 @@ def _write_masks(
     config: Config, scores: PatientScores, geometry: Geometry, rule: dict[str, Any], folder: Path
 ) -> None:
     affine = np.array(geometry.affine)
-    for row, cut in rule["cuts"].items():
-        mask, probability = mask_and_probability(config, scores, row, geometry, cut)
+    for row, threshold in rule["thresholds"].items():
+        mask, probability = mask_and_probability(config, scores, row, geometry, threshold)
         target = folder / "masks" / row
         target.mkdir(parents=True, exist_ok=True)
         write_nifti(target / f"{scores.patient}.nii.gz", mask, affine)
         write_own_layout(folder / "chaos" / row, mask, geometry, config.data)
-        if row == rule["mask_row"]:
+        if row == rule["mask_method"]:
             (folder / "probability").mkdir(exist_ok=True)
             path = folder / "probability" / f"{scores.patient}.nii.gz"
             write_nifti(path, probability, affine)

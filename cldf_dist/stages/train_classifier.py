@@ -65,7 +65,7 @@ def estimate(config: Config, folder: Path) -> dict[str, str]:
 def _task(config: Config, num_channels: int) -> Classify:
     settings = config.classifier
     torch.manual_seed(config.seed)  # the same initial weights on every process
-    noise = NoiseRange(noise_schedule(config), settings.max_noise_level, settings.clean_share)
+    noise = NoiseRange(noise_schedule(config), settings.max_timestep, settings.clean_fraction)
     return Classify(
         NoisyClassifier(settings, num_channels),
         label_smoothing=settings.label_smoothing,

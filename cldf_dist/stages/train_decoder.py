@@ -32,8 +32,8 @@ from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
 from cldf_dist.inference.loading import shard_set
-from cldf_dist.inference.patch_logits import PATCH_TAP, evidence_labels, plus_taps
-from cldf_dist.inference.seed_cam import evidence_agreement
+from cldf_dist.inference.patch_logits import PATCH_TAP, patch_logit_labels, plus_taps
+from cldf_dist.inference.seed_cam import patch_logit_agreement
 from cldf_dist.method.features import patch_size
 from cldf_dist.method.prototypes import class_prototypes
 from cldf_dist.nets.decoder import PixelDecoder
@@ -48,10 +48,10 @@ from cldf_dist.scoring.masks import (
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.system.distributed import (
     accelerator,
-    from_all,
-    from_main,
+    broadcast_object,
+    fail_on_all_ranks,
+    gather_objects,
     processes,
-    together,
     wait_for_everyone,
 )
 from cldf_dist.system.seeding import sample_seed
@@ -119,9 +119,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         write_card(run, shards, NET_CARD)
     others = _controls_of_cldf(config, cache)
     if config.patch_classifier.enabled:
-        labels = evidence_labels(config, cache, *slices.tables)
-        result["evidence_cut"] = labels.cut
-        if _believes_evidence(config, cache):
+        labels = patch_logit_labels(config, cache, *slices.tables)
+        result["patch_logit_threshold"] = labels.threshold
+        if _trusts_patch_logits(config, cache):
             others += _rows_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
         masks = MaskLabels(table)
@@ -151,27 +151,28 @@ def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherRow]:
     return [OtherRow(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)]
 
 
-def _believes_evidence(config: Config, cache: FeatureCache) -> bool:
+def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
     """False, and said, where evidence and activation map, two views that should show one object,
     show different things."""
-    seed_map, least = cache.attributes.get("seed_map", {}), config.plus.agreement
-    found = evidence_agreement(seed_map)
-    if config.plus.cam == 0 or least == -1 or (found is not None and found >= least):
+    seed_cam, least = cache.attributes.get("seed_cam", {}), config.plus.min_agreement
+    found = patch_logit_agreement(seed_cam)
+    if config.plus.cam_threshold == 0 or least == -1 or (found is not None and found >= least):
         return True
     if found is None:
         if processes().is_main:
             print(
-                f"train-decoder: plus.agreement={least} is not asked: the cache was made before "
-                "it knew how evidence and activation map agree; delete its folder to make it anew",
+                f"train-decoder: plus.min_agreement={least} is not asked: the cache was made "
+                "before it knew how patch logits and activation map agree; delete its folder to "
+                "make it anew",
                 file=sys.stderr,
             )
         return True
     if processes().is_main:
         print(
             f"train-decoder: {PLUS} is left out: on positive training slices the patch "
-            f"classifier's evidence and {seed_map['map']} have a correlation of {found:.2f}, less "
-            f"than plus.agreement={least}: one of them does not show the object. plus.agreement=-1 "
-            "trains it nevertheless",
+            f"classifier's evidence and {seed_cam['map']} have a correlation of {found:.2f}, less "
+            f"than plus.min_agreement={least}: one of them does not show the object. "
+            "plus.min_agreement=-1 trains it nevertheless",
             file=sys.stderr,
         )
     return False
@@ -189,7 +190,7 @@ def _train_other(
 ) -> None:
     """In its own folder below this stage's, resumed and finished like a stage."""
     own = Run(config, f"{run.stage}/{other.row}", run.sections, run.inputs)
-    if from_main(own.is_finished):
+    if broadcast_object(own.is_finished):
         return
     num_slices = len(cached_slices(shards).tables[0])
     pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
@@ -197,7 +198,8 @@ def _train_other(
         if run.is_main:
             print(
                 f"train-decoder: {other.row} is left out: no pixel of a positive training slice "
-                "is above both cuts; raise plus.foreground or lower plus.cam",
+                "is above both thresholds; raise plus.negative_fraction or lower "
+                "plus.cam_threshold",
                 file=sys.stderr,
             )
         return
@@ -225,7 +227,7 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
     _check_enough_seeds(pixels, settings.prototypes_per_class)
     contrast, batch = settings.contrast, settings.fit.batch_size
     numbers = PixelsPerItem(  # the rules of the configuration leave no remainder
-        num_foreground=contrast.foreground_pixels // batch,
+        num_object=contrast.object_pixels // batch,
         num_background=contrast.background_pixels // batch,
         hard_negatives=contrast.hard_negatives,
         hard_pool=contrast.hard_pool,
@@ -337,10 +339,10 @@ def _training_pixels(
     """The first `num_slices` rows of the cache; each process counts the labels of its share."""
     rows, here = np.arange(num_slices), processes()
     shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
-    with together():
+    with fail_on_all_ranks():
         mine = count_labels(labels, rows[shares[here.rank]])
     counts = np.zeros((num_slices, 2), np.int64)
-    for share, found in zip(shares, from_all(mine), strict=True):
+    for share, found in zip(shares, gather_objects(mine), strict=True):
         counts[share] = found
     return TrainingPixels(cache, taps, labels, rows, counts)
 

@@ -20,7 +20,7 @@ from cldf_dist.inference.loading import (
 from cldf_dist.nets.attention import use_attention, xformers_fault
 from cldf_dist.nets.unet import build_unet, unet_arguments
 from cldf_dist.runs.run import Run
-from cldf_dist.system.distributed import accelerator, from_main, processes
+from cldf_dist.system.distributed import accelerator, broadcast_object, processes
 from cldf_dist.tasks.denoise import Denoise
 from cldf_dist.training.engine import autocast_dtype
 from cldf_dist.training.export import save_net
@@ -97,7 +97,7 @@ def _use_wanted_attention(net: nn.Module, wanted: str, mixed_precision: str) -> 
     device = accelerator().device
     fault = xformers_fault(net, device, autocast_dtype(mixed_precision, device) or torch.float32)
     if wanted == "auto":
-        fault_of_main = from_main(fault)
+        fault_of_main = broadcast_object(fault)
         chosen = f"sdpa: xformers {fault_of_main}" if fault_of_main else "xformers"
         if processes().is_main:
             print(f"diffusion.net.attention=auto is {chosen}", file=sys.stderr)

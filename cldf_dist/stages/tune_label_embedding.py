@@ -27,7 +27,7 @@ from cldf_dist.inference.loading import (
 from cldf_dist.inference.saliency_agreement import saliency_agreement
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
-from cldf_dist.tasks.label_discrimination import TellApart
+from cldf_dist.tasks.label_discrimination import LabelDiscrimination
 from cldf_dist.training.export import save_net
 from cldf_dist.training.fit import fit
 from cldf_dist.training.model_card import NetCard, write_card
@@ -81,7 +81,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     kept = kept_embedding(agreement)
     words = ", ".join(f"{name} {_shown(value)}" for name, value in agreement.items())
     if run.is_main:
-        print(f"tune-labels: agreement with slice labels: {words}; kept: {kept}", file=sys.stderr)
+        print(
+            f"tune-label-embedding: agreement with slice labels: {words}; kept: {kept}",
+            file=sys.stderr,
+        )
         num_labels, num_features = tuned.weight.shape
         about = {
             "kind": "label embedding of the diffusion model",
@@ -117,11 +120,11 @@ def _shown(agreement: float | None) -> str:
     return "unknown" if agreement is None else f"{agreement:.3f}"
 
 
-def tell_apart(config: Config, diffusion: nn.Module) -> TellApart:
+def tell_apart(config: Config, diffusion: nn.Module) -> LabelDiscrimination:
     """The task of the stage, on a frozen diffusion model."""
-    return TellApart(
+    return LabelDiscrimination(
         diffusion,
         noise_schedule(config),
-        noise_range=config.label_tuning.noise_range,
+        timestep_range=config.label_tuning.timestep_range,
         seed=config.seed,
     )

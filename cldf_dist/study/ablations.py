@@ -14,7 +14,7 @@ from cldf_dist.study.rows import Row, methods_of
 from cldf_dist.study.scores import StrictScores, marked, used_masks
 
 SHOWN = ("cldf", "cldf_plus", "supervised_decoder", "supervised_plus")
-ASKED_FOR = ("cdm", "cg_diff", "cg_cdm")  # shown where a variant's `segment.rows` has them
+ASKED_FOR = ("cdm", "cg_diff", "cg_cdm")  # shown where a variant's `segment.methods` has them
 
 
 def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:

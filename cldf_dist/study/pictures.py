@@ -21,7 +21,7 @@ def draw_patients(experiment: str, config: Config, results: Path) -> list[Path]:
     about = dict.fromkeys(KEY, "")  # the rows of one run need no key
     scores = StrictScores.of([{**about, **row} for row in rows])
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
-    methods = list(read_json(segment / "thresholds.json")["cuts"])
+    methods = list(read_json(segment / "thresholds.json")["thresholds"])
     written = []
     for which, (patient, _) in picked_patients(scores).items():
         masks = {method: read_mask(mask_path(segment, method, patient)) for method in methods}

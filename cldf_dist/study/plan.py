@@ -15,7 +15,7 @@ from cldf_dist.config_files import FILES_OF_DATA
 from cldf_dist.config_types import build
 
 BASE = "base"  # the variant without changes
-ROWS_OF_VARIANTS = (
+METHODS_OF_VARIANTS = (
     "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",
     "supervised_decoder", "supervised_plus",
 )  # fmt: skip
@@ -131,8 +131,8 @@ def _planned(
     experiment = study.experiments[name]
     settings = [*_from_folder(experiment.settings, folder), *words]
     if variant != BASE:
-        if not any(word.startswith("segment.rows=") for word in settings):
-            settings.append(f"segment.rows=[{','.join(ROWS_OF_VARIANTS)}]")
+        if not any(word.startswith("segment.methods=") for word in settings):
+            settings.append(f"segment.methods=[{','.join(METHODS_OF_VARIANTS)}]")
         settings += _from_folder(study.ablations.variants[variant].settings, folder)
     settings += [f"seed={seed}", f"runs={study.runs}", f"name={name}/{variant}/seed{seed}"]
     files = [str(folder / path) for path in experiment.configs]

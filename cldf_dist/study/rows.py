@@ -21,7 +21,7 @@ COMPONENTS = {"all": "methods", "largest": "methods_largest_component"}  # of th
 # the columns that the tables read, where a file has any row
 COLUMNS = {
     "cases": (*KEY, *CASES),
-    "legacy": (*KEY, "method", "components"),
+    "slice_protocol": (*KEY, "method", "components"),
     "weak_validation": (*KEY, "method", "area_auroc", "dice"),
     "seeds": (*KEY, "row", "object_precision", "object_recall"),
     "oracle_intensity": KEY,
@@ -40,7 +40,7 @@ def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
     summary = read_json(run_folder / "evaluate" / "summary.json")
     tables: dict[str, list[dict[str, Any]]] = {
         "cases": _cases(run_folder / "evaluate" / "cases.csv"),
-        "legacy": _legacy(summary["legacy"]),
+        "slice_protocol": _slice_protocol(summary["slice_protocol"]),
         "weak_validation": _weak_validation(summary),
         "seeds": _seeds(summary),
         "oracle_intensity": _oracle_intensity(summary["strict"]),
@@ -109,7 +109,7 @@ def _cases(path: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in CASES} for row in read_rows(path)]
 
 
-def _legacy(legacy: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _slice_protocol(legacy: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"method": method, "components": components, **_means(row)}
         for components, block in COMPONENTS.items()

@@ -26,14 +26,22 @@ from cldf_dist.study.scores import StrictScores, marked, picked_by, picked_patie
 
 TABLES = "tables.md"
 PICTURES = ("best", "median", "worst")
-CSV_FILES = ("cases", "legacy", "weak_validation", "seeds", "oracle_intensity", "provenance")
+CSV_FILES = (
+    "cases",
+    "slice_protocol",
+    "weak_validation",
+    "seeds",
+    "oracle_intensity",
+    "provenance",
+)
 ABOUT = """\
 # Tables of the study
 
 Made by `cldf study` from the CSV files beside it. Strict protocol (docs/method.md): whole patients,
-all slices, one cut per row set without masks. A mean is over the patients with a defined score: a
-true negative (no object, none found) has no Dice and is left out, a miss and a false alarm have
-Dice 0. `*` saw training masks, `†` was chosen with the test masks: references, not competitors.
+all slices, one threshold per row set without masks. A mean is over the patients with a defined
+score: a true negative (no object, none found) has no Dice and is left out, a miss and a false alarm
+have Dice 0. `*` saw training masks, `†` was chosen with the test masks: references, not
+competitors.
 
 Intervals are 95 % bootstrap intervals over trainings and patients, both drawn at once; few of
 either make them too narrow. p-values are over patients and hold for these trainings: a difference
@@ -81,7 +89,7 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
         if base["seeds"]:
             blocks += ["### Seeds", _seeds_table(base["seeds"])]
         blocks += ["### Without any mask", _weak_table(base["weak_validation"])]
-        blocks += ["### As papers score (legacy)", _legacy_table(base["legacy"])]
+        blocks += ["### As papers score (legacy)", _slice_protocol_table(base["slice_protocol"])]
     else:
         blocks.append("No test patient has a truth mask: no mask is scored.")
     if any(row["variant"] != BASE for row in rows["cases"]):
@@ -147,7 +155,7 @@ def _strict_table(scores: StrictScores) -> str:
 def _thresholds(rows: Sequence[Row]) -> str:
     chosen = [
         f"seed {row['seed']}: {row['channel']} {'above' if row['above'] == 'True' else 'below'} "
-        f"{number_cell(_float(row['cut']))}"
+        f"{number_cell(_float(row['threshold']))}"
         for row in rows
         if row.get("channel")
     ]
@@ -233,7 +241,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(spearmanr(*zip(*pairs)).statistic)
 
 
-def _legacy_table(rows: Sequence[Row]) -> str:
+def _slice_protocol_table(rows: Sequence[Row]) -> str:
     metrics = {"dice": 3, "iou": 3, "hd95_pixels": 1, "hd95_contour_pixels": 1}
     lines = []
     for method in methods_of(rows):

@@ -131,11 +131,11 @@ def _check_sharding(kind: str, made: Accelerator) -> None:
         if device != "none":
             raise ValueError(
                 f"{name}_device must be none, got {device}: no offloading is tested; for less "
-                "memory take zero2.yaml, fit.accumulate or gradient checkpointing"
+                "memory take zero2.yaml, fit.gradient_accumulation_steps or gradient checkpointing"
             )
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Main's `value` on every process."""
     if processes().world_size == 1:
         return value
@@ -146,7 +146,7 @@ def from_main(value: Any) -> Any:
     return received
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Every process's `value`, by rank, on every process."""
     if processes().world_size == 1:
         return [value]
@@ -158,14 +158,14 @@ def from_all(value: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_on_all_ranks() -> Iterator[None]:
     """What fails on one process fails on all: none waits for another that has left."""
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    said = from_all("" if problem is None else f"{problem or type(problem).__name__}")
+    said = gather_objects("" if problem is None else f"{problem or type(problem).__name__}")
     if problem is not None:
         raise problem
     for rank, sentence in enumerate(said):

@@ -7,7 +7,7 @@ import torch
 LAYOUTS = ("auto", "always", "never")
 
 
-def fast_layout(device: torch.device, wanted: str = "auto") -> torch.memory_format:
+def fast_memory_format(device: torch.device, wanted: str = "auto") -> torch.memory_format:
     """channels_last or the plain one, by `fit.channels_last` ("auto", "always", "never").
 
     On CPUs convolutions are faster in channels_last. On an H100 a bf16 step of the BraTS U-Net at

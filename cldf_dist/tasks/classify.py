@@ -13,20 +13,22 @@ from cldf_dist.method.noise import Schedule, sample_dropout, sample_noise, sprea
 
 @dataclass(frozen=True)
 class NoiseRange:
-    """Noise that the training slices get: timesteps below `max_noise_level`, or none at all."""
+    """Noise that the training slices get: timesteps below `max_timestep`, or none at all."""
 
     schedule: Schedule
-    max_noise_level: int  # timestep, exclusive
-    clean_share: float  # of the samples stays clean, at timestep 0
+    max_timestep: int  # timestep, exclusive
+    clean_fraction: float  # of the samples stays clean, at timestep 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_noise_level <= self.schedule.num_timesteps:
+        if not 0 < self.max_timestep <= self.schedule.num_timesteps:
             raise ValueError(
-                f"classifier.max_noise_level must be in [1, {self.schedule.num_timesteps}], "
-                f"got {self.max_noise_level}"
+                f"classifier.max_timestep must be in [1, {self.schedule.num_timesteps}], "
+                f"got {self.max_timestep}"
             )
-        if not 0 <= self.clean_share <= 1:
-            raise ValueError(f"classifier.clean_share must be in [0, 1], got {self.clean_share}")
+        if not 0 <= self.clean_fraction <= 1:
+            raise ValueError(
+                f"classifier.clean_fraction must be in [0, 1], got {self.clean_fraction}"
+            )
 
 
 class Classify(nn.Module):
@@ -60,7 +62,7 @@ class Classify(nn.Module):
     def _noised(
         self, settings: NoiseRange, images: Tensor, numbers: Tensor
     ) -> tuple[Tensor, Tensor]:
-        timesteps, clean = noise_levels(numbers, self.seed, settings)
+        timesteps, clean = noising_timesteps(numbers, self.seed, settings)
         timesteps, clean = timesteps.to(images.device), clean.to(images.device)
         noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", images.device)
         noised = settings.schedule.add_noise(images, timesteps, noise)
@@ -74,10 +76,10 @@ class Classify(nn.Module):
         return sample_dropout(shape, numbers, self.seed, rate, device)
 
 
-def noise_levels(numbers: Tensor, seed: int, settings: NoiseRange) -> tuple[Tensor, Tensor]:
+def noising_timesteps(numbers: Tensor, seed: int, settings: NoiseRange) -> tuple[Tensor, Tensor]:
     """Timestep of each sample, and whether it stays clean (then the timestep is 0)."""
     position = spread_uniform(numbers, seed, "noise level")
-    clean = position < settings.clean_share
-    spread = (position - settings.clean_share) / max(1 - settings.clean_share, 1e-9)
-    timesteps = (spread * settings.max_noise_level).long().clamp(max=settings.max_noise_level - 1)
+    clean = position < settings.clean_fraction
+    spread = (position - settings.clean_fraction) / max(1 - settings.clean_fraction, 1e-9)
+    timesteps = (spread * settings.max_timestep).long().clamp(max=settings.max_timestep - 1)
     return timesteps.masked_fill(clean, 0), clean

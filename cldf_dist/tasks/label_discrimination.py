@@ -16,7 +16,7 @@ FIRST_SCALE = 100.0  # errors with and without the object differ by about a perc
 LEAST_ERROR = 1e-4  # of a prediction, for the ratio
 
 
-class TellApart(nn.Module):
+class LabelDiscrimination(nn.Module):
     """Cross-entropy of a slice's class, told by which label predicts its noise better.
 
     The logit of "object" is the relative difference of the two squared errors, error("no object")
@@ -33,7 +33,7 @@ class TellApart(nn.Module):
         diffusion: nn.Module,
         schedule: Schedule,
         *,
-        noise_range: tuple[int, int],
+        timestep_range: tuple[int, int],
         seed: int,
     ) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TellApart(nn.Module):
         self.offset = nn.Parameter(torch.zeros(1))
         self._diffusion = _Shared(diffusion)
         self.schedule = schedule
-        self.noise_range = noise_range
+        self.timestep_range = timestep_range
         self.seed = seed
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class TellApart(nn.Module):
     def errors(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Mean squared error of the noise (2, batch): told "no object", told "object"."""
         device = images.device
-        timesteps = training_timesteps(numbers, self.seed, *self.noise_range).to(device)
+        timesteps = training_timesteps(numbers, self.seed, *self.timestep_range).to(device)
         noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", device)
         noised = self.schedule.add_noise(images, timesteps, noise).repeat(2, 1, 1, 1)
         told = torch.tensor([NO_OBJECT, OBJECT], device=device).repeat_interleave(len(images))

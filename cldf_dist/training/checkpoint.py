@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cldf_dist.system.distributed import processes, together
+from cldf_dist.system.distributed import fail_on_all_ranks, processes
 
 Tensors = Mapping[str, Tensor]
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -58,21 +58,21 @@ def save_checkpoint(
     state: Mapping[str, Any],
     tensors: Mapping[str, Tensors],
     *,
-    keep: int,
+    keep_checkpoints: int,
 ) -> Path:
-    """Write one checkpoint atomically, then drop all but the newest `keep`.
+    """Write one checkpoint atomically, then drop all but the newest `keep_checkpoints`.
 
     Every process calls it and the main one writes. Where that fails it fails on all, and nothing is
     left behind.
     """
     final = folder / f"step-{state['step']:08d}"
-    with together():
+    with fail_on_all_ranks():
         if processes().is_main:
             temporary = folder / f".{final.name}.partial"
             try:
                 _make_room(folder, temporary)
                 _write_into(temporary, {**state, "run_id": run_id}, tensors)
-                _put_in_place(temporary, final, keep)
+                _put_in_place(temporary, final, keep_checkpoints)
             except BaseException:  # what is half written must not take up room
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -192,7 +192,7 @@ def _write_into(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Te
         sync(path)
 
 
-def _put_in_place(temporary: Path, final: Path, keep: int) -> None:
+def _put_in_place(temporary: Path, final: Path, keep_checkpoints: int) -> None:
     folder = final.parent
     if final.exists():
         shutil.rmtree(final)
@@ -200,7 +200,10 @@ def _put_in_place(temporary: Path, final: Path, keep: int) -> None:
     sync(folder)
     # a later one was passed over, say as unreadable: it must not count among those that are kept
     older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
-    for old in [*older[: max(len(older) + 1 - keep, 0)], *folder.glob("damaged-step-*")]:
+    for old in [
+        *older[: max(len(older) + 1 - keep_checkpoints, 0)],
+        *folder.glob("damaged-step-*"),
+    ]:
         _remove(old)
 
 

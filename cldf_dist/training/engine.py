@@ -65,7 +65,7 @@ class PlainEngine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        scaled: Any = self.scaler.scale(loss / self.settings.accumulate)
+        scaled: Any = self.scaler.scale(loss / self.settings.gradient_accumulation_steps)
         scaled.backward()
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
@@ -240,12 +240,16 @@ def _adamw(module: nn.Module, settings: Fit) -> torch.optim.AdamW:
 
 def _tell_deepspeed(settings: Fit) -> None:
     """Sizes that accelerate would take from its own data loader, which we do not use."""
-    accumulate, world_size = settings.accumulate, processes().world_size
-    accelerator().gradient_accumulation_steps = accumulate
+    gradient_accumulation_steps, world_size = (
+        settings.gradient_accumulation_steps,
+        processes().world_size,
+    )
+    accelerator().gradient_accumulation_steps = gradient_accumulation_steps
     accelerator().state.deepspeed_plugin.deepspeed_config.update(
         train_batch_size=settings.batch_size,
-        train_micro_batch_size_per_gpu=settings.batch_size // (accumulate * world_size),
-        gradient_accumulation_steps=accumulate,
+        train_micro_batch_size_per_gpu=settings.batch_size
+        // (gradient_accumulation_steps * world_size),
+        gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_clipping=settings.clip_norm,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,  # it would be compiled now

@@ -20,13 +20,13 @@ from cldf_dist.config import Fit
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import (
     accelerator,
-    from_all,
-    from_main,
+    broadcast_object,
+    fail_on_all_ranks,
+    gather_objects,
     processes,
-    together,
     zero_stage,
 )
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.system.memory_format import fast_memory_format
 from cldf_dist.system.progress import progress
 from cldf_dist.system.seeding import sample_seed
 from cldf_dist.system.signals import Stopped, StopVote, stop_signals
@@ -79,7 +79,7 @@ def fit(
         batches = DeviceBatches(
             stream.batches(
                 training.step * settings.batch_size,
-                batch_size=settings.batch_size // settings.accumulate,
+                batch_size=settings.batch_size // settings.gradient_accumulation_steps,
                 rank=processes().rank,
                 world_size=processes().world_size,
                 num_workers=settings.num_workers,
@@ -138,16 +138,16 @@ class _Training:
         self.device = accelerator().device
         found = _same_checkpoint(run)
         self.items = _same_items(stream, found)
-        with together():
+        with fail_on_all_ranks():
             if found:
                 task.load_state_dict(found.tensors["task"])
             elif settings.start_from:
                 _start_from(task, Path(settings.start_from))
         self.task: Any = task.to(self.device)
         if not zero_stage():  # DeepSpeed lays all weights in one row
-            layout: Any = {"memory_format": fast_layout(self.device, settings.channels_last)}
+            layout: Any = {"memory_format": fast_memory_format(self.device, settings.channels_last)}
             self.task = self.task.to(**layout)
-        self.average = MovingAverage(self.task, settings.average_decay)
+        self.average = MovingAverage(self.task, settings.ema_decay)
         if settings.compile:  # the net, not the task: tasks make generators
             net: Any = self.task.net
             net.compile()
@@ -188,15 +188,15 @@ class _Training:
             torch.cuda.manual_seed(seed)
         buffers = [buffer.clone() for buffer in self.task.buffers()] if self.has_buffers else []
         parts, used = [], []
-        for micro in range(settings.accumulate):
+        for micro in range(settings.gradient_accumulation_steps):
             if micro > 0:
                 batch = batches.next()
-            with self.engine.micro_batch(last=micro == settings.accumulate - 1):
+            with self.engine.micro_batch(last=micro == settings.gradient_accumulation_steps - 1):
                 losses = self.engine.forward(batch)
                 self.engine.backward(_finite_or_skipped(losses["loss"]))
             parts.append(losses)
             used.append(batch)
-            if micro < settings.accumulate - 1 or step + 1 < settings.steps:
+            if micro < settings.gradient_accumulation_steps - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
         for before, buffer in zip(buffers, self.task.buffers()):  # a skipped step leaves no trace
@@ -232,7 +232,9 @@ class _Training:
         """
         sums: dict[str, Tensor] = {}
         place = {"rank": processes().rank, "world_size": processes().world_size}
-        per_step = self.settings.batch_size // (processes().world_size * self.settings.accumulate)
+        per_step = self.settings.batch_size // (
+            processes().world_size * self.settings.gradient_accumulation_steps
+        )
         self.average.take_buffers_of_main()
         with torch.no_grad(), autocast(self.device, self.dtype):
             for batch in validation.fixed(self.settings.validation_samples, per_step, **place):
@@ -243,10 +245,10 @@ class _Training:
                 for name, value in {**losses, NUM_SAMPLES: torch.ones(())}.items():
                     weighted = value.detach().float().to(self.device) * size
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + weighted
-        stop = int(max(from_all(max(asked, default=0))))
+        stop = int(max(gather_objects(max(asked, default=0))))
         if stop:
             return stop
-        names = from_main(sorted(sums))
+        names = broadcast_object(sorted(sums))
         stacked = torch.stack([sums.get(name, torch.zeros(())).to(self.device) for name in names])
         totals = dict(zip(names, accelerator().reduce(stacked, "sum").tolist()))
         weight = max(totals.pop(NUM_SAMPLES), 1.0)
@@ -273,7 +275,7 @@ class _Training:
             "items": self.items,
             "reported": self.reported,
             # since the last log: without them the next line of a resumed run would be another mean
-            "means": from_all(self.means.state()),
+            "means": gather_objects(self.means.state()),
             **self.skipped.state(),
             **self.engine.state(),
         }
@@ -284,14 +286,14 @@ class _Training:
         }
         save_checkpoint(
             self.run.folder / "checkpoints",
-            from_main(self.run.id if self.run.is_main else ""),
+            broadcast_object(self.run.id if self.run.is_main else ""),
             state,
             tensors,
-            keep=self.settings.keep,
+            keep_checkpoints=self.settings.keep_checkpoints,
         )
 
     def result(self) -> nn.Module:
-        task = self.average.task if self.settings.average_decay else self.task
+        task = self.average.task if self.settings.ema_decay else self.task
         net: nn.Module = task.net
         return net.eval().requires_grad_(False)
 
@@ -307,8 +309,8 @@ class _Training:
 
 
 def learning_rate(step: int, settings: Fit) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak."""
-    peak, floor = settings.learning_rate, settings.final_learning_rate
+    """Linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak."""
+    peak, floor = settings.learning_rate, settings.final_learning_rate_fraction
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
@@ -317,12 +319,12 @@ def learning_rate(step: int, settings: Fit) -> float:
 
 def _same_checkpoint(run: Run) -> Checkpoint | None:
     """The newest valid checkpoint; the main process looks, the others take its word."""
-    with together():
+    with fail_on_all_ranks():
         found = newest_checkpoint(run.folder / "checkpoints", run.id) if run.is_main else None
-    path = from_main(found.path if found else None)
+    path = broadcast_object(found.path if found else None)
     if path is None:
         return None
-    with together():
+    with fail_on_all_ranks():
         if not path.is_dir():
             raise FileNotFoundError(
                 f"{path} is not there for this process, but for the main one; the run folder must "
@@ -341,7 +343,7 @@ def _same_items(stream: Batches, found: Checkpoint | None) -> str:
         "data.on_damaged=skip leaves out what is damaged: prepare the data again, or delete the "
         "copy in data.shard_cache where it is one"
     )
-    if len(set(from_all(mine))) > 1:
+    if len(set(gather_objects(mine))) > 1:
         raise ValueError(f"the processes would draw from other samples than each other; {remedy}")
     if found and found.state["items"] != mine:
         raise ValueError(f"{found.path} was made from other samples than there are now; {remedy}")
@@ -364,13 +366,15 @@ def _start_from(task: nn.Module, path: Path) -> None:
 
 def _check_batch(task: nn.Module, settings: Fit) -> None:
     world_size = processes().world_size
-    if settings.batch_size % (world_size * settings.accumulate):
+    if settings.batch_size % (world_size * settings.gradient_accumulation_steps):
         raise ValueError(
             f"fit.batch_size ({settings.batch_size}, over all processes) must be a multiple of "
-            f"processes x fit.accumulate = {world_size} x {settings.accumulate}"
+            f"processes x fit.gradient_accumulation_steps = {world_size} x "
+            f"{settings.gradient_accumulation_steps}"
         )
-    if settings.accumulate > 1 and not getattr(task, "accumulates", True):
+    if settings.gradient_accumulation_steps > 1 and not getattr(task, "accumulates", True):
         raise ValueError(
-            f"{type(task).__name__} contrasts within the batch: fit.accumulate must be 1, "
-            f"got {settings.accumulate}"
+            f"{type(task).__name__} contrasts within the batch: "
+            "fit.gradient_accumulation_steps must be 1, "
+            f"got {settings.gradient_accumulation_steps}"
         )

@@ -28,8 +28,9 @@ net = DiffusionModelUNet(**about["monai"])
 net.load_state_dict(load_file("net.safetensors"))
 """
 SHOWN = (  # of the settings in `<section>.fit`
-    "steps", "batch_size", "accumulate", "learning_rate", "warmup_steps", "weight_decay",
-    "average_decay",
+    "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
+    "weight_decay",
+    "ema_decay",
 )  # fmt: skip
 CUSTOM_LICENSE = "license: other\nlicense_name: terms-of-the-training-data"
 LICENSE = """\
@@ -123,7 +124,7 @@ def _settings(config: Config, net: NetCard) -> dict[str, str]:
 def _which_weights(run: Run, net: NetCard) -> str:
     if not net.is_trained:
         return "The file does not hold what this training made."
-    decay = flatten(run.config)[f"{net.section}.fit.average_decay"]
+    decay = flatten(run.config)[f"{net.section}.fit.ema_decay"]
     weights = "the moving average of the weights" if decay else "the weights after the last step"
     return f"The file holds {weights}. `batch_size` counts over all processes."
 

@@ -73,7 +73,7 @@ class Throughput:
         tflops = slices_per_second * self._tflop_per_slice
         result = {
             "speed/slices_per_second": slices_per_second,
-            "speed/data_wait_share": (waited - self._waited) / seconds,
+            "speed/data_wait_fraction": (waited - self._waited) / seconds,
             "speed/memory_gb": memory_gb(self._device),
             "speed/model_tflops": tflops,
         }

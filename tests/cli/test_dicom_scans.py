@@ -194,7 +194,11 @@ def test_chaos_masks_come_back_as_nifti_and_as_png(tmp_path: Path) -> None:
         write_t1(root, str(patient), grays=grays, order=(2, 0, 3, 1, 5, 4))
     words = [
         *(DEBUG, "data.dataset=chaos", f"data.root={root}", "data.image_size=16"),
-        *("features.taps=[up1.1]", "data.object=right_kidney+left_kidney", "plus.foreground=0.5"),
+        *(
+            "features.taps=[up1.1]",
+            "data.object=right_kidney+left_kidney",
+            "plus.negative_fraction=0.5",
+        ),
         *(f"runs={tmp_path / 'runs'}", "name=chaos", *QUICK),
     ]
     assert main(["run", *words]) == 0

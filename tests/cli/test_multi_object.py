@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cldf_dist.__main__ import main
-from cldf_dist.cli.multi_object import join_new_scans, mask_row, one_per_object
+from cldf_dist.cli.multi_object import mask_method, merge_new_scans, one_per_object
 from cldf_dist.config import load
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.phantom import CHANNELS, PhantomSettings, phantom_patient
@@ -85,7 +85,7 @@ def test_the_most_probable_object_wins_where_masks_overlap(tmp_path: Path) -> No
     write_nifti(tmp_path / "spleen" / "only_here_mask.nii.gz", mask, AFFINE)
     write_nifti(tmp_path / "liver" / "only_here_mask.nii.gz", mask, AFFINE)  # of an earlier call
     written = [[part_file(name) for name in names] for names in (("ann",), ("ann", "only_here"))]
-    assert join_new_scans(config, parts, written) == [tmp_path / "ann_labels.nii.gz"]
+    assert merge_new_scans(config, parts, written) == [tmp_path / "ann_labels.nii.gz"]
     labels, affine = read_nifti(tmp_path / "ann_labels.nii.gz")
     assert labels.ravel().tolist() == [1, 2, 2, 0]
     np.testing.assert_allclose(affine, AFFINE)
@@ -149,7 +149,7 @@ def test_one_command_segments_every_object_of_a_study(
         np.testing.assert_allclose(affine, true_affine, atol=1e-4)
         for value, name in ((1, "lesion"), (2, "block")):
             segment = study / name / "segment"
-            mask = read_nifti(segment / "masks" / mask_row(segment) / file.name)[0] > 0
+            mask = read_nifti(segment / "masks" / mask_method(segment) / file.name)[0] > 0
             assert not (labels == value)[~mask].any()
             assert np.isin(labels[mask], (1, 2)).all()
     scans = [*words, f"input={root / 'imagesTr'}", f"output={tmp_path / 'out'}"]

@@ -103,9 +103,9 @@ def test_slices_that_the_classifier_calls_negative_are_emptied_on_request(debug_
     image, affine = phantom_image(34)
 
     def segment(gate: float) -> Segmentation:
-        """With a cut that takes every pixel of the subject: the gate alone decides."""
+        """With a threshold that takes every pixel of the subject: the gate alone decides."""
         segmenter = load_segmenter(debug_run.folder, gate_probability=gate)
-        return dataclasses.replace(segmenter, cut=-1.0).segment_array(image, affine)
+        return dataclasses.replace(segmenter, threshold=-1.0).segment_array(image, affine)
 
     everywhere = segment(0.0)
     certain = everywhere.slice_probability

@@ -19,7 +19,7 @@ from cldf_dist.stages import STAGES, Stage
 
 TRAININGS = (
     "train-diffusion",
-    "tune-labels",
+    "tune-label-embedding",
     "train-classifier",
     "train-cam",
     "train-patch-classifier",
@@ -64,7 +64,7 @@ def test_summary_has_every_row(debug_run: Any) -> None:
     assert {*METHODS, PATCH_FEATURES, *UPPER_BOUNDS} == set(summary["strict"]["methods"])
     for name, row in (("comparisons", "cldf"), ("comparisons_plus", PLUS)):
         assert set(summary["strict"][name]) == set(summary["strict"]["methods"]) - {row}
-    assert summary["mask_row"] in ("cldf", PLUS)
+    assert summary["mask_method"] in ("cldf", PLUS)
     assert summary["seeds_plus"]["slices"] == summary["seeds"]["slices"] > 0
     assert (debug_run.folder / "report" / "report.html").stat().st_size > 1000
 
@@ -150,9 +150,11 @@ def test_a_batch_that_does_not_divide_is_told_before_the_first_stage(
         str(Path(__file__).parents[2] / "configs" / "debug.yaml"),
         f"runs={tmp_path}",
         "tracking.enabled=false",
-        "decoder.fit.accumulate=1",
+        "decoder.fit.gradient_accumulation_steps=1",
     ]
-    assert main(["run", *words, "cam.fit.batch_size=5", "cam.fit.accumulate=2"]) == 1
+    assert (
+        main(["run", *words, "cam.fit.batch_size=5", "cam.fit.gradient_accumulation_steps=2"]) == 1
+    )
     assert "cam.fit.batch_size (5, over all processes) must be a multiple of" in (
         capsys.readouterr().err
     )
@@ -163,7 +165,7 @@ def test_a_batch_that_does_not_divide_is_told_before_the_first_stage(
     ("stage", "first", "word", "told"),
     [
         ("prepare", "prepare", "data.image_size=48", "data.image_size=32, not 48"),
-        ("cache", "cache", "seeds.foreground=0.6", "seeds.foreground=0.4, not 0.6"),
+        ("cache", "cache", "seeds.object_threshold=0.6", "seeds.object_threshold=0.4, not 0.6"),
         ("evaluate", "segment", "cam.dropout=0.3", "cam.dropout=0.1, not 0.3"),
         ("train-decoder", "cache", "seed=5", "seed=0, not 5"),
         ("train-diffusion", "train-diffusion", "fit.steps=7", "diffusion.fit.steps=6, not 7"),
@@ -244,8 +246,11 @@ def test_new_scans_get_masks_in_their_own_geometry(
     assert snapshot(debug_run.folder) == before, "the run itself stays as it is"
     single = tmp_path / "single"
     words = [*debug_run.words, f"input={tmp_path / 'scans'}", f"output={tmp_path / 'no'}"]
-    assert main(["segment", *words, "gradient_map.draws=3"]) == 1
-    assert "was made with gradient_map.draws=1, not 3; new scans" in capsys.readouterr().err
+    assert main(["segment", *words, "gradient_map.num_noise_samples=3"]) == 1
+    assert (
+        "was made with gradient_map.num_noise_samples=1, not 3; new scans"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "no").exists()
     words = [*debug_run.words, f"input={tmp_path / 'scans' / 'ann'}", f"output={single}"]
     assert main(["segment", *words]) == 0

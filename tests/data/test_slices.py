@@ -13,8 +13,8 @@ from cldf_dist.data.slices import (
     DARKEST,
     Geometry,
     Slice,
+    body_mask,
     dequantise,
-    foreground,
     prepare_volume,
     quantise,
     resampling_weights,
@@ -51,7 +51,7 @@ def head(orientation: str = "LPS", with_mask: bool = True) -> Volume:
     return Volume(
         patient="case_1",
         image=np.stack(turned),
-        foreground=nib.orientations.apply_orientation(inside, turn),
+        body_mask=nib.orientations.apply_orientation(inside, turn),
         mask=nib.orientations.apply_orientation(ball & inside, turn) if with_mask else None,
         affine=affine @ nib.orientations.inv_ornt_aff(turn, shape),
     )
@@ -104,7 +104,7 @@ def test_pixels_are_square_in_mm_around_the_subject() -> None:
     assert (x1 - x0) * 2 == pytest.approx((y1 - y0) * 1.5, abs=2)
     slices, _ = prepare_volume(head(), SETTINGS)
     for item in slices:
-        inside = foreground(item.image)
+        inside = body_mask(item.image)
         assert not inside[[0, -1]].any()
         assert not inside[:, [0, -1]].any()
 
@@ -112,23 +112,23 @@ def test_pixels_are_square_in_mm_around_the_subject() -> None:
 def test_surroundings_are_exactly_minus_one_and_the_subject_is_not() -> None:
     slices, geometry = prepare_volume(head(), SETTINGS)
     for item in slices:
-        inside = foreground(item.image)
+        inside = body_mask(item.image)
         assert item.image.dtype == np.float32
         assert (item.image[:, ~inside] == -1).all()
         assert item.image[:, inside].min() >= DARKEST
         assert item.image.max() <= 1
-    insides = np.stack([foreground(item.image) for item in slices]).astype(np.float32)
-    assert dice(to_native(insides, geometry) > 0.5, head().foreground) > 0.95
+    insides = np.stack([body_mask(item.image) for item in slices]).astype(np.float32)
+    assert dice(to_native(insides, geometry) > 0.5, head().body_mask) > 0.95
 
 
 def test_subject_reaching_the_edge_of_the_scan_is_padded() -> None:
     volume = head()
-    cut = slice(6, 31)
-    mask = np.asarray(volume.mask)[cut]
-    narrow = Volume("case_1", volume.image[:, cut], volume.foreground[cut], mask, volume.affine)
+    kept = slice(6, 31)
+    mask = np.asarray(volume.mask)[kept]
+    narrow = Volume("case_1", volume.image[:, kept], volume.body_mask[kept], mask, volume.affine)
     slices, geometry = prepare_volume(narrow, SETTINGS)
     assert geometry.box[0] < 0
-    assert geometry.box[1] > narrow.foreground.shape[0]
+    assert geometry.box[1] > narrow.body_mask.shape[0]
     assert dice(to_native(stacked_masks(slices), geometry) > 0.5, mask) > 0.9
     for item in slices:
         assert (item.image[:, :, 0] == -1).all()
@@ -151,7 +151,7 @@ def test_intensities_are_robust_standard_deviations() -> None:
     expected[inside[:, :, 0]] = np.clip(2 * (z + 1) / 2.2 - 1, DARKEST, 1)
     np.testing.assert_allclose(slices[0].image[0], expected[9:32, 9:32].T, atol=1e-6)
     assert slices[0].image.max() == 1
-    assert slices[0].image[0][foreground(slices[0].image)].min() == DARKEST
+    assert slices[0].image[0][body_mask(slices[0].image)].min() == DARKEST
 
 
 def test_edge_of_the_subject_is_not_mixed_with_its_surroundings() -> None:
@@ -163,7 +163,7 @@ def test_edge_of_the_subject_is_not_mixed_with_its_surroundings() -> None:
     settings = Data(image_size=20, clip_low=-1, clip_high=9)
     volume = Volume("case_1", image[None], inside, None, np.diag([-1.0, -1, 1, 1]))
     slices, _ = prepare_volume(volume, settings)
-    values = slices[0].image[0][foreground(slices[0].image)]
+    values = slices[0].image[0][body_mask(slices[0].image)]
     assert values.max() < -0.6  # z = 1 or less, of a range from -1 to 9
     assert values.mean() == pytest.approx(-0.8, abs=0.02)
 
@@ -171,9 +171,9 @@ def test_edge_of_the_subject_is_not_mixed_with_its_surroundings() -> None:
 @pytest.mark.parametrize(("minimum", "label"), [(1, 1), (9, 1), (10, -1)])
 def test_label_counts_pixels_of_the_original_scan(minimum: int, label: int) -> None:
     volume = head()
-    mask = np.zeros_like(volume.foreground)
+    mask = np.zeros_like(volume.body_mask)
     mask[15:18, 20:23, 6] = True
-    labelled = Volume("case_1", volume.image, volume.foreground, mask, volume.affine)
+    labelled = Volume("case_1", volume.image, volume.body_mask, mask, volume.affine)
     slices, _ = prepare_volume(labelled, Data(image_size=16, min_object_pixels=minimum))
     labels = {item.index: item.label for item in slices}
     assert labels.pop(6) == label
@@ -187,7 +187,7 @@ def test_scan_without_mask_has_unknown_labels() -> None:
 
 
 def test_dropped_slices_and_surroundings_come_back_as_the_fill_value() -> None:
-    slices, geometry = prepare_volume(head(), Data(image_size=32, min_foreground_fraction=0.3))
+    slices, geometry = prepare_volume(head(), Data(image_size=32, min_body_fraction=0.3))
     assert 0 < len(slices) < 12
     assert geometry.indices == tuple(item.index for item in slices)
     ones = np.ones((len(slices), 32, 32), np.float32)
@@ -208,13 +208,13 @@ def test_maps_of_the_wrong_shape_are_refused() -> None:
 
 def test_empty_scan_and_flat_channel_are_refused() -> None:
     volume = head()
-    nothing = np.zeros_like(volume.foreground)
+    nothing = np.zeros_like(volume.body_mask)
     with pytest.raises(ValueError, match="case_1: the scan is empty"):
         prepare_volume(Volume("case_1", volume.image, nothing, None, volume.affine), SETTINGS)
     flat = volume.image.copy()
-    flat[1][volume.foreground] = 5
+    flat[1][volume.body_mask] = 5
     with pytest.raises(ValueError, match="case_1, channel 1: half of the subject's voxels"):
-        prepare_volume(Volume("case_1", flat, volume.foreground, None, volume.affine), SETTINGS)
+        prepare_volume(Volume("case_1", flat, volume.body_mask, None, volume.affine), SETTINGS)
 
 
 def test_geometry_survives_json() -> None:
@@ -255,7 +255,7 @@ def test_quantised_image_comes_back_to_within_half_a_step() -> None:
     assert (back[:, :8] == -1).all()
     assert back[0, 9, 9] == DARKEST
     assert back[0, 9, 10] == 1
-    np.testing.assert_array_equal(foreground(back), foreground(image))
+    np.testing.assert_array_equal(body_mask(back), body_mask(image))
 
 
 def shares(count: int) -> dict[str, float]:

@@ -212,7 +212,7 @@ def test_a_folder_that_others_do_not_see_is_an_error(
 ) -> None:
     monkeypatch.setattr(folders, "SEEN_SECONDS", 0.2)
     assert not told(folders._one_folder(tmp_path))
-    monkeypatch.setattr(folders, "from_all", lambda sees: [sees, False])
+    monkeypatch.setattr(folders, "gather_objects", lambda sees: [sees, False])
     (line,) = told(folders._one_folder(tmp_path))
     assert line.startswith("error    disk          processes [1] do not see what process 0 writes")
     assert not folders._appears(tmp_path / "never")

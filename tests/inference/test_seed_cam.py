@@ -13,17 +13,17 @@ from cldf_dist.__main__ import main
 from cldf_dist.config import Config, load
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet, SliceTable
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.saliency_agreement import saliency_of
-from cldf_dist.inference.seed_cam import FALLBACK, best_map, evidence_agreement, map_agreement
+from cldf_dist.inference.seed_cam import FALLBACK, best_map, map_agreement, patch_logit_agreement
 from cldf_dist.method.cam import METHODS, class_activation_maps
 from cldf_dist.runs.run import Run
 from cldf_dist.stages.cache import cached_slices
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (
-    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "prepare", "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
     "train-patch-classifier",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ def table(debug_run: Any) -> SliceTable:
 
 
 def correlation_of(maps: Any, others: Any, table: SliceTable, rows: Any) -> float:
-    inside = foreground(table.read_images(rows))
+    inside = body_mask(table.read_images(rows))
     pairs = zip(np.asarray(maps), np.asarray(others), inside, strict=True)
     return float(np.mean([np.corrcoef(one[i], other[i])[0, 1] for one, other, i in pairs]))
 
@@ -52,7 +52,7 @@ def correlation_of(maps: Any, others: Any, table: SliceTable, rows: Any) -> floa
 def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
     debug_run: Any, config: Config, nets: FrozenNets, table: SliceTable
 ) -> None:
-    about = FeatureCache(debug_run.folder / STORE).attributes["seed_map"]
+    about = FeatureCache(debug_run.folder / STORE).attributes["seed_cam"]
     rows = np.flatnonzero(table.labels == 1)
     assert 0 < len(rows) <= 128
     pixels, keys = torch.from_numpy(table.read_images(rows)), [table.keys[row] for row in rows]
@@ -64,7 +64,7 @@ def test_the_cache_takes_the_map_that_agrees_best_with_the_diffusion_model(
     assert (about["map"], about["judged_by"]) == best_map(about["agreement"])
     cache = FeatureCache(debug_run.folder / STORE)
     for name in ("cache/DONE", "evaluate/summary.json"):
-        assert json.loads((debug_run.folder / name).read_text())["seed_map"] == about["map"]
+        assert json.loads((debug_run.folder / name).read_text())["seed_cam"] == about["map"]
     for place, row in enumerate(rows.tolist()):
         stored = cache.read("cam", row).astype(np.float32)
         chosen = maps[about["map"]][place].detach().numpy()
@@ -80,12 +80,15 @@ def test_without_labels_in_the_diffusion_model_the_gradient_map_is_asked(
     assert best_map(agreement)[1] == "gradient_map"
     rows = np.flatnonzero(table.labels == 1)
     cache = FeatureCache(debug_run.folder / STORE)
-    chosen = cache.attributes["seed_map"]["map"]
-    cams, gradients, evidence = (
+    chosen = cache.attributes["seed_cam"]["map"]
+    cams, gradients, patch_logits = (
         np.stack([cache.read(name, int(row)) for row in rows]).astype(np.float64)
-        for name in ("cam", "gradient_map", "evidence")
+        for name in ("cam", "gradient_map", "patch_logits")
     )
-    for view, values in (("gradient_map", gradients), ("evidence", 1 / (1 + np.exp(-evidence)))):
+    for view, values in (
+        ("gradient_map", gradients),
+        ("patch_logits", 1 / (1 + np.exp(-patch_logits))),
+    ):
         expected = correlation_of(cams, values, table, rows)
         assert agreement[view][chosen] == pytest.approx(expected, abs=5e-3)
 
@@ -94,19 +97,19 @@ def test_cldf_plus_is_left_out_where_evidence_and_map_show_different_things(
     debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER, "cache")
-    seed_map = FeatureCache(run.folder / STORE).attributes["seed_map"]
-    found = evidence_agreement(seed_map)
-    assert found == seed_map["agreement"]["evidence"][seed_map["map"]]
+    seed_cam = FeatureCache(run.folder / STORE).attributes["seed_cam"]
+    found = patch_logit_agreement(seed_cam)
+    assert found == seed_cam["agreement"]["patch_logits"][seed_cam["map"]]
     assert found is not None
     assert -1 < found < 1
     for least, is_there in ((found + 1e-3, False), (found - 1e-3, True)):
-        words = [*run.words, f"plus.agreement={least}"]
+        words = [*run.words, f"plus.min_agreement={least}"]
         assert main(["train-decoder", *words]) == 0
         said = capsys.readouterr().err
-        assert ("cldf_plus is left out" in said and "plus.agreement=-1" in said) != is_there
+        assert ("cldf_plus is left out" in said and "plus.min_agreement=-1" in said) != is_there
         assert (run.folder / "train-decoder" / "cldf_plus" / "DONE").exists() == is_there
         shutil.rmtree(run.folder / "train-decoder")
-    assert evidence_agreement({}) is None, "of a store before there was any"
+    assert patch_logit_agreement({}) is None, "of a store before there was any"
 
 
 def with_attributes(store: Path, **changed: Any) -> dict[str, Any]:
@@ -124,22 +127,24 @@ def test_stores_of_earlier_versions_say_what_they_do_not_know(
 ) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER, "cache", "train-decoder", "segment")
     store = run.folder / STORE
-    begun = FeatureCache(store).attributes["seed_map"]
+    begun = FeatureCache(store).attributes["seed_cam"]
     flat = begun["agreement"]["saliency"]
-    with_attributes(store, seed_map={**begun, "agreement": flat})
+    with_attributes(store, seed_cam={**begun, "agreement": flat})
     done = run.folder / "cache" / "DONE"
     about = json.loads(done.read_text())
-    del about["seed_map"]
+    del about["seed_cam"]
     done.write_text(json.dumps(about))
     assert main(["evaluate", *run.words]) == 0
     summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
-    assert summary["seed_map"] == begun["map"], "as the store says"
+    assert summary["seed_cam"] == begun["map"], "as the store says"
     shutil.rmtree(run.folder / "train-decoder")
     capsys.readouterr()
-    assert main(["train-decoder", *run.words, "plus.agreement=0.2"]) == 0
-    assert "plus.agreement=0.2 is not asked: the cache was made before" in capsys.readouterr().err
+    assert main(["train-decoder", *run.words, "plus.min_agreement=0.2"]) == 0
+    assert (
+        "plus.min_agreement=0.2 is not asked: the cache was made before" in capsys.readouterr().err
+    )
     assert (run.folder / "train-decoder" / "cldf_plus" / "DONE").exists()
-    with_attributes(store, seed_map=None)
+    with_attributes(store, seed_cam=None)
     done.unlink()
     assert main(["cache", *run.words]) == 1
     said = capsys.readouterr().err
@@ -153,12 +158,12 @@ def test_jobs_that_make_parts_take_the_map_that_the_first_began_with(
     run = debug_run.copy_to(tmp_path, *EARLIER)
     store = run.folder / STORE
     assert main(["cache", *run.words, "cache.part=1/2"]) == 0
-    begun = FeatureCache(store).attributes["seed_map"]
+    begun = FeatureCache(store).attributes["seed_cam"]
     other = next(method for method in METHODS if method != begun["map"])
-    with_attributes(store, seed_map={**begun, "map": other})
+    with_attributes(store, seed_cam={**begun, "map": other})
     assert main(["cache", *run.words, "cache.part=2/2"]) == 0
     assert main(["cache", *run.words]) == 0
-    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_map"] == other
+    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_cam"] == other
     cache, whole = FeatureCache(store), FeatureCache(debug_run.folder / STORE)
     slices = cached_slices(ShardSet(run.folder / "prepare"))
     row = len(cache) - 1
@@ -177,16 +182,16 @@ def test_a_choice_that_is_lost_with_its_file_is_made_again(debug_run: Any, tmp_p
     (run.folder / "cache" / "DONE").unlink()
     assert main(["cache", *run.words, "cache.verify=true"]) == 0
     before, now = (FeatureCache(one.folder / STORE).attributes for one in (debug_run, run))
-    assert now["seed_map"] == before["seed_map"]
+    assert now["seed_cam"] == before["seed_cam"]
 
 
 def test_a_map_that_is_named_is_taken(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["cache", *run.words, "seeds.cam=layercam"]) == 0
-    seed_map = FeatureCache(run.folder / STORE).attributes["seed_map"]
-    assert (seed_map["map"], seed_map["judged_by"]) == ("layercam", "seeds.cam")
-    assert seed_map["agreement"]["saliency"] == dict.fromkeys(METHODS), "not asked"
-    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_map"] == "layercam"
+    seed_cam = FeatureCache(run.folder / STORE).attributes["seed_cam"]
+    assert (seed_cam["map"], seed_cam["judged_by"]) == ("layercam", "seeds.cam")
+    assert seed_cam["agreement"]["saliency"] == dict.fromkeys(METHODS), "not asked"
+    assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_cam"] == "layercam"
 
 
 def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cldf_dist.nets.classifiers import NoisyClassifier
 from cldf_dist.nets.unet import build_unet
 
 PATTERN = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
-SETTINGS = {"noise_levels": (100, 400), "draws": 2, "smooth_pixels": 0.0}
+SETTINGS = {"timesteps": (100, 400), "num_noise_samples": 2, "smooth_pixels": 0.0}
 
 
 class Flip(nn.Module):
@@ -53,8 +53,8 @@ def test_a_slice_has_the_same_saliency_in_any_batch():
 SCHEDULE = Schedule(1000, "cosine", "epsilon")
 IMAGES = 0.3 * torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(1)).tanh()
 KEYS = ["a", "b", "c"]
-DIFF = {"noise_level": 50, "steps": 4, "scale": 0.0, "inversion": True, "smooth_pixels": 0.0}
-CDM = {"noise_level": 50, "steps": 3, "scale": 0.0, "tau": 0.95, "smooth_pixels": 0.0}
+DIFF = {"timestep": 50, "steps": 4, "scale": 0.0, "inversion": True, "smooth_pixels": 0.0}
+CDM = {"timestep": 50, "steps": 3, "scale": 0.0, "tau": 0.95, "smooth_pixels": 0.0}
 NO_OBJECT, OBJECT = 0, 1
 
 
@@ -218,7 +218,7 @@ def test_the_u_net_takes_the_label_in_between(nets: tuple[nn.Module, nn.Module])
     net, classifier = nets
     images = torch.rand(2, 2, 16, 16) - 0.5
     before = net.class_embedding.weight.clone()
-    settings = {**CDM, "noise_level": 300, "steps": 1, "tau": 0.25}
+    settings = {**CDM, "timestep": 300, "steps": 1, "tau": 0.25}
     saliency = cg_cdm(net, classifier, SCHEDULE, images, ["a", "b"], **settings)
     assert torch.equal(net.class_embedding.weight, before), "the net itself stays as it is"
     timesteps = torch.full((2,), 300)
@@ -263,7 +263,7 @@ def test_the_study_has_a_variant_with_the_published_signal_to_noise_ratios(
 ):
     """guided-diffusion's linear schedule of 4000 steps: beta from 1e-4 / 4 to 0.02 / 4."""
     text = (Path(__file__).parents[2] / "configs" / "study.yaml").read_text()
-    found = re.search(rf"counterfactuals_at_published_scales: .*{section}\.noise_level=(\d+)", text)
+    found = re.search(rf"counterfactuals_at_published_scales: .*{section}\.timestep=(\d+)", text)
     assert found
     level = int(found[1])
     betas = torch.linspace(1e-4 / 4, 0.02 / 4, 4000, dtype=torch.float64)

@@ -18,7 +18,7 @@ from cldf_dist.nets.unet import build_unet
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
 KEYS = ["a/1", "a/2", "b/7"]
-SETTINGS = Features(taps=("up0.1", "up1.0", "up2.1"), noise_levels=(50, 300), noise="drawn")
+SETTINGS = Features(taps=("up0.1", "up1.0", "up2.1"), timesteps=(50, 300), noise="drawn")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,11 @@ def test_contrast_and_draws_are_what_they_say(net, images):
         torch.testing.assert_close(both[tap][:, 2:], difference, atol=2e-5, rtol=1e-4)
         assert difference.abs().max() > 1e-3
     twice = extract_features(
-        net, SCHEDULE, images, KEYS, dataclasses.replace(SETTINGS, noise_levels=(300,), draws=2)
+        net,
+        SCHEDULE,
+        images,
+        KEYS,
+        dataclasses.replace(SETTINGS, timesteps=(300,), num_noise_samples=2),
     )
     runs = []
     with torch.no_grad(), FeatureTaps(net, ("up1.0",)) as taps:
@@ -165,18 +169,22 @@ def test_unknown_condition_is_refused(net, images):
 
 @pytest.mark.parametrize("contrast", [False, True])
 @pytest.mark.parametrize("levels", ["stack", "average"])
-@pytest.mark.parametrize("draws", ["stack", "average"])
-def test_levels_and_draws_are_stacked_or_averaged(net, images, contrast, levels, draws):
+@pytest.mark.parametrize("num_noise_samples", ["stack", "average"])
+def test_levels_and_draws_are_stacked_or_averaged(net, images, contrast, levels, num_noise_samples):
     """Against every map by itself: level by level, and within a level draw by draw."""
     settings = dataclasses.replace(
-        SETTINGS, draws=2, contrast=contrast, combine_levels=levels, combine_draws=draws
+        SETTINGS,
+        num_noise_samples=2,
+        contrast=contrast,
+        combine_timesteps=levels,
+        combine_noise_samples=num_noise_samples,
     )
-    every = dataclasses.replace(settings, combine_levels="stack", combine_draws="stack")
+    every = dataclasses.replace(settings, combine_timesteps="stack", combine_noise_samples="stack")
     found = extract_features(net, SCHEDULE, images, KEYS, settings)
     single = extract_features(net, SCHEDULE, images, KEYS, every)
     for tap, shape in tap_shapes(net, 16, settings, ()).items():
         maps = single[tap].unflatten(1, (-1, 2, 2))  # (batch, plain or contrast, level, draw, ...)
-        if draws == "average":
+        if num_noise_samples == "average":
             maps = maps.mean(3, keepdim=True)
         if levels == "average":
             maps = maps.mean(2, keepdim=True)

@@ -6,7 +6,7 @@ from cldf_dist.method.gradient_map import gradient_map, smooth, unit_length
 from cldf_dist.method.noise import Schedule, key_noise
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
-SETTINGS = {"noise_levels": (100, 50), "draws": 2, "smooth_pixels": 0.0}
+SETTINGS = {"timesteps": (100, 50), "num_noise_samples": 2, "smooth_pixels": 0.0}
 
 
 def linear(weight: torch.Tensor):
@@ -35,7 +35,7 @@ def test_map_is_the_direction_of_the_log_probability_gradient():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32, 8), torch.nn.Tanh())
     head = torch.nn.Linear(8, 2)
     images = torch.randn(2, 2, 4, 4)
-    settings = {"noise_levels": (200,), "draws": 1, "smooth_pixels": 0.0}
+    settings = {"timesteps": (200,), "num_noise_samples": 1, "smooth_pixels": 0.0}
     maps, _ = gradient_map(lambda x, _t: head(net(x)), SCHEDULE, images, ["a", "b"], **settings)
     noise = key_noise(["a", "b"], 200, 0, (2, 4, 4), "cpu")
     noised = SCHEDULE.add_noise(images, torch.full((2,), 200), noise).requires_grad_()

@@ -37,7 +37,7 @@ def box(shape, *ranges):
 
 
 def random_blobs(seed, shape, quantile):
-    """Smooth random objects, some of them cut by the border of the volume."""
+    """Smooth random objects, some of them threshold by the border of the volume."""
     noise = np.random.default_rng(seed).standard_normal(shape)
     field = gaussian_filter(noise, sigma=1.5)
     return field > np.quantile(field, quantile)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cldf_dist.method.seeds import RULES, SeedCount, scale_to_unit, seed_labels
 
-CUTS = {"foreground_cut": 0.5, "background_cut": 0.2, "negative_slices": True}
+CUTS = {"object_threshold": 0.5, "background_threshold": 0.2, "negative_slices": True}
 
 
 def row(*values: float) -> torch.Tensor:
@@ -37,8 +37,8 @@ def test_rules_by_hand(rule, expected):
     ("label", "negative_slices", "value"), [(0, True, 0), (0, False, -1), (-1, True, -1)]
 )
 def test_slices_without_object_are_all_of_one_kind(label, negative_slices, value):
-    cuts = {**CUTS, "negative_slices": negative_slices}
-    seeds = seed_labels(GRADIENT, CAM, SUBJECT, torch.tensor([label]), rule="both", **cuts)
+    thresholds = {**CUTS, "negative_slices": negative_slices}
+    seeds = seed_labels(GRADIENT, CAM, SUBJECT, torch.tensor([label]), rule="both", **thresholds)
     assert seeds[0, 0].tolist() == [value] * 6 + [-1]
 
 
@@ -57,9 +57,9 @@ def test_only_positive_slices_have_object_seeds_and_only_on_the_subject(seed, ru
 
 @pytest.mark.parametrize(("low", "high"), [(0.6, 0.5), (-0.1, 0.5), (0.2, 1.1)])
 def test_impossible_cuts_are_refused(low, high):
-    cuts = {"foreground_cut": high, "background_cut": low, "negative_slices": True}
+    thresholds = {"object_threshold": high, "background_threshold": low, "negative_slices": True}
     with pytest.raises(ValueError, match=f"got background {low} and foreground {high}"):
-        seed_labels(GRADIENT, CAM, SUBJECT, torch.tensor([1]), rule="both", **cuts)
+        seed_labels(GRADIENT, CAM, SUBJECT, torch.tensor([1]), rule="both", **thresholds)
 
 
 def test_unknown_rule_is_refused():

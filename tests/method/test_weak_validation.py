@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from cldf_dist.method.weak_validation import area_shares, weak_validation
+from cldf_dist.method.weak_validation import area_fractions, weak_validation
 
 
 def test_shares_are_of_the_subject_alone():
     scores = np.array([[[0.9, 0.9], [0.1, 0.9]], [[0.9, 0.9], [0.9, 0.9]]])
     subject = np.array([[[1, 1], [1, 0]], [[0, 0], [0, 0]]], dtype=bool)
-    np.testing.assert_allclose(area_shares(scores, subject, 0.5), [2 / 3, 0])
-    np.testing.assert_array_equal(area_shares(scores, subject, 0.9), [0, 0])  # strictly above
+    np.testing.assert_allclose(area_fractions(scores, subject, 0.5), [2 / 3, 0])
+    np.testing.assert_array_equal(area_fractions(scores, subject, 0.9), [0, 0])  # strictly above
 
 
 def test_only_slices_of_known_label_count():

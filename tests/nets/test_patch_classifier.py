@@ -9,7 +9,7 @@ from torch import Tensor
 from cldf_dist.config import PatchClassifier as Settings
 from cldf_dist.nets.patch_classifier import OUTSIDE, PatchClassifier, pooled_logit
 
-SETTINGS = Settings(channels=8, layers=2, pooled_share=0.25)
+SETTINGS = Settings(channels=8, layers=2, pooled_fraction=0.25)
 
 
 def make_net(**changes: int | float) -> PatchClassifier:
@@ -30,7 +30,9 @@ def test_evidence_depends_on_two_layers_and_one_pixels_and_on_nothing_else(layer
     changed = image.clone()
     changed[..., 7, 8] += 0.05
     with torch.no_grad():
-        before, after = (net.evidence(net.activations(x), (15, 17))[0] for x in (image, changed))
+        before, after = (
+            net.patch_logits(net.activations(x), (15, 17))[0] for x in (image, changed)
+        )
     window = torch.zeros(15, 17, dtype=torch.bool)
     window[7 - layers : 8 + layers, 8 - layers : 9 + layers] = True
     torch.testing.assert_close(before != after, window, rtol=0, atol=0)
@@ -43,7 +45,7 @@ def test_the_window_is_of_blocks_where_the_slice_is_made_smaller() -> None:
     changed[..., 12, 13] += 0.05  # in block (6, 6)
     with torch.no_grad():
         before, after = (net.activations(x) for x in (image, changed))
-        maps = [net.evidence(activations, (24, 24))[0] for activations in (before, after)]
+        maps = [net.patch_logits(activations, (24, 24))[0] for activations in (before, after)]
     blocks = torch.zeros(12, 12, dtype=torch.bool)
     blocks[4:9, 4:9] = True
     torch.testing.assert_close((before != after).any(1)[0], blocks, rtol=0, atol=0)
@@ -96,14 +98,14 @@ def test_the_logits_are_opposite_and_their_difference_is_the_pooled_evidence() -
     logits = net(images)
     assert logits.shape == (2, 2)
     torch.testing.assert_close(logits[:, 0], -logits[:, 1], rtol=0, atol=0)
-    evidence = net.evidence(net.activations(images), (16, 16))
-    assert evidence.shape == (2, 16, 16)
-    highest = evidence[:, 6:].flatten(1).sort(1, descending=True)[0][:, : 10 * 16 // 4]
+    patch_logits = net.patch_logits(net.activations(images), (16, 16))
+    assert patch_logits.shape == (2, 16, 16)
+    highest = patch_logits[:, 6:].flatten(1).sort(1, descending=True)[0][:, : 10 * 16 // 4]
     torch.testing.assert_close(logits[:, 1] - logits[:, 0], highest.mean(1))
 
 
 def test_a_block_is_inside_where_any_of_its_pixels_is() -> None:
-    net, images = make_net(downsample=2, pooled_share=1.0), slices(1)
+    net, images = make_net(downsample=2, pooled_fraction=1.0), slices(1)
     images[:] = OUTSIDE
     images[0, 1, 5, 8] = 0.5  # one channel of one pixel
     logits = net.linear(net.activations(images))
@@ -128,19 +130,19 @@ def test_odd_sizes_have_evidence_for_every_pixel(downsample: int) -> None:
     net, images = make_net(downsample=downsample), slices(2, 17, 23)
     activations = net.activations(images)
     assert activations.shape == (2, 8, 17 // downsample, 23 // downsample)
-    evidence = net.evidence(activations, (17, 23))
-    assert evidence.shape == (2, 17, 23)
-    assert evidence.dtype == torch.float32
+    patch_logits = net.patch_logits(activations, (17, 23))
+    assert patch_logits.shape == (2, 17, 23)
+    assert patch_logits.dtype == torch.float32
     net(images).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
 def test_either_layout_gives_the_same() -> None:
     net, images = make_net(), slices()
-    expected = net(images), net.evidence(net.activations(images), (16, 16))
+    expected = net(images), net.patch_logits(net.activations(images), (16, 16))
     net = net.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
-    found = net(images), net.evidence(net.activations(images), (16, 16))
+    found = net(images), net.patch_logits(net.activations(images), (16, 16))
     torch.testing.assert_close(found, expected)
 
 

@@ -144,7 +144,8 @@ def test_a_refused_start_lets_the_folder_go(config: Config) -> None:
 
 def test_settings_of_other_stages_and_harmless_ones_may_change(config: Config) -> None:
     opened(config).close()
-    harmless = Fit(**{**vars(config.cam.fit), "num_workers": 2, "log_every": 1, "keep": 7,
+    harmless = Fit(**{**vars(config.cam.fit), "num_workers": 2, "log_every": 1,
+                          "keep_checkpoints": 7,
                       "checkpoint_every": 5})  # fmt: skip
     other = replace(
         config,

@@ -25,7 +25,7 @@ def evaluated(tmp_path_factory):
         image = 500 + scan.image // 2
         if scan.mask is not None:
             image[SHOWN_IN][scan.mask] = 1
-        return Volume(name, image, scan.foreground, scan.mask, scan.affine)
+        return Volume(name, image, scan.body_mask, scan.mask, scan.affine)
 
     config = settings(tmp_path_factory.mktemp("runs"))
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,9 @@ def test_the_channel_and_the_side_that_show_the_object_are_found(evaluated):
     assert found["dice"] == pytest.approx(5 / 6), "the gate closes the slices of one patient"
     assert found["ungated"]["dice"] == pytest.approx(1.0)
     assert (found["ungated"]["channel"], found["ungated"]["above"]) == ("t1ce", False)
-    assert f"t1ce below {found['cut']:.3f}, Dice 0.833" in (evaluated / "table.txt").read_text()
+    assert (
+        f"t1ce below {found['threshold']:.3f}, Dice 0.833" in (evaluated / "table.txt").read_text()
+    )
 
 
 def test_its_patients_are_scored_as_those_of_other_rows(evaluated):

@@ -51,7 +51,7 @@ def test_nothing_outside_the_subject_is_ever_object():
     scores.scores["cldf"][:] = 1.0
     native, allowed = native_scores(scores, "cldf", geometry, 0.0)
     mask = object_mask(native, allowed, 0.5, spacing=SPACING)
-    np.testing.assert_array_equal(mask, volume(FOUND[0]).foreground)
+    np.testing.assert_array_equal(mask, volume(FOUND[0]).body_mask)
 
 
 def test_score_at_the_cut_is_not_object():
@@ -77,7 +77,7 @@ def test_small_components_are_removed_by_volume():
 
 def test_otsu_finds_the_object_in_each_slice_at_its_own_level():
     scores, geometry = patient()
-    scores.scores["cldf"][3] *= 0.1  # far below any single cut of the other slice
+    scores.scores["cldf"][3] *= 0.1  # far below any single threshold of the other slice
     mask = otsu_mask(scores, "cldf", geometry, 0.5)
     np.testing.assert_array_equal(mask, box())
 
@@ -101,5 +101,5 @@ def test_scores_survive_the_disk(tmp_path):
     assert set(read.scores) == set(scores.scores)
     np.testing.assert_array_equal(read.scores["cldf"], scores.scores["cldf"])
     np.testing.assert_array_equal(read.probability, scores.probability)
-    np.testing.assert_array_equal(read.foreground, scores.foreground)
+    np.testing.assert_array_equal(read.body_mask, scores.body_mask)
     assert [path.name for path in tmp_path.iterdir()] == [f"{FOUND[0]}.npz"]

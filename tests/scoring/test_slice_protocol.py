@@ -14,10 +14,10 @@ from cldf_dist.method.slice_metrics import SliceScore, slice_score
 from cldf_dist.scoring.masks import PatientScores
 from cldf_dist.scoring.slice_protocol import (
     METRICS,
-    LegacySlice,
-    legacy_csv,
-    legacy_summary,
+    ProtocolSlice,
     score_slices,
+    slice_protocol_csv,
+    slice_protocol_summary,
 )
 
 
@@ -123,15 +123,15 @@ def test_slices_are_those_of_the_keys_however_the_file_is_turned(scan):
     assert score_slices(patient(scan, score), turned, geometry, ["cldf"]) == expected
 
 
-def legacy_slice(index, method, dice, largest):
+def slice_of_protocol(index, method, dice, largest):
     score = SliceScore(dice, dice / 2, 10 * dice, 20 * dice)
     best = SliceScore(largest, largest / 2, 10 * largest, 20 * largest)
-    return LegacySlice("somebody", index, method, score, best)
+    return ProtocolSlice("somebody", index, method, score, best)
 
 
 def test_mean_and_standard_deviation_are_over_slices():
-    slices = [legacy_slice(1, "cldf", 0.2, 0.5), legacy_slice(2, "cldf", 0.8, 0.5)]
-    summary = legacy_summary(slices, ["cldf", "new"])
+    slices = [slice_of_protocol(1, "cldf", 0.2, 0.5), slice_of_protocol(2, "cldf", 0.8, 0.5)]
+    summary = slice_protocol_summary(slices, ["cldf", "new"])
     row, largest = summary["methods"]["cldf"], summary["methods_largest_component"]["cldf"]
     assert row["dice"] == {"mean": pytest.approx(0.5), "std": pytest.approx(0.3)}
     assert row["iou"] == {"mean": pytest.approx(0.25), "std": pytest.approx(0.15)}
@@ -144,8 +144,8 @@ def test_mean_and_standard_deviation_are_over_slices():
 
 
 def test_table_of_slices_has_one_line_a_slice_and_method():
-    slices = [legacy_slice(7, "cldf", 0.25, 0.5), legacy_slice(7, "cdm", 0.125, 0.0)]
-    first, second = csv.DictReader(io.StringIO(legacy_csv(slices)))
+    slices = [slice_of_protocol(7, "cldf", 0.25, 0.5), slice_of_protocol(7, "cdm", 0.125, 0.0)]
+    first, second = csv.DictReader(io.StringIO(slice_protocol_csv(slices)))
     assert (first["patient"], first["slice"], first["method"]) == ("somebody", "7", "cldf")
     assert (first["dice"], first["hd95_contour_pixels_largest_component"]) == ("0.25", "10.0")
     assert (second["method"], second["hd95_pixels"]) == ("cdm", "1.25")

@@ -104,7 +104,7 @@ def test_a_killed_element_of_an_array_is_submitted_alone(
         *(
             "prepare",
             "train-diffusion",
-            "tune-labels",
+            "tune-label-embedding",
             "train-classifier",
             "train-cam",
             "train-patch-classifier",

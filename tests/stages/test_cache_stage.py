@@ -13,7 +13,7 @@ from cldf_dist.__main__ import main
 from cldf_dist.config import Config, load
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.cache_parts import COUNT_FILE
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.seed_cam import with_map
@@ -23,7 +23,7 @@ from cldf_dist.system.locks import FolderLock
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (
-    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "prepare", "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
     "train-patch-classifier",
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ def test_seeds_lie_on_the_subject_and_negative_slices_have_no_object(
     for row in range(len(cache)):
         seeds = cache.read("seeds", row)
         table, place = slices.place(row)
-        inside = foreground(table.read_image(place))
+        inside = body_mask(table.read_image(place))
         assert set(np.unique(seeds)) <= {-1, 0, 1}
         assert (seeds[~inside] == -1).all()
         if labels[row] == 0:
@@ -79,7 +79,7 @@ def test_a_shard_computed_again_is_the_same_bit_by_bit(
 ) -> None:
     slices = cached_slices(ShardSet(debug_run.folder / "prepare"))
     nets = FrozenNets.load(config, Run(config, "cache", ()))
-    config = with_map(config, cache.attributes["seed_map"]["map"])
+    config = with_map(config, cache.attributes["seed_cam"]["map"])
     torch.set_flush_denormal(True)  # as in the stage
     try:
         keys, values = compute_shard(config, nets, slices, cache.rows_of(1))
@@ -200,7 +200,10 @@ def test_two_jobs_never_make_the_same_part(inputs: Any, capsys: pytest.CaptureFi
         (["cache.part=٣/٤"], "cache.part must be i/n"),
         (["cache.part=1/2", "cache.verify=true"], "leave cache.part=1/2 out"),
         (["features.storage=fp4"], "features.storage must be one of float16, int8, got 'fp4'"),
-        (["features.combine_draws=sum"], "features.combine_draws must be one of stack, average"),
+        (
+            ["features.combine_noise_samples=sum"],
+            "features.combine_noise_samples must be one of stack, average",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused(
@@ -256,8 +259,8 @@ def test_a_cache_begun_with_other_settings_is_not_gone_on_with(
     inputs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", *inputs.words, "cache.part=1/2"]) == 0
-    assert main(["cache", *inputs.words, "cache.part=2/2", "features.noise_levels=[50]"]) == 1
-    assert "was begun with features.noise_levels=[100], not [50]" in capsys.readouterr().err
+    assert main(["cache", *inputs.words, "cache.part=2/2", "features.timesteps=[50]"]) == 1
+    assert "was begun with features.timesteps=[100], not [50]" in capsys.readouterr().err
     assert main(["cache", *inputs.words, "cache.part=2/2", "cache.slices_per_shard=4"]) == 1
     assert "was begun with cache.slices_per_shard=8, not 4" in capsys.readouterr().err
 
@@ -276,12 +279,16 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     "words",
     [
         ["features.storage=int8"],
-        ["features.noise=drawn", "features.combine_levels=average", "features.draws=2"],
+        [
+            "features.noise=drawn",
+            "features.combine_timesteps=average",
+            "features.num_noise_samples=2",
+        ],
     ],
     ids=["int8", "average"],
 )
 def test_every_form_of_features_trains_and_segments(inputs: Any, words: list[str]) -> None:
-    words = [*inputs.words, *words, "features.noise_levels=[50,100]", "cg_diff.enabled=false",
+    words = [*inputs.words, *words, "features.timesteps=[50,100]", "cg_diff.enabled=false",
              "cg_cdm.enabled=false"]  # fmt: skip
     for stage in ("cache", "train-decoder", "segment"):
         assert main([stage, *words]) == 0

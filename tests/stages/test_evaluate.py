@@ -10,11 +10,11 @@ import pytest
 from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make_run, settings
 
 from cldf_dist.method.metrics import score_case
-from cldf_dist.method.threshold import OracleSearch, cuts_to_try
+from cldf_dist.method.threshold import OracleSearch, candidate_thresholds
 from cldf_dist.runs.run import Run
 from cldf_dist.scoring.masks import SUPERVISED
-from cldf_dist.scoring.slice_protocol import legacy_summary
-from cldf_dist.scoring.tables import legacy_table, results_table
+from cldf_dist.scoring.slice_protocol import slice_protocol_summary
+from cldf_dist.scoring.tables import results_table, slice_protocol_table
 from cldf_dist.stages import evaluate, report
 
 DIAGONAL_MM = hypot(16, 16, 12)
@@ -124,34 +124,36 @@ def test_slice_labels_of_validation_patients_judge_each_row_without_a_mask(summa
 
 def test_oracle_search_equals_scoring_every_cut():
     rng = np.random.default_rng(0)
-    cuts = np.arange(-1, 18, dtype=np.float32) / 16
-    search = OracleSearch(cuts)
+    thresholds = np.arange(-1, 18, dtype=np.float32) / 16
+    search = OracleSearch(thresholds)
     dice_of_patients = []
     for share in (0.3, 0.05, 0.0):  # the last has no object
         truth = rng.random((6, 5, 4)) < share
         scores = rng.random(truth.shape) * 0.6 + 0.4 * truth
-        scores = (np.round(16 * scores) / 16).astype(np.float32)  # many lie exactly at a cut
+        scores = (np.round(16 * scores) / 16).astype(np.float32)  # many lie exactly at a threshold
         allowed = rng.random(truth.shape) < 0.8
         search.add(scores[allowed], truth[allowed], int(truth.sum()))
-        cases = [score_case((scores > cut) & allowed, truth, (1, 1, 1)) for cut in cuts]
+        cases = [
+            score_case((scores > threshold) & allowed, truth, (1, 1, 1)) for threshold in thresholds
+        ]
         dice_of_patients.append([np.nan if c.dice is None else c.dice for c in cases])
     mean = np.nanmean(dice_of_patients, axis=0)
     best = search.best()
     assert best["dice"] == pytest.approx(mean.max())
-    assert best["cut"] == cuts[mean.argmax()]
+    assert best["threshold"] == thresholds[mean.argmax()]
 
 
 def test_oracle_without_any_object_or_mask_is_undefined():
     search = OracleSearch(np.array([0.5], np.float32))
     search.add(np.zeros(3, np.float32), np.zeros(3, bool), 0)
-    assert search.best() == {"cut": None, "dice": None}
+    assert search.best() == {"threshold": None, "dice": None}
 
 
 @pytest.mark.parametrize("block", ["methods", "methods_largest_component"])
 def test_legacy_counts_positive_slices_only_and_asks_no_gate(summary, strict, block):
     """Two slices with the object of each of the six patients that have it. Neither the false alarm
     nor the gate that closes on one patient counts, so CLDF finds everything."""
-    rows = summary["legacy"][block]
+    rows = summary["slice_protocol"][block]
     assert list(rows) == list(strict["methods"])
     assert {row["num_slices"] for row in rows.values()} == {2 * (len(FOUND) + 1)}
     assert rows["cldf"]["dice"] == {"mean": 1.0, "std": 0.0}
@@ -164,18 +166,18 @@ def test_legacy_counts_positive_slices_only_and_asks_no_gate(summary, strict, bl
     nothing = rows["cdm"]
     assert nothing["dice"]["mean"] == pytest.approx(0, abs=1e-6)
     assert nothing["hd95_pixels"] == nothing["hd95_contour_pixels"] == {"mean": 0.0, "std": 0.0}
-    assert "at least one object pixel" in summary["legacy"]["rule"]
+    assert "at least one object pixel" in summary["slice_protocol"]["rule"]
 
 
 def test_legacy_means_can_be_computed_again_from_its_slices(evaluated, summary):
-    with (evaluated / "legacy_slices.csv").open() as file:
+    with (evaluated / "slice_protocol.csv").open() as file:
         rows = list(csv.DictReader(file))
-    methods = list(summary["legacy"]["methods"])
+    methods = list(summary["slice_protocol"]["methods"])
     assert len(rows) == 2 * (len(FOUND) + 1) * len(methods)
     assert {row["slice"] for row in rows} == {"2", "3"}
     assert {row["patient"] for row in rows} == {*FOUND, MISSED}
     for suffix, block in (("", "methods"), ("_largest_component", "methods_largest_component")):
-        for method, means in summary["legacy"][block].items():
+        for method, means in summary["slice_protocol"][block].items():
             for metric in ("dice", "iou", "hd95_pixels", "hd95_contour_pixels"):
                 values = [float(r[metric + suffix]) for r in rows if r["method"] == method]
                 assert np.mean(values) == pytest.approx(means[metric]["mean"])
@@ -183,8 +185,8 @@ def test_legacy_means_can_be_computed_again_from_its_slices(evaluated, summary):
 
 
 def test_legacy_table_stands_apart_from_the_strict_one(evaluated, summary):
-    table = (evaluated / "legacy.txt").read_text()
-    assert table == legacy_table(summary)
+    table = (evaluated / "slice_protocol.txt").read_text()
+    assert table == slice_protocol_table(summary)
     assert "must not stand beside" in table
     assert re.search(r"^cldf +1\.000 \(0\.000\) .* 12$", table, re.MULTILINE)
     assert table.count("supervised_decoder *") == 2
@@ -193,7 +195,7 @@ def test_legacy_table_stands_apart_from_the_strict_one(evaluated, summary):
 
 
 def test_without_a_slice_with_the_object_the_legacy_table_is_empty():
-    text = legacy_table({"legacy": legacy_summary([], ["cldf"])})
+    text = slice_protocol_table({"slice_protocol": slice_protocol_summary([], ["cldf"])})
     assert re.search(r"^cldf +- +- +- +- +0$", text, re.MULTILINE)
 
 
@@ -304,5 +306,5 @@ def test_without_segment_it_names_the_command(tmp_path):
 
 def test_headline_cut_is_among_those_the_oracle_tries():
     scores = [np.linspace(0, 1, 50, dtype=np.float32)]
-    assert np.float32(CUT + 0.003) in cuts_to_try(scores, CUT + 0.003)
-    assert cuts_to_try([], CUT).tolist() == [CUT]
+    assert np.float32(CUT + 0.003) in candidate_thresholds(scores, CUT + 0.003)
+    assert candidate_thresholds([], CUT).tolist() == [CUT]

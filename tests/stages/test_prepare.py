@@ -58,7 +58,7 @@ def scans(tmp_path: Path) -> Scans:
     found = Scans(tmp_path / "scans")
     for name in found.names:
         volume = read_patient(SETTINGS, name)
-        for kind, channel in zip(channels(SETTINGS), volume.image * volume.foreground):
+        for kind, channel in zip(channels(SETTINGS), volume.image * volume.body_mask):
             path = found.root / name / f"{name}_{kind}.nii.gz"
             write_nifti(path, channel, volume.affine)
     found.splits_file.write_text(json.dumps(found.splits))
@@ -179,12 +179,12 @@ def test_a_patient_of_whom_no_slice_is_kept_is_refused(
     debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = debug_run.copy_to(tmp_path)
-    words = ["prepare", *run.words, "data.min_foreground_fraction=1.0"]
+    words = ["prepare", *run.words, "data.min_body_fraction=1.0"]
     for _ in range(2):  # the second start does not take it for done
         assert main(words) == 1
         said = capsys.readouterr().err
         assert "phantom_000: no slice is kept" in said
-        assert "less than data.min_foreground_fraction=1.0 of every slice; lower that" in said
+        assert "less than data.min_body_fraction=1.0 of every slice; lower that" in said
 
 
 def test_what_listings_give_away_is_told_before_the_first_patient_is_read(

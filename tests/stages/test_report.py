@@ -82,9 +82,11 @@ def test_legacy_protocol_has_a_section_of_its_own_behind_the_strict_tables(confi
     section, after = section.split("<h2>", 1)
     assert "under Otsu's threshold" in before.replace("&#39;", "'")
     assert "must not stand beside" in section
-    assert '<details class="legacy">' in section, "collapsed"
+    assert '<details class="slice_protocol">' in section, "collapsed"
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", section))
-    legacy = json.loads((config.run_folder / "evaluate" / "summary.json").read_text())["legacy"]
+    legacy = json.loads((config.run_folder / "evaluate" / "summary.json").read_text())[
+        "slice_protocol"
+    ]
     for block in ("methods", "methods_largest_component"):
         for row in legacy[block].values():
             dice, hd95 = row["dice"], row["hd95_pixels"]
@@ -109,7 +111,7 @@ def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
         scores.scores["new_row"][:, 12, 12] = 0.8  # a component of its own
         scores.save(path.parent)
     rule = json.loads((segment / "thresholds.json").read_text())
-    rule["cuts"] = dict.fromkeys(("new_row", "cldf"), 0.5)
+    rule["thresholds"] = dict.fromkeys(("new_row", "cldf"), 0.5)
     (segment / "thresholds.json").write_text(json.dumps(rule))
     for stage in (evaluate, report):
         run = Run(config, stage.__name__.rpartition(".")[2], ())
@@ -117,13 +119,13 @@ def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
         run.finish(stage.run(config, run))
     evaluated = config.run_folder / "evaluate"
     summary = json.loads((evaluated / "summary.json").read_text())
-    strict, legacy = summary["strict"], summary["legacy"]
+    strict, legacy = summary["strict"], summary["slice_protocol"]
     for block in ("methods", "methods_otsu", "oracle_threshold"):
         assert list(strict[block]) == ["new_row", "cldf"]
     for block in ("methods", "methods_largest_component"):
         assert list(legacy[block]) == ["new_row", "cldf"]
     assert list(strict["comparisons"]) == ["new_row"]
-    for name in ("cases.csv", "legacy_slices.csv"):
+    for name in ("cases.csv", "slice_protocol.csv"):
         with (evaluated / name).open() as file:
             named = {row["method"] for row in csv.DictReader(file)}
         assert named - {"oracle_intensity"} == {"new_row", "cldf"}
@@ -138,7 +140,7 @@ def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
     assert with_blob < without
     for dice, table in zip((with_blob, without), shown, strict=True):
         assert f"<td>{dice:.3f} <span" in table
-    for text in (page, *((evaluated / n).read_text() for n in ("table.txt", "legacy.txt"))):
+    for text in (page, *((evaluated / n).read_text() for n in ("table.txt", "slice_protocol.txt"))):
         assert "saw the training masks" not in text
 
 
@@ -245,7 +247,7 @@ def test_seeds_of_a_slice_that_the_gate_calls_negative_are_background(config):
     seeds = overlays._would_be_seeds(scores, [2, 0], config)
     # the whole object has the top score in slice 2; all other subject pixels the lowest
     np.testing.assert_array_equal(seeds[0] == 1, scores.scores["gradcam"][2] > 0.5)
-    np.testing.assert_array_equal(seeds[1] == 0, scores.foreground[0])
+    np.testing.assert_array_equal(seeds[1] == 0, scores.body_mask[0])
     closed = dataclasses.replace(config, segment=Segment(gate_probability=0.95))
     assert not (overlays._would_be_seeds(scores, [2], closed) == 1).any()
 

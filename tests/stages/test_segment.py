@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from cldf_dist.__main__ import main
-from cldf_dist.cli.multi_object import mask_row
+from cldf_dist.cli.multi_object import mask_method
 from cldf_dist.config import load
 from cldf_dist.data.features.encoding import to_stored
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.method.features import extract_features
@@ -30,11 +30,11 @@ from cldf_dist.scoring.masks import (
     UPPER_BOUNDS,
     PatientScores,
 )
-from cldf_dist.stages.segment import Segmenter, my_share, score_maps
-from cldf_dist.system.memory_format import fast_layout
+from cldf_dist.stages.segment import Segmenter, patients_of_this_rank, score_maps
+from cldf_dist.system.memory_format import fast_memory_format
 
 EARLIER = (
-    "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam",
+    "prepare", "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
     "train-patch-classifier",
     "cache", "train-decoder",
 )  # fmt: skip
@@ -92,8 +92,10 @@ def patches_of(segmenter: Segmenter, images: np.ndarray[Any, Any]) -> PatchMaps:
     """As `Segmenter.score` makes them."""
     net = segmenter.nets.patch_classifier
     assert net is not None
-    pixels = torch.from_numpy(images).contiguous(memory_format=fast_layout(torch.device("cpu")))
-    return patch_maps(net, pixels, torch.from_numpy(foreground(images)))
+    pixels = torch.from_numpy(images).contiguous(
+        memory_format=fast_memory_format(torch.device("cpu"))
+    )
+    return patch_maps(net, pixels, torch.from_numpy(body_mask(images)))
 
 
 def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
@@ -124,10 +126,10 @@ def test_evidence_of_new_slices_is_that_of_the_cache(debug_run: Any) -> None:
     segmenter = segmenter_of(debug_run)
     rows = cache.rows_of(0)
     keys, images = cached_slices_of(debug_run, rows)
-    stored = np.stack([cache.read("evidence", row) for row in rows])
-    found = patches_of(segmenter, images).evidence
+    stored = np.stack([cache.read("patch_logits", row) for row in rows])
+    found = patches_of(segmenter, images).patch_logits
     np.testing.assert_array_equal(found.half().numpy(), stored)
-    np.testing.assert_array_equal(np.isfinite(stored), foreground(images))
+    np.testing.assert_array_equal(np.isfinite(stored), body_mask(images))
     assert stored[np.isfinite(stored)].std() > 1e-3, "or nothing was compared"
     scores = segmenter.score("someone", keys, images, rows=("patch_classifier",)).scores
     np.testing.assert_array_equal(scores["patch_classifier"], found.sigmoid().numpy())
@@ -173,7 +175,7 @@ def test_several_decoders_share_one_extraction(debug_run: Any) -> None:
     for decoders in (("cldf",), ("cldf", PLUS, SUPERVISED)):
         segmenter.score("someone", keys, images, rows=decoders)
     hook.remove()
-    assert len(passes) == 2 * len(segmenter.config.features.noise_levels)
+    assert len(passes) == 2 * len(segmenter.config.features.timesteps)
 
 
 def test_patients_are_dealt_out_by_their_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,12 +184,12 @@ def test_patients_are_dealt_out_by_their_slices(monkeypatch: pytest.MonkeyPatch)
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        shares.append(my_share(num_slices))
+        shares.append(patients_of_this_rank(num_slices))
     assert shares == [["a", "e"], ["d", "b", "c"]]
     monkeypatch.setenv("WORLD_SIZE", "7")
-    assert my_share(num_slices) == ["d"]
+    assert patients_of_this_rank(num_slices) == ["d"]
     monkeypatch.setenv("RANK", "6")
-    assert my_share(num_slices) == []
+    assert patients_of_this_rank(num_slices) == []
 
 
 def test_scores_are_kept_for_validation_and_test_patients(debug_run: Any) -> None:
@@ -199,7 +201,7 @@ def test_scores_are_kept_for_validation_and_test_patients(debug_run: Any) -> Non
         scores = PatientScores.load(folder, patient)
         assert set(scores.scores) == set(ALL_ROWS)
         for maps in scores.scores.values():
-            assert maps.shape == scores.foreground.shape == (len(scores.probability), 32, 32)
+            assert maps.shape == scores.body_mask.shape == (len(scores.probability), 32, 32)
             assert np.isfinite(maps).all()
         assert 0 <= scores.scores["cldf"].min() <= scores.scores["cldf"].max() <= 1
 
@@ -208,23 +210,23 @@ def test_each_cut_is_exceeded_by_the_share_of_negative_validation_pixels(debug_r
     prepared = ShardSet(debug_run.folder / "prepare")
     table = prepared.split("validation")
     stored = json.loads((debug_run.folder / "segment" / "thresholds.json").read_text())
-    assert tuple(stored["cuts"]) == ALL_ROWS
-    for row, cut in stored["cuts"].items():
+    assert tuple(stored["thresholds"]) == ALL_ROWS
+    for row, threshold in stored["thresholds"].items():
         pool = []
         for patient in prepared.patients["validation"]:
             scores = PatientScores.load(debug_run.folder / "segment" / "scores", patient)
             negative = table.labels[[name == patient for name in table.patients]] == 0
-            pool.append(scores.scores[row][negative][scores.foreground[negative]])
-        above = float((np.concatenate(pool) > cut).mean())
+            pool.append(scores.scores[row][negative][scores.body_mask[negative]])
+        above = float((np.concatenate(pool) > threshold).mean())
         assert above <= stored["negative_fraction"] + 1e-9
-        assert above > 0 or cut == np.concatenate(pool).max() or row not in ("cldf", PLUS)
+        assert above > 0 or threshold == np.concatenate(pool).max() or row not in ("cldf", PLUS)
 
 
 def test_the_mask_is_where_the_probability_exceeds_one_half(debug_run: Any) -> None:
     folder = debug_run.folder / "segment"
     for path in (folder / "probability").iterdir():
         probability, _ = read_nifti(path)
-        mask, _ = read_nifti(folder / "masks" / mask_row(folder) / path.name)
+        mask, _ = read_nifti(folder / "masks" / mask_method(folder) / path.name)
         sure = np.abs(probability - 0.5) > 1e-6
         np.testing.assert_array_equal(mask[sure] > 0, probability[sure] > 0.5)
 
@@ -281,7 +283,7 @@ def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
     own = run.folder / "train-decoder" / RAW_PATCHES / "net.safetensors"
     assert own.read_bytes() == (alone.folder / "train-decoder" / "net.safetensors").read_bytes()
     assert not (alone.folder / "train-decoder" / RAW_PATCHES).exists()
-    rows = json.loads((run.folder / "segment" / "thresholds.json").read_text())["cuts"]
+    rows = json.loads((run.folder / "segment" / "thresholds.json").read_text())["thresholds"]
     assert list(rows) == [*METHODS, RAW_PATCHES, PATCH_FEATURES]
     assert RAW_PATCHES in (run.folder / "evaluate" / "table.txt").read_text()
     assert main(["train-decoder", *words, "evaluate.controls=false"]) == 1  # another setting
@@ -294,7 +296,7 @@ def test_only_the_rows_of_the_settings_are_in_the_run(debug_run: Any, tmp_path: 
     """From the masks to the report; a row that was not trained is no error."""
     assert set(ROWS) == {*ALL_ROWS, RAW_PATCHES}
     run = debug_run.copy_to(tmp_path, *EARLIER)
-    assert main(["run", *run.words, f"segment.rows=[{SUPERVISED},cldf,{RAW_PATCHES}]"]) == 0
+    assert main(["run", *run.words, f"segment.methods=[{SUPERVISED},cldf,{RAW_PATCHES}]"]) == 0
     masks = run.folder / "segment" / "masks"
     assert sorted(path.name for path in masks.iterdir()) == ["cldf", SUPERVISED]
     summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
@@ -312,11 +314,11 @@ def test_rows_that_are_switched_off_are_nowhere(debug_run: Any, tmp_path: Path) 
         assert main([stage, *words]) == 0
     rows = {*ALL_ROWS} - {"cg_diff", "cg_cdm"}
     folder = run.folder / "segment"
-    assert set(json.loads((folder / "thresholds.json").read_text())["cuts"]) == rows
+    assert set(json.loads((folder / "thresholds.json").read_text())["thresholds"]) == rows
     assert {path.name for path in (folder / "masks").iterdir()} == rows
     summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
     assert set(summary["strict"]["methods"]) == set(summary["strict"]["methods_otsu"]) == rows
-    assert set(summary["legacy"]["methods"]) == rows
+    assert set(summary["slice_protocol"]["methods"]) == rows
     for path in (run.folder / "evaluate").iterdir():
         if path.suffix in (".csv", ".txt"):
             assert not re.search("cg_diff|cg_cdm", path.read_text()), path

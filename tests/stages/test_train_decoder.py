@@ -15,7 +15,7 @@ from cldf_dist.data.features.pixel_labels import MaskLabels, SeedLabels, count_l
 from cldf_dist.data.features.pixels import TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.loading import load_decoder
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.scoring.masks import PATCH_FEATURES, PLUS, SUPERVISED
@@ -82,7 +82,7 @@ def test_labels_of_masks_are_the_masks_within_the_subject(debug_run: Any, tmp_pa
         found, mask = labels.labels(row), intact.read_mask(row)
         assert mask is not None
         assert found.dtype == np.int8
-        inside = foreground(table.read_image(row))
+        inside = body_mask(table.read_image(row))
         assert (found[~inside] == -1).all()
         expected = mask[inside] if table.has_mask[row] else -1
         assert (found[inside] == expected).all()

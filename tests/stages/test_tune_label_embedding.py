@@ -28,7 +28,7 @@ TRAINED = (
 
 
 def rows_of(folder: Path) -> torch.Tensor:
-    """The embedding that a finished `tune-labels` or `train-diffusion` wrote."""
+    """The embedding that a finished `tune-label-embedding` or `train-diffusion` wrote."""
     tensors = load_file(folder / "net.safetensors")
     return tensors["weight"] if "weight" in tensors else tensors[EMBEDDING]
 
@@ -47,7 +47,7 @@ def test_the_embedding_that_agrees_better_is_kept(
 
 @pytest.mark.slow
 def test_the_folder_holds_what_was_kept(debug_run: Any) -> None:
-    folder = debug_run.folder / "tune-labels"
+    folder = debug_run.folder / "tune-label-embedding"
     about = json.loads((folder / "net.json").read_text())
     assert about["kept"] == kept_embedding(about["area_auroc"])
     changed = (rows_of(folder) != rows_of(debug_run.folder / "train-diffusion")).any(1).tolist()
@@ -58,8 +58,8 @@ def test_the_folder_holds_what_was_kept(debug_run: Any) -> None:
 
 @pytest.mark.slow
 def test_later_stages_take_the_embedding_of_the_folder(debug_run: Any, tmp_path: Path) -> None:
-    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-labels")
-    path = run.folder / "tune-labels" / "net.safetensors"
+    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-label-embedding")
+    path = run.folder / "tune-label-embedding" / "net.safetensors"
     own = rows_of(run.folder / "train-diffusion")
     save_file({"weight": own + 1}, path)
     config = load(run.words[:1], run.words[1:])
@@ -76,21 +76,21 @@ def test_later_stages_take_the_embedding_of_the_folder(debug_run: Any, tmp_path:
 def test_a_run_that_was_made_before_there_was_any_tuning_goes_on_without(
     debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-labels", "cache")
-    shutil.rmtree(run.folder / "tune-labels")
+    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-label-embedding", "cache")
+    shutil.rmtree(run.folder / "tune-label-embedding")
     for config in run.folder.glob("*/config.yaml"):
         plain = yaml.safe_load(config.read_text())
         del plain["label_tuning"]
         config.write_text(yaml.safe_dump(plain))
     identity = run.folder / "cache" / "run.json"
     about = json.loads(identity.read_text())
-    del about["inputs"]["tune-labels"]
+    del about["inputs"]["tune-label-embedding"]
     identity.write_text(json.dumps(about))
-    assert main(["tune-labels", *run.words]) == 0
+    assert main(["tune-label-embedding", *run.words]) == 0
     assert main(["cache", *run.words]) == 1
     assert "label_tuning.enabled=False, not True" in capsys.readouterr().err
-    shutil.rmtree(run.folder / "tune-labels")
-    for stage in ("tune-labels", "cache"):
+    shutil.rmtree(run.folder / "tune-label-embedding")
+    for stage in ("tune-label-embedding", "cache"):
         assert main([stage, *run.words, "label_tuning.enabled=false"]) == 0
     assert "finished before" in capsys.readouterr().err
 
@@ -101,10 +101,10 @@ def test_without_tuning_there_is_no_embedding_and_the_run_goes_on(
 ) -> None:
     run = debug_run.copy_to(tmp_path, *TRAINED)
     off = "label_tuning.enabled=false"
-    assert main(["tune-labels", *run.words, off]) == 0
-    assert not (run.folder / "tune-labels" / "net.safetensors").exists()
+    assert main(["tune-label-embedding", *run.words, off]) == 0
+    assert not (run.folder / "tune-label-embedding" / "net.safetensors").exists()
     assert main(["cache", *run.words, off]) == 0
-    assert main(["tune-labels", *run.words]) == 1, "made with other settings"
+    assert main(["tune-label-embedding", *run.words]) == 1, "made with other settings"
 
 
 @pytest.mark.slow

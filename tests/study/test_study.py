@@ -20,7 +20,7 @@ from cldf_dist.config import load
 from cldf_dist.stages import STAGES
 from cldf_dist.study.child import Child, wait_for_others
 from cldf_dist.study.command import STOPPED, study_lock
-from cldf_dist.study.plan import ROWS_OF_VARIANTS, planned_runs, read_study
+from cldf_dist.study.plan import METHODS_OF_VARIANTS, planned_runs, read_study
 from cldf_dist.study.sharing import share_finished_stages
 from cldf_dist.system.locks import FolderLock
 
@@ -29,7 +29,7 @@ DEBUG = str(ROOT / "configs" / "debug.yaml")
 QUIET = "tracking.enabled=false"
 TRAININGS = (
     "train-diffusion",
-    "tune-labels",
+    "tune-label-embedding",
     "train-classifier",
     "train-cam",
     "train-patch-classifier",
@@ -74,9 +74,9 @@ def test_the_ready_study_plans_every_run_once(monkeypatch: pytest.MonkeyPatch) -
             "without_label_tuning": {"cdm", "cg_diff", "cg_cdm"},
             "counterfactuals_at_published_scales": {"cg_diff", "cg_cdm"},
         }
-        further = set(run.config.segment.rows) - set(ROWS_OF_VARIANTS)
+        further = set(run.config.segment.methods) - set(METHODS_OF_VARIANTS)
         assert further == baselines.get(run.variant, set())
-        assert not base.segment.rows
+        assert not base.segment.methods
     brats = runs[1].config.data
     assert (brats.root, brats.splits) == (str(ROOT), str(ROOT / "configs/brats_24_splits.json"))
     monkeypatch.delenv("BRATS")
@@ -155,8 +155,8 @@ def test_words_that_a_study_would_ignore_are_refused_or_told(
     assert "a study gives each run its own seed; the study's seeds=" in capsys.readouterr().err
     assert main(["study", study, "ablations.seeds=[]", "--dry-run"]) == 0
     assert "no variant is planned" in capsys.readouterr().err
-    runs = planned_runs(read_study(study, [])[0], tmp_path, ["segment.rows=[cldf,cdm]"])
-    assert [run.config.segment.rows for run in runs] == [("cldf", "cdm")] * 2
+    runs = planned_runs(read_study(study, [])[0], tmp_path, ["segment.methods=[cldf,cdm]"])
+    assert [run.config.segment.methods for run in runs] == [("cldf", "cdm")] * 2
 
 
 def test_a_study_that_is_not_there_and_an_option_of_another_command_are_refused(
@@ -199,7 +199,8 @@ def test_a_run_shares_the_stages_that_its_settings_do_not_change(
     leftover.mkdir(parents=True)
     (leftover / "half").touch()
     assert share_finished_stages(source, other) == [
-        "prepare", "train-diffusion", "tune-labels", "train-classifier", "train-patch-classifier",
+        "prepare", "train-diffusion", "tune-label-embedding", "train-classifier",
+        "train-patch-classifier",
     ]  # fmt: skip
     assert not list(other.run_folder.rglob("half"))
     assert not list(other.run_folder.rglob(".lock")), "each run locks its own folders"
@@ -363,7 +364,7 @@ def test_a_variant_has_the_very_nets_of_its_base(finished: FinishedStudy) -> Non
     assert (other / "prepare" / "DONE").samefile(base / "prepare" / "DONE")
     decoder = "train-decoder/net.safetensors"
     assert (warm / decoder).read_bytes() != (base / decoder).read_bytes()
-    rows = json.loads((warm / "segment" / "thresholds.json").read_text())["cuts"]
+    rows = json.loads((warm / "segment" / "thresholds.json").read_text())["thresholds"]
     has = ["patch_classifier", "cldf", "cldf_plus", "patch_features"]
     assert list(rows) == has, "of the rows that a variant needs those that it has"
 
@@ -390,7 +391,7 @@ def test_every_number_of_a_run_is_in_the_results_once(finished: FinishedStudy) -
         ("0", "base"), ("0", "warm"), ("1", "base"),
     ]  # fmt: skip
     assert all(float(row["seconds"]) > 0 and row["torch"] and row["device"] for row in provenance)
-    for name in ("seeds", "legacy", "oracle_intensity"):
+    for name in ("seeds", "slice_protocol", "oracle_intensity"):
         assert len({(row["seed"], row["variant"]) for row in rows_of(folder, name)}) == 3
 
 

@@ -153,7 +153,7 @@ def test_a_damaged_file_of_results_is_named(
 
 
 def test_a_file_of_results_that_is_no_text_is_named(results: Path) -> None:
-    (results / "legacy.csv").write_bytes(b"\xff\xfe\n")
+    (results / "slice_protocol.csv").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"legacy\.csv is damaged: .*decode"):
         write_tables(results)
 

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from cldf_dist.__main__ import main
-from cldf_dist.system.files import remove_leftovers, whole_file
+from cldf_dist.system.files import atomic_write, remove_leftovers
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"one")
         assert not path.exists()
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"two")
         assert path.read_bytes() == b"one"
     assert path.read_bytes() == b"two"
@@ -27,7 +27,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     path.write_bytes(b"old")
 
     def write_half() -> None:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
             raise RuntimeError("half way")
 
@@ -42,7 +42,7 @@ def test_what_killed_writers_left_is_removed_when_the_stage_starts_again(
 ) -> None:
     run = debug_run.copy_to(
         tmp_path,
-        *("prepare", "train-diffusion", "tune-labels", "train-classifier", "train-cam"),
+        *("prepare", "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam"),
         *("train-patch-classifier", "cache", "train-decoder", "segment"),
     )
     segment = run.folder / "segment"

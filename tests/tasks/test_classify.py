@@ -6,10 +6,10 @@ from torch.nn import functional
 from cldf_dist.config import Cam, Classifier
 from cldf_dist.method.noise import Schedule
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
-from cldf_dist.tasks.classify import Classify, NoiseRange, noise_levels
+from cldf_dist.tasks.classify import Classify, NoiseRange, noising_timesteps
 
 SCHEDULE = Schedule(1000, "cosine", "v_prediction")
-NOISE = NoiseRange(SCHEDULE, max_noise_level=600, clean_share=0.3)
+NOISE = NoiseRange(SCHEDULE, max_timestep=600, clean_fraction=0.3)
 
 
 class Recorder(nn.Module):
@@ -57,7 +57,7 @@ def test_clean_share_gets_no_noise_and_timestep_zero():
     net, data = Recorder(), batch(torch.arange(64))
     Classify(net, label_smoothing=0.0, noise=NOISE, seed=1).eval()(data)
     noised, times = net.calls[0]
-    _, clean = noise_levels(torch.arange(64), 1, NOISE)
+    _, clean = noising_timesteps(torch.arange(64), 1, NOISE)
     assert 0.25 < clean.float().mean() < 0.35
     assert (times[clean] == 0).all()
     assert torch.equal(noised[clean], data["image"][clean])
@@ -65,14 +65,14 @@ def test_clean_share_gets_no_noise_and_timestep_zero():
 
 
 def test_noise_levels_cover_their_range_evenly():
-    times, clean = noise_levels(torch.arange(6000), 0, NOISE)
+    times, clean = noising_timesteps(torch.arange(6000), 0, NOISE)
     counts = torch.bincount(times[~clean] // 100)
     assert counts.tolist() == [pytest.approx(700, abs=10)] * 6
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_all_or_nothing_clean(share):
-    times, clean = noise_levels(torch.arange(500), 0, NoiseRange(SCHEDULE, 600, share))
+    times, clean = noising_timesteps(torch.arange(500), 0, NoiseRange(SCHEDULE, 600, share))
     assert clean.all() if share else not clean.any()
     assert times.min() >= 0
     assert times.max() < 600
@@ -115,7 +115,7 @@ def test_real_nets_learn_brightness(noise):
 
 
 def test_impossible_noise_ranges_are_refused():
-    with pytest.raises(ValueError, match=r"max_noise_level must be in \[1, 1000\], got 1001"):
+    with pytest.raises(ValueError, match=r"max_timestep must be in \[1, 1000\], got 1001"):
         NoiseRange(SCHEDULE, 1001, 0.3)
-    with pytest.raises(ValueError, match=r"clean_share must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"clean_fraction must be in \[0, 1\], got 1.5"):
         NoiseRange(SCHEDULE, 600, 1.5)

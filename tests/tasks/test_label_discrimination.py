@@ -8,7 +8,7 @@ from cldf_dist.config import UNet
 from cldf_dist.method.counterfactual import EMBEDDING
 from cldf_dist.method.noise import Schedule, sample_noise, training_timesteps
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.tasks.label_discrimination import FIRST_SCALE, TellApart
+from cldf_dist.tasks.label_discrimination import FIRST_SCALE, LabelDiscrimination
 
 SCHEDULE = Schedule(1000, "cosine", "epsilon")
 RANGE = (100, 300)
@@ -67,7 +67,7 @@ def test_loss_by_hand(prediction: str) -> None:
     right = torch.where(numbers % 2 == 1, errors[1], errors[0])
     logits = FIRST_SCALE * (errors[0] - errors[1]) / right
     probability = torch.where(numbers % 2 == 1, logits, -logits).sigmoid()
-    found = TellApart(net, schedule, noise_range=RANGE, seed=3)(data)
+    found = LabelDiscrimination(net, schedule, timestep_range=RANGE, seed=3)(data)
     torch.testing.assert_close(found["loss"], -probability.log().mean())
     torch.testing.assert_close(found["error"], right.mean())
     torch.testing.assert_close(found["accuracy"], (probability > 0.5).float().mean())
@@ -76,7 +76,7 @@ def test_loss_by_hand(prediction: str) -> None:
 def test_the_embedding_alone_is_trained_saved_and_copied() -> None:
     net = small_unet()
     before = copy.deepcopy(net.state_dict())
-    task = TellApart(net, SCHEDULE, noise_range=RANGE, seed=3)
+    task = LabelDiscrimination(net, SCHEDULE, timestep_range=RANGE, seed=3)
     assert set(task.state_dict()) == {"net.weight", "log_scale", "offset"}
     torch.testing.assert_close(task.net.weight, before[EMBEDDING])
     average = copy.deepcopy(task)
@@ -92,7 +92,7 @@ def test_the_embedding_alone_is_trained_saved_and_copied() -> None:
 
 def test_labels_learn_to_speak_where_the_object_is() -> None:
     """From an embedding that changes nothing, by the labels of slices alone."""
-    task = TellApart(BrightIsObject(), SCHEDULE, noise_range=RANGE, seed=0)
+    task = LabelDiscrimination(BrightIsObject(), SCHEDULE, timestep_range=RANGE, seed=0)
     task.net.weight.data[1] = 0.01  # equal rows give no direction
     optimizer = torch.optim.Adam(task.parameters(), lr=0.02)
     first = task(batch(torch.arange(32)))["loss"].item()

@@ -26,9 +26,15 @@ def tensors(step: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def save(folder: Path, *steps: int, keep: int = 5) -> None:
+def save(folder: Path, *steps: int, keep_checkpoints: int = 5) -> None:
     for step in steps:
-        save_checkpoint(folder, RUN, {"step": step, "skipped": 1}, tensors(step), keep=keep)
+        save_checkpoint(
+            folder,
+            RUN,
+            {"step": step, "skipped": 1},
+            tensors(step),
+            keep_checkpoints=keep_checkpoints,
+        )
 
 
 def names(folder: Path) -> list[str]:
@@ -65,7 +71,9 @@ def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
 
 def test_channels_last_and_shared_tensors_are_stored_plainly(tmp_path: Path) -> None:
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    save_checkpoint(tmp_path, RUN, {"step": 1}, {"task": {"a": last, "b": last}}, keep=1)
+    save_checkpoint(
+        tmp_path, RUN, {"step": 1}, {"task": {"a": last, "b": last}}, keep_checkpoints=1
+    )
     found = newest_checkpoint(tmp_path, RUN)
     assert found is not None
     assert_same(found.tensors["task"], {"a": last, "b": last})
@@ -133,14 +141,18 @@ def test_what_cannot_be_removed_does_not_end_a_training(
     (tmp_path / "step-00000000").symlink_to(tmp_path)
     (tmp_path / "step-00000001").write_text("a file")
     (tmp_path / ".notes.partial").write_text("a file")
-    save(tmp_path, 2, 3, keep=1)
+    save(tmp_path, 2, 3, keep_checkpoints=1)
     assert names(tmp_path) == ["step-00000003"]
 
 
 def test_weights_of_a_checkpoint_are_those_of_the_net_alone(tmp_path: Path) -> None:
     weight = torch.ones(2)
     save_checkpoint(
-        tmp_path, RUN, {"step": 1}, {"average": {"net.w": weight, "temperature": weight}}, keep=1
+        tmp_path,
+        RUN,
+        {"step": 1},
+        {"average": {"net.w": weight, "temperature": weight}},
+        keep_checkpoints=1,
     )
     assert set(read_weights(tmp_path / "step-00000001")) == {"w"}
     with pytest.raises(FileNotFoundError, match=r"no weights at .*must be a \.safetensors file"):
@@ -172,9 +184,9 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 10, keep=2)
+    save(tmp_path, 1, 2, 3, 10, keep_checkpoints=2)
     assert names(tmp_path) == ["step-00000003", "step-00000010"]
-    save(tmp_path, 11, keep=1)
+    save(tmp_path, 11, keep_checkpoints=1)
     assert names(tmp_path) == ["step-00000011"]
 
 
@@ -184,11 +196,11 @@ def test_a_damaged_later_checkpoint_does_not_crowd_out_the_good_ones(
     save(tmp_path, 3, 9)
     flip_byte(tmp_path / "step-00000009" / "task.safetensors", -1)
     for step in (4, 5):  # training goes on from step 3
-        save(tmp_path, step, keep=1)
+        save(tmp_path, step, keep_checkpoints=1)
         found = newest_checkpoint(tmp_path, RUN)
         assert found is not None
         assert found.state["step"] == step
-    save(tmp_path, 9, keep=1)
+    save(tmp_path, 9, keep_checkpoints=1)
     found = newest_checkpoint(tmp_path, RUN)
     assert found is not None
     assert found.state["step"] == 9
@@ -214,7 +226,7 @@ def test_an_optimizer_comes_back_bit_by_bit(tmp_path: Path) -> None:
 
     net, optimizer = trained(3)
     stored = {"task": net.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    save_checkpoint(tmp_path, RUN, {"step": 3}, stored, keep=1)
+    save_checkpoint(tmp_path, RUN, {"step": 3}, stored, keep_checkpoints=1)
     found = newest_checkpoint(tmp_path, RUN)
     assert found is not None
     other, fresh = trained(0)

@@ -32,9 +32,9 @@ SETTINGS = Fit(
     warmup_steps=2,
     weight_decay=0.01,
     clip_norm=1.0,
-    average_decay=0.9,
+    ema_decay=0.9,
     checkpoint_every=3,
-    keep=20,
+    keep_checkpoints=20,
     validate_every=4,
     validation_samples=6,
     log_every=2,
@@ -335,14 +335,16 @@ def test_accumulation_changes_the_result_by_round_off_only(tmp_path: Path) -> No
         def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"loss": nn.functional.cross_entropy(self.net(batch["image"]), batch["label"])}
 
-    for accumulate in (1, 2, 4):
-        settings = replace(SETTINGS, accumulate=accumulate)
-        train(tmp_path, settings, name=f"by-{accumulate}", task=Smooth())
+    for gradient_accumulation_steps in (1, 2, 4):
+        settings = replace(SETTINGS, gradient_accumulation_steps=gradient_accumulation_steps)
+        train(tmp_path, settings, name=f"by-{gradient_accumulation_steps}", task=Smooth())
     whole = checkpoint(tmp_path, 9, "by-1")["task"]
-    for accumulate in (2, 4):
-        parts = checkpoint(tmp_path, 9, f"by-{accumulate}")["task"]
+    for gradient_accumulation_steps in (2, 4):
+        parts = checkpoint(tmp_path, 9, f"by-{gradient_accumulation_steps}")["task"]
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-        for mine, theirs in zip(metrics(tmp_path, f"by-{accumulate}"), metrics(tmp_path, "by-1")):
+        for mine, theirs in zip(
+            metrics(tmp_path, f"by-{gradient_accumulation_steps}"), metrics(tmp_path, "by-1")
+        ):
             assert mine == pytest.approx(theirs, rel=1e-4)
 
 
@@ -387,10 +389,10 @@ def test_non_finite_steps_that_are_not_in_a_row_do_not_stop(tmp_path: Path) -> N
 
 
 def test_the_moving_average_warms_up(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=3, checkpoint_every=1, average_decay=0.15)
+    settings = replace(SETTINGS, steps=3, checkpoint_every=1, ema_decay=0.15)
     train(tmp_path, settings, task=Slope(), items=Values(lambda number: 1.0), validation=False)
     average = 3.0
-    # (1 + step) / (10 + step) = 0.1, 2 / 11; then average_decay is smaller than 3 / 12
+    # (1 + step) / (10 + step) = 0.1, 2 / 11; then ema_decay is smaller than 3 / 12
     for step, decay in ((1, 1 / 10), (2, 0.15), (3, 0.15)):
         stored = checkpoint(tmp_path, step)
         weight = stored["task"]["net.weight"].item()
@@ -406,14 +408,14 @@ def test_the_average_holds_the_buffers_of_the_trained_net(uninterrupted: Path) -
 
 
 def test_without_an_average_the_trained_net_is_given(tmp_path: Path) -> None:
-    net = train(tmp_path, replace(SETTINGS, average_decay=0.0))
+    net = train(tmp_path, replace(SETTINGS, ema_decay=0.0))
     stored = checkpoint(tmp_path, 9)["task"]
     for key, value in net.state_dict().items():
         assert torch.equal(value, stored[f"net.{key}"])
 
 
 def test_learning_rate_by_hand() -> None:
-    settings = Fit(steps=12, learning_rate=2.0, warmup_steps=4, final_learning_rate=0.1)
+    settings = Fit(steps=12, learning_rate=2.0, warmup_steps=4, final_learning_rate_fraction=0.1)
     assert [learning_rate(step, settings) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert learning_rate(8, settings) == pytest.approx(2 * 0.55)  # half of the cosine
     assert learning_rate(6, settings) == pytest.approx(2 * (0.1 + 0.45 * (1 + math.sqrt(0.5))))
@@ -464,7 +466,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"fit\.batch_size \(4, .*multiple of processes x .* = 1 x 3"
     ):
-        train(tmp_path, replace(SETTINGS, accumulate=3))
+        train(tmp_path, replace(SETTINGS, gradient_accumulation_steps=3))
 
 
 def test_the_contrast_task_refuses_accumulation(tmp_path: Path) -> None:
@@ -472,7 +474,7 @@ def test_the_contrast_task_refuses_accumulation(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"Contrast contrasts within the batch: .* must be 1, got 2"
     ):
-        train(tmp_path, replace(SETTINGS, accumulate=2), task=task)
+        train(tmp_path, replace(SETTINGS, gradient_accumulation_steps=2), task=task)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_one_before(

@@ -31,7 +31,8 @@ NET = UNet(
     norm_num_groups=8,
 )  # fmt: skip
 SETTINGS = Fit(
-    steps=12, batch_size=8, learning_rate=1e-3, warmup_steps=2, checkpoint_every=6, keep=9,
+    steps=12, batch_size=8, learning_rate=1e-3, warmup_steps=2, checkpoint_every=6,
+    keep_checkpoints=9,
     validate_every=6, validation_samples=8, log_every=3,
 )  # fmt: skip
 
@@ -117,7 +118,12 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(tmp_path: Path, precis
 
 @pytest.mark.parametrize(
     "changes",
-    [{"compile": True}, {"channels_last": "always"}, {"accumulate": 2}, {"num_workers": 2}],
+    [
+        {"compile": True},
+        {"channels_last": "always"},
+        {"gradient_accumulation_steps": 2},
+        {"num_workers": 2},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_makes_it_faster_or_smaller_trains_alike(

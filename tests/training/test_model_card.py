@@ -23,7 +23,8 @@ from cldf_dist.training.model_card import LOAD_WITH_MONAI, write_card
 
 ROOT = Path(__file__).parents[2]
 CARDS = (
-    "train-diffusion", "tune-labels", "train-classifier", "train-cam", "train-patch-classifier",
+    "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
+    "train-patch-classifier",
     "train-decoder",
     *(f"train-decoder/{row}" for row in (PLUS, PATCH_FEATURES, *UPPER_BOUNDS)),
 )  # fmt: skip
@@ -126,7 +127,7 @@ def test_the_lines_that_load_the_net_load_it(
     exec(program_of(card(debug_run, stage)), found)
     stored = load_file("net.safetensors")
     weights = found["net"].state_dict()
-    if stage == "tune-labels":  # loaded into the model that it belongs to
+    if stage == "tune-label-embedding":  # loaded into the model that it belongs to
         weights = {"weight": weights[EMBEDDING]}
     assert set(weights) == set(stored)
     assert all(torch.equal(weights[name], value) for name, value in stored.items())

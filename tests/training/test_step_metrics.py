@@ -159,7 +159,7 @@ def test_throughput_by_hand() -> None:
     rate = found["speed/slices_per_second"]
     # a forward is 2 x 10 x 20 FLOPs a slice, the backward twice that
     assert found["speed/model_tflops"] == pytest.approx(rate * 3 * 2 * 10 * 20 / 1e12)
-    assert found["speed/data_wait_share"] == 0.0
+    assert found["speed/data_wait_fraction"] == 0.0
     assert "speed/model_flops_utilisation" not in found, "the peak of a CPU is not known"
     assert 0.05 < found["speed/memory_gb"] == memory_gb(CPU)
 

@@ -31,8 +31,9 @@ from cldf_dist.system.signals import Stopped
 from cldf_dist.training.fit import fit
 
 SETTINGS = Fit(
-    steps=9, batch_size=12, accumulate=2, learning_rate=0.05, warmup_steps=2, weight_decay=0.01,
-    average_decay=0.9, checkpoint_every=3, keep=20, validate_every=4, validation_samples=6,
+    steps=9, batch_size=12, gradient_accumulation_steps=2, learning_rate=0.05, warmup_steps=2,
+    weight_decay=0.01,
+    ema_decay=0.9, checkpoint_every=3, keep_checkpoints=20, validate_every=4, validation_samples=6,
     log_every=2,
 )  # fmt: skip
 NUM_ITEMS = 40

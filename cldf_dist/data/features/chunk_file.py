@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 Array = npt.NDArray[Any]
 ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
@@ -86,7 +86,7 @@ def write_shard_file(path: Path, values: Array, num_chunks: int) -> None:
     values = np.ascontiguousarray(values)
     index = np.full((num_chunks, 2), ABSENT, dtype="<u8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         for place, row in enumerate(values):
             content = as_bytes(row)
             index[place] = (file.tell(), len(content) + CHECKSUM_BYTES)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import foreground
+from cldf_dist.data.slices import body_mask
 
 BACKGROUND, OBJECT, UNKNOWN = 0, 1, -1
 
@@ -42,32 +42,32 @@ class SeedLabels:
 
 
 @dataclass(frozen=True)
-class EvidenceLabels:
+class PatchLogitLabels:
     """Seeds where the patch classifier's evidence and the activation map agree: object above both
-    cuts in positive slices, background in all of the subject of negative ones; whatever else is in
-    a positive slice is unknown."""
+    thresholds in positive slices, background in all of the subject of negative ones; whatever else
+    is in a positive slice is unknown."""
 
     cache: FeatureCache
-    cut: float  # logit
-    cam_cut: float  # of the map scaled to [0, 1] within the subject; 0: it is not asked
+    threshold: float  # logit
+    cam_threshold: float  # of the map scaled to [0, 1] within the subject; 0: it is not asked
 
     def labels(self, row: int) -> Labels:
-        evidence = self.cache.read("evidence", row)
-        inside = np.isfinite(evidence)
-        seeds = np.full(evidence.shape, UNKNOWN, np.int8)
+        patch_logits = self.cache.read("patch_logits", row)
+        inside = np.isfinite(patch_logits)
+        seeds = np.full(patch_logits.shape, UNKNOWN, np.int8)
         label = int(self.cache.read("label", row))
         if label == 1:
-            seeds[(evidence > self.cut) & self._in_cam(row, inside)] = OBJECT
+            seeds[(patch_logits > self.threshold) & self._in_cam(row, inside)] = OBJECT
         elif label == 0:
             seeds[inside] = BACKGROUND
         return seeds
 
     def _in_cam(self, row: int, inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        if self.cam_cut == 0:
+        if self.cam_threshold == 0:
             return inside
         cam = self.cache.read("cam", row).astype(np.float32)
         low, high = cam[inside].min(initial=np.inf), cam[inside].max(initial=-np.inf)
-        return np.asarray(inside & (cam - low > self.cam_cut * (high - low)))
+        return np.asarray(inside & (cam - low > self.cam_threshold * (high - low)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MaskLabels:
 
     def labels(self, row: int) -> Labels:
         mask = self.table.read_mask(row)
-        inside = foreground(self.table.read_image(row))
+        inside = body_mask(self.table.read_image(row))
         if mask is None:
             return np.full(inside.shape, UNKNOWN, np.int8)
         return np.where(inside, mask, UNKNOWN).astype(np.int8)

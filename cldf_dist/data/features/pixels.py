@@ -46,7 +46,7 @@ class TrainingPixels:
 class PixelsPerItem:
     """How many pixels each item of the stream has, whatever its slices are like."""
 
-    num_foreground: int
+    num_object: int
     num_background: int
     hard_negatives: float  # share of a slice's background pixels that come from its hardest
     hard_pool: float  # share of a slice's background that counts as its hardest
@@ -68,11 +68,13 @@ class SeedPixels:
         self.negative = pixels.rows[(num_background > 0) & (num_object == 0)]
         if not len(self.positive):
             raise ValueError(
-                "no training slice has an object seed; lower seeds.foreground (cldf_plus: raise "
-                "plus.foreground)"
+                "no training slice has an object seed; lower seeds.object_threshold (cldf_plus: "
+                "raise plus.negative_fraction)"
             )
         if not len(self.with_background):
-            raise ValueError("no training slice has a background seed; raise seeds.background")
+            raise ValueError(
+                "no training slice has a background seed; raise seeds.background_threshold"
+            )
         self.pixels, self.numbers, self.seed = pixels, numbers, seed
 
     @property
@@ -91,7 +93,7 @@ class SeedPixels:
             [gather_pixels(cache, taps, row, places, size) for row, places, size in parts]
         )
         labels = np.zeros(len(features), dtype=np.int64)
-        labels[: self.numbers.num_foreground] = 1
+        labels[: self.numbers.num_object] = 1
         return {
             "features": torch.from_numpy(features),
             "labels": torch.from_numpy(labels),
@@ -114,7 +116,7 @@ class SeedPixels:
             partners = self.negative if len(self.negative) else self.with_background
             partner = int(rng.choice(partners))
             here = num_background // 2 if has_background else 0
-        objects = _draw(np.flatnonzero(labels == OBJECT), self.numbers.num_foreground, rng)
+        objects = _draw(np.flatnonzero(labels == OBJECT), self.numbers.num_object, rng)
         chosen = np.concatenate([objects, self._background(row, labels, here, rng)])
         parts = [(row, _places(chosen, labels), _size(labels))]
         if there := num_background - here:

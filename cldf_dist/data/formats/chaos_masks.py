@@ -11,7 +11,7 @@ from PIL import Image
 
 from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_parts, object_values
 from cldf_dist.data.slices import Geometry
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 Mask = npt.NDArray[np.bool_]
 
@@ -165,5 +165,5 @@ def _read_png(file: Path) -> npt.NDArray[np.uint8]:
 def _write_png(path: Path, values: npt.NDArray[np.uint8]) -> None:
     """(rows, columns) as 8 bits of gray; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         Image.fromarray(np.ascontiguousarray(values)).save(file, format="PNG")

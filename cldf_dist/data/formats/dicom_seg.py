@@ -12,7 +12,7 @@ from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
 from cldf_dist.data.formats.dicom_slice import quiet, read_dataset
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 SOURCE_TAGS = (  # what a segmentation refers to its source by
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"),
@@ -196,5 +196,5 @@ def _name_dimensions(segmentation: Dataset, uid: str) -> None:
 
 def _save(segmentation: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         segmentation.save_as(file)

@@ -14,7 +14,7 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 Affine = npt.NDArray[np.float64]
 
@@ -36,7 +36,7 @@ class Volume:
 
     patient: str
     image: npt.NDArray[Any]  # (channels, x, y, slices), float32 or int16
-    foreground: npt.NDArray[np.bool_]  # (x, y, slices): where the subject is
+    body_mask: npt.NDArray[np.bool_]  # (x, y, slices): where the subject is
     mask: npt.NDArray[np.bool_] | None  # (x, y, slices): the object; None where nobody drew it
     affine: Affine  # (4, 4), voxel index to mm
     sources: tuple[str, ...] = ()  # per channel the file or folder it was read from, for messages
@@ -94,7 +94,7 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], affine: Affine) -> No
     header = _header(array, affine)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        whole_file(path) as file,
+        atomic_write(path) as file,
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
     ):
         packed.write(header.binaryblock + NO_EXTENSIONS)

@@ -120,7 +120,7 @@ def read_scan(
     return Volume(
         patient=folder.name,
         image=image,
-        foreground=subject_of(image, subject),
+        body_mask=subject_of(image, subject),
         mask=mask,
         affine=scans[reference][1],
         sources=tuple(str(paths[channel]) for channel in CHANNELS),

@@ -126,7 +126,7 @@ def _read(scan: _Scan, settings: Data) -> Volume:
     return Volume(
         patient=scan.patient,
         image=image,
-        foreground=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
         mask=mask,
         affine=series[0].affine,
         sources=tuple(str(_folder(one)) for one in series),

@@ -98,7 +98,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
     return Volume(
         patient=patient,
         image=image,
-        foreground=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
         mask=_mask(folder, sources[0], first),
         affine=series[0].affine,
         sources=tuple(str(source) for source in sources),

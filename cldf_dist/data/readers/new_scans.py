@@ -251,7 +251,7 @@ def _volume(
     return Volume(
         patient=name,
         image=image,
-        foreground=subject_of(image, rule_of(kind.settings), hounsfield=kind.hounsfield),
+        body_mask=subject_of(image, rule_of(kind.settings), hounsfield=kind.hounsfield),
         mask=None,
         affine=scans[0][1],
         sources=tuple(places),

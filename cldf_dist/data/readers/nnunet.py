@@ -124,7 +124,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
     return Volume(
         patient=patient,
         image=image,
-        foreground=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
         mask=_mask(settings, patient, description, paths[0], scans[0]),
         affine=affine,
         sources=tuple(str(path) for path in paths),

@@ -15,7 +15,7 @@ from cldf_dist.data.shards.remote import ShardCache, read_remote
 from cldf_dist.data.shards.table import MANIFEST, DamagedShardError, Record, parse_manifest
 from cldf_dist.data.slices import KEY_PATTERN
 from cldf_dist.data.splits import SPLITS, read_splits
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 # settings of `data` that do not say what is in the shards; splits files are read and compared
 NOT_COMPARED = ("root", "labels", "splits", "on_damaged", "shards", "shard_cache", "shard_cache_gb")
@@ -37,7 +37,7 @@ def adopt_shards(settings: Data, folder: Path) -> Record:
         old.unlink()
     _fetch_truth(manifest, location, folder / "truth")
     manifest |= {"location": location, "settings": to_plain(settings)}
-    with whole_file(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
     return manifest
 
@@ -118,5 +118,5 @@ def _fetch_truth(manifest: Record, location: str, folder: Path) -> None:
             raise DamagedShardError(
                 f"{url} is damaged: its sha256 is wrong; prepare that data again"
             )
-        with whole_file(folder / f"{name}.nii.gz") as file:
+        with atomic_write(folder / f"{name}.nii.gz") as file:
             file.write(content)

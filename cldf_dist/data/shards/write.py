@@ -18,7 +18,7 @@ import webdataset
 
 from cldf_dist.data.shards.table import FORMAT, IMAGE, MANIFEST, MASK, META, VERSION, Record
 from cldf_dist.data.slices import Geometry, Slice, quantise
-from cldf_dist.system.files import whole_file
+from cldf_dist.system.files import atomic_write
 
 
 def write_shards(
@@ -68,7 +68,7 @@ def write_manifest(
         "truth": dict(truth or {}),
         "shards": list(shards),
     }
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
     return path
 

@@ -152,7 +152,7 @@ def test_kidneys_are_parted_at_the_middle_of_the_subject_not_of_the_picture(tmp_
     geometry = geometry_of(volume, data)
     x0, x1, y0, y1 = geometry.box
     moved = Geometry(**{**vars(geometry), "box": (x0 + 5, x1 + 5, y0, y1)})
-    everywhere = np.ones(volume.foreground.shape, np.bool_)
+    everywhere = np.ones(volume.body_mask.shape, np.bool_)
     middles = []
     for place in (geometry, moved):
         write_chaos_masks(tmp_path / "masks", everywhere, place, object_name=KIDNEYS)

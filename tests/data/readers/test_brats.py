@@ -69,8 +69,8 @@ def test_both_naming_schemes_give_the_same_volume(tmp_path: Path, year: int, suf
     assert volume.image.shape == (4, *SHAPE)
     assert volume.image.dtype == np.int16
     assert volume.image[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
-    assert volume.foreground[:, :, :-1].all()
-    assert not volume.foreground[:, :, -1].any()
+    assert volume.body_mask[:, :, :-1].all()
+    assert not volume.body_mask[:, :, -1].any()
     assert volume.mask is not None
     assert int(volume.mask.sum()) == 3
     np.testing.assert_array_equal(volume.affine, AFFINE)
@@ -234,4 +234,4 @@ def test_development_data_is_read() -> None:
     volume = read_scan(root / patients[0])
     assert volume.image.shape == (4, 240, 240, 32)
     assert volume.mask is not None
-    assert not (volume.mask & ~volume.foreground).any()
+    assert not (volume.mask & ~volume.body_mask).any()

@@ -68,8 +68,8 @@ def test_t1_has_two_channels_and_the_liver_is_the_usual_object(tmp_path: Path) -
     np.testing.assert_array_equal(volume.mask, truth("liver"))
     assert volume.spacing == SPACING
     assert not volume.hounsfield
-    assert not volume.foreground[0, 0].any()
-    assert volume.foreground[12, 10].all()
+    assert not volume.body_mask[0, 0].any()
+    assert volume.body_mask[12, 10].all()
     assert [Path(source).name for source in volume.sources] == ["InPhase", "OutPhase"]
     assert [file.name for file in volume.dicom_files] == [
         f"IMG-0004-{number:05d}.dcm" for number in (2, 4, 6, 8)
@@ -92,8 +92,8 @@ def test_ct_is_in_hounsfield_units_and_has_the_liver_alone(tmp_path: Path) -> No
     assert volume.hounsfield
     np.testing.assert_array_equal(volume.image[0], body(4) - 1024)
     np.testing.assert_array_equal(volume.mask, truth("liver"))
-    assert not volume.foreground[0, 0].any()
-    assert volume.foreground[5:19, 5:16].all()
+    assert not volume.body_mask[0, 0].any()
+    assert volume.body_mask[5:19, 5:16].all()
 
 
 def test_reader_and_rules_of_the_configuration_know_the_same_objects() -> None:
@@ -311,7 +311,7 @@ def test_development_ct_shows_a_liver_under_its_masks() -> None:
     liver = volume.image[0][volume.mask]
     assert 50 < np.median(liver) < 200  # enhanced; Hounsfield units
     assert np.subtract(*np.percentile(liver, (75, 25))) < 60
-    assert not (volume.mask & ~volume.foreground).any()
+    assert not (volume.mask & ~volume.body_mask).any()
 
 
 @pytest.mark.parametrize("modality", ["mr_t1", "mr_t2"])
@@ -323,7 +323,7 @@ def test_development_mr_shows_the_kidneys_on_their_sides(modality: str) -> None:
         assert volume.mask is not None
         voxels = np.argwhere(volume.mask)
         centres[name] = volume.affine[0, :3] @ voxels.mean(axis=0) + volume.affine[0, 3]
-        assert not (volume.mask & ~volume.foreground).any()
+        assert not (volume.mask & ~volume.body_mask).any()
     assert centres["right_kidney"] > centres["left_kidney"]  # RAS: x grows to the right
 
 

@@ -17,7 +17,7 @@ from cldf_dist.data.readers.datasets import (
     source_fingerprint,
 )
 from cldf_dist.data.readers.subject import nonzero_mask
-from cldf_dist.data.slices import foreground, prepare_volume
+from cldf_dist.data.slices import body_mask, prepare_volume
 
 PHANTOM = Data(
     dataset="phantom",
@@ -41,11 +41,11 @@ def test_phantom_subject_holds_the_object_and_leaves_the_air() -> None:
     for patient in patients(PHANTOM):
         volume = read_patient(PHANTOM, patient)
         assert volume.mask is not None
-        assert not (volume.mask & ~volume.foreground).any()
-        assert 0.2 < volume.foreground.mean() < 0.7
-        assert not volume.foreground[0, 0].any()
+        assert not (volume.mask & ~volume.body_mask).any()
+        assert 0.2 < volume.body_mask.mean() < 0.7
+        assert not volume.body_mask[0, 0].any()
         slices, _ = prepare_volume(volume, PHANTOM)
-        assert all(foreground(item.image).any() for item in slices)
+        assert all(body_mask(item.image).any() for item in slices)
 
 
 def test_subject_is_the_largest_part_without_holes() -> None:

@@ -78,8 +78,8 @@ def test_one_series_is_a_channel_of_its_modality(tmp_path: Path) -> None:
     assert volume.image.dtype == np.int16
     assert volume.hounsfield
     assert volume.mask is None
-    assert volume.foreground[10, 10].all()
-    assert not volume.foreground[0].any()
+    assert volume.body_mask[10, 10].all()
+    assert not volume.body_mask[0].any()
     assert volume.spacing == SPACING
     assert volume.sources == (str(tmp_path / "scans" / "a"),)
     assert volume.dicom_files == tuple(files)
@@ -113,7 +113,7 @@ def test_sub_folders_are_channels(tmp_path: Path) -> None:
     volume = read_patient(settings, "a")
     np.testing.assert_array_equal(volume.image, np.stack([body(11, air=0), body(10, air=0)]))
     assert not volume.hounsfield
-    np.testing.assert_array_equal(volume.foreground, body(air=0) > 0)  # nothing but 0 around it
+    np.testing.assert_array_equal(volume.body_mask, body(air=0) > 0)  # nothing but 0 around it
     assert [Path(source).name for source in volume.sources] == ["t1", "t2"]
 
 

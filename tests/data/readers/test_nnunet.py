@@ -80,7 +80,7 @@ def test_a_case_is_read(folder: Path) -> None:
     assert volume.image.dtype == np.int16
     assert volume.mask is not None
     np.testing.assert_array_equal(volume.mask, mask(1, 2, 3) == 1)
-    np.testing.assert_array_equal(volume.foreground, scan() > 0)
+    np.testing.assert_array_equal(volume.body_mask, scan() > 0)
     np.testing.assert_array_equal(volume.affine, AFFINE)
     assert volume.sources[0].endswith("imagesTr/case_1_0000.nii.gz")
     assert not volume.hounsfield
@@ -395,7 +395,7 @@ def test_brats_in_the_layout_of_nnunet_gives_the_same_shards(tmp_path: Path) -> 
     for number, name in enumerate(names):
         volume = read_patient(source, f"phantom_{number:03d}")
         assert volume.mask is not None
-        for channel, image in zip(CHANNELS, volume.image * volume.foreground):
+        for channel, image in zip(CHANNELS, volume.image * volume.body_mask):
             path = tmp_path / "brats" / name / f"{name}_{channel}.nii.gz"
             save(path, beside_air(image.astype(np.int16)), volume.affine)
         labels = beside_air(volume.mask * np.resize([1, 2, 4], volume.mask.shape))
