@@ -28,10 +28,11 @@ from cldf_dist.data.readers.objects import object_title
 from cldf_dist.data.readers.subject import rule_of, subject_of
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import Geometry, prepare_volume
+from cldf_dist.inference.segmenter import Segmenter
+from cldf_dist.methods import METHODS
 from cldf_dist.runs.run import Run, changed_keys, read_config, read_json, room_explained
 from cldf_dist.scoring.masks import FloatArray, Mask, mask_and_probability, write_own_layout
 from cldf_dist.stages import stage_named
-from cldf_dist.stages.segment import Segmenter
 from cldf_dist.system.distributed import processes
 from cldf_dist.system.progress import progress
 
@@ -92,7 +93,7 @@ class ScanSegmenter:
 
     config: Config
     kind: ScanKind
-    row: str  # whose masks they get
+    method: str  # whose masks they get
     threshold: float
     nets: Segmenter
 
@@ -153,8 +154,10 @@ class ScanSegmenter:
             )
         images = np.stack([item.image for item in slices])
         keys = [item.key for item in slices]
-        scores = self.nets.score(key, keys, images, rows=(self.row,))
-        mask, probability = mask_and_probability(config, scores, self.row, geometry, self.threshold)
+        scores = self.nets.score(key, keys, images, methods=(self.method,))
+        mask, probability = mask_and_probability(
+            config, scores, self.method, geometry, self.threshold
+        )
         certainty = np.full(_num_slices(geometry), np.nan, np.float32)
         certainty[list(geometry.indices)] = scores.probability
         return Segmentation(
@@ -249,11 +252,13 @@ def _loaded(config: Config) -> ScanSegmenter:
     run = Run(config, "segment", ())
     folder = run.needs("segment")
     rule = read_json(folder / "thresholds.json")
-    row = rule["mask_method"]
+    method = rule["mask_method"]
     prepared = ShardSet(run.needs("prepare"), on_damaged="skip")
     seen = prepared.geometry(prepared.patients["train"][0])
     kind = ScanKind(config.data, tuple(prepared.manifest["channels"]), seen.hounsfield)
-    return ScanSegmenter(config, kind, row, rule["thresholds"][row], Segmenter.load(config, run))
+    return ScanSegmenter(
+        config, kind, method, rule["thresholds"][method], Segmenter.load(config, run)
+    )
 
 
 def _settings_of_run(config: Config) -> Config:
@@ -266,7 +271,8 @@ def _settings_of_run(config: Config) -> Config:
         "data.shards=",
         "data.dataset=",
         "data.labels=",
-        *("cg_diff.", "cg_cdm.", "saliency.", "seeds.cam="),  # no mask of a new scan needs them
+        "seeds.cam=",  # no mask of a new scan needs it, nor a baseline's settings
+        *(f"{method.section}." for method in METHODS if method.section),
     )
     changed = [
         change

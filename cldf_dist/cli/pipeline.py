@@ -159,7 +159,7 @@ def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
 
 def _work(config: Config, stage: Stage, run: Run) -> None:
     with room_explained(run.folder):
-        run.finish(stage.run(config, run))
+        run.finish(stage.execute(config, run))
 
 
 def _follow(run: Run, word: Path, attempt: str, patience: float) -> None:

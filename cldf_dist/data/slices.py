@@ -14,11 +14,11 @@ from scipy import sparse
 
 from cldf_dist.config import Data
 from cldf_dist.data.formats.nifti import Affine, Volume, voxel_size
+from cldf_dist.labels import SliceLabel
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-OBJECT, NO_OBJECT, TOO_LITTLE, UNKNOWN = 1, 0, -1, -2  # labels of a slice
 OUTSIDE = -1.0  # the value of every channel where the subject is not
 STEPS = 32767  # int16 steps from 0 to 1
 DARKEST = np.float32(
@@ -301,8 +301,8 @@ def _slice_labels(
 
 def _slice_label(mask: Mask | None, index: int, min_object_pixels: int) -> int:
     if mask is None:
-        return UNKNOWN
+        return SliceLabel.UNLABELLED
     num_pixels = int(mask[:, :, index].sum())
     if num_pixels >= min_object_pixels:
-        return OBJECT
-    return NO_OBJECT if num_pixels == 0 else TOO_LITTLE
+        return SliceLabel.POSITIVE
+    return SliceLabel.NEGATIVE if num_pixels == 0 else SliceLabel.EXCLUDED

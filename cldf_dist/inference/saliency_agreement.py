@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cldf_dist.config import Config, Saliency, Segment
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import NO_OBJECT, OBJECT, body_mask
+from cldf_dist.data.slices import body_mask
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.counterfactual import cdm_saliency
 from cldf_dist.method.noise import Schedule
 from cldf_dist.method.threshold import negative_threshold
@@ -42,11 +43,11 @@ def saliency_agreement(
     found = chain.from_iterable(gather_objects(own))
     by_row = {row: (score, inside) for row, score, inside in found}
     labels = table.labels[rows]
-    if not {NO_OBJECT, OBJECT} <= set(labels.tolist()):
+    if not {SliceLabel.NEGATIVE, SliceLabel.POSITIVE} <= set(labels.tolist()):
         return None
     scores = np.stack([by_row[row][0] for row in rows.tolist()])
     subject = np.stack([by_row[row][1] for row in rows.tolist()])
-    negative = labels == NO_OBJECT
+    negative = labels == SliceLabel.NEGATIVE
     threshold = negative_threshold(scores[negative][subject[negative]], NEGATIVE_FRACTION)
     agreement = weak_validation(area_fractions(scores, subject, threshold), labels)["area_auroc"]
     return None if agreement is None else float(agreement)

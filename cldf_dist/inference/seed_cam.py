@@ -22,10 +22,11 @@ from cldf_dist.config import Config
 from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import OBJECT, body_mask
+from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
-from cldf_dist.inference.patch_logits import patch_maps
+from cldf_dist.inference.patch_maps import patch_maps
 from cldf_dist.inference.saliency_agreement import evenly_spread, saliency_of
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.agreement import correlations
 from cldf_dist.method.cam import METHODS, class_activation_maps
 from cldf_dist.system.distributed import (
@@ -94,7 +95,7 @@ def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreem
     Saliency is asked where `seeds.cam=auto` needs it and the diffusion model has labels, evidence
     where there is a patch classifier.
     """
-    rows = evenly_spread(np.flatnonzero(table.labels == OBJECT), COMPARED_SLICES)
+    rows = evenly_spread(np.flatnonzero(table.labels == SliceLabel.POSITIVE), COMPARED_SLICES)
     size = config.cache.batch_size
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     # whole batches to each process: with any number of them the same digits

@@ -8,32 +8,54 @@ two logits as the score; so the formulas are written out here and tested against
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cldf_dist.labels import SliceLabel
+
 METHODS = ("gradcam", "gradcam_pp", "layercam")
+
+
+@dataclass(frozen=True)
+class CamPass:
+    """One forward and backward pass of the clean classifier, of which every map is made."""
+
+    activation: Tensor  # (batch, channels, h, w) of the layer
+    gradient: Tensor  # of the score there, of the same shape
+    probability: Tensor  # (batch,) of "object"
+    size: tuple[int, int]  # of the images
+
+    def map(self, method: str) -> Tensor:
+        """The activation map (batch, height, width) >= 0 on the images' grid, in its raw scale.
+
+        Raises ValueError for an unknown method.
+        """
+        formulas = {"gradcam": gradcam, "gradcam_pp": gradcam_pp, "layercam": layercam}
+        if method not in formulas:
+            raise ValueError(f"CAM methods are {', '.join(METHODS)}; got {method}")
+        return _upsample(formulas[method](self.activation, self.gradient), self.size)
+
+
+def cam_pass(net: nn.Module, images: Tensor, layer: str) -> CamPass:
+    """The pass over images (batch, channels, height, width) behind all activation maps.
+
+    The score is the logit of "object" minus that of "no object". `net` is in evaluation mode and
+    `layer` names a submodule whose output is >= 0. Raises ValueError for an unknown layer.
+    """
+    activation, gradient, logits = _activation_and_gradient(net, images, layer)
+    size = (images.shape[2], images.shape[3])
+    return CamPass(activation, gradient, logits.softmax(1)[:, SliceLabel.POSITIVE], size)
 
 
 def class_activation_maps(
     net: nn.Module, images: Tensor, layer: str, methods: Sequence[str] = METHODS
 ) -> dict[str, Tensor]:
-    """{method: (batch, height, width) >= 0} on the images' grid, and "probability" (batch,).
-
-    The score is the logit of "object" minus that of "no object". Maps keep their raw scale.
-    `net` is in evaluation mode and `layer` names a submodule whose output is >= 0.
-    Raises ValueError for an unknown layer or method.
-    """
-    unknown = sorted(set(methods) - set(METHODS))
-    if unknown:
-        raise ValueError(f"CAM methods are {', '.join(METHODS)}; got {', '.join(unknown)}")
-    activation, gradient, logits = _activation_and_gradient(net, images, layer)
-    formulas = {"gradcam": gradcam, "gradcam_pp": gradcam_pp, "layercam": layercam}
-    maps = {name: formulas[name](activation, gradient) for name in methods}
-    size = images.shape[2:]
-    upsampled = {name: _upsample(coarse, size) for name, coarse in maps.items()}
-    return upsampled | {"probability": logits.softmax(1)[:, 1]}
+    """{method: (batch, height, width) >= 0}, the maps of one pass as `cam_pass` makes it."""
+    found = cam_pass(net, images, layer)
+    return {method: found.map(method) for method in methods}
 
 
 def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -86,7 +108,7 @@ def _activation_and_gradient(
     return kept[0].detach(), gradient, logits.detach()
 
 
-def _upsample(maps: Tensor, size: torch.Size) -> Tensor:
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[
         :, 0
     ]

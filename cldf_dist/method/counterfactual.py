@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cldf_dist.config import CLASSES, UNCONDITIONAL
+from cldf_dist.config import UNCONDITIONAL
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.gradient_map import smooth
 from cldf_dist.method.noise import Schedule, key_noise
 
-NO_OBJECT, OBJECT = range(len(CLASSES))
 EMBEDDING = "class_embedding.weight"  # (labels, channels): how MONAI's U-Net is told the label
 
 # (x_t, timesteps, labels) -> the diffusion model's output
@@ -93,10 +93,10 @@ def cg_diff(
         )
         for upper, lower in reversed(down):
             noised = encoder.step(noised, lower, upper, unlabelled)
-        targets = _classes(images, NO_OBJECT)
+        targets = _classes(images, SliceLabel.NEGATIVE)
     else:
         noised = _noised(schedule, images, keys, timestep).repeat(2, 1, 1, 1)
-        targets = _classes(images, OBJECT, NO_OBJECT)
+        targets = _classes(images, SliceLabel.POSITIVE, SliceLabel.NEGATIVE)
     for upper, lower in down:
         noised = sampler.step(noised, upper, lower, targets, targets)
     present, absent = (images, noised) if inversion else noised.chunk(2)
@@ -130,8 +130,8 @@ def cg_cdm(
     denoise, between = _with_label_between(net, tau)
     sampler = _Guided(denoise, classifier, schedule, scale)
     noised = _noised(schedule, images, keys, timestep).repeat(2, 1, 1, 1)
-    labels = _classes(images, OBJECT, between)
-    targets = _classes(images, OBJECT, NO_OBJECT)
+    labels = _classes(images, SliceLabel.POSITIVE, between)
+    targets = _classes(images, SliceLabel.POSITIVE, SliceLabel.NEGATIVE)
     total = torch.zeros_like(images)
     for level in range(timestep, timestep - steps, -1):
         noised = sampler.step(noised, level, level - 1, labels, targets)
@@ -206,7 +206,7 @@ def _guided_by_label(net: nn.Module, scale: float) -> Denoiser:
 def _with_label_between(net: nn.Module, tau: float) -> tuple[Denoiser, int]:
     """The net with one label more, `tau` of the way from "no object" to "object"; its index."""
     weight = net.get_parameter(EMBEDDING)
-    between = tau * weight[OBJECT] + (1 - tau) * weight[NO_OBJECT]
+    between = tau * weight[SliceLabel.POSITIVE] + (1 - tau) * weight[SliceLabel.NEGATIVE]
     extended = {EMBEDDING: torch.cat([weight, between[None]])}
 
     def denoise(noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:

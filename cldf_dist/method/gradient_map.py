@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.noise import Schedule, key_noise
-
-OBJECT = 1  # class index
 
 
 def gradient_map(
@@ -84,13 +83,15 @@ def _log_odds_gradient(
     with torch.enable_grad():
         inputs = noised.detach().requires_grad_(True)
         logits = classifier(inputs, timesteps)
-        others = torch.cat([logits[:, :OBJECT], logits[:, OBJECT + 1 :]], 1).logsumexp(1)
-        (gradient,) = torch.autograd.grad((logits[:, OBJECT] - others).sum(), inputs)
+        others = torch.cat(
+            [logits[:, : SliceLabel.POSITIVE], logits[:, SliceLabel.POSITIVE + 1 :]], 1
+        ).logsumexp(1)
+        (gradient,) = torch.autograd.grad((logits[:, SliceLabel.POSITIVE] - others).sum(), inputs)
     return gradient, logits.detach()
 
 
 def _object_probability(logits: Tensor) -> Tensor:
-    return logits.float().softmax(1)[:, OBJECT]
+    return logits.float().softmax(1)[:, SliceLabel.POSITIVE]
 
 
 def _timesteps(images: Tensor, level: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Seeds: the few pixels whose class the maps can be trusted on."""
+"""Seeds, the pixels with a confident pseudo-label: the rules of `cldf` and of `cldf_plus`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cldf_dist.labels import PixelLabel, SliceLabel
+from cldf_dist.maths.scaling import range_within
+
 RULES = ("both", "cam", "gradient")
-OBJECT, BACKGROUND, UNKNOWN = 1, 0, -1
-
-
-def scale_to_unit(maps: Tensor, body_mask: Tensor) -> Tensor:
-    """Each map (batch, height, width) scaled to [0, 1] within its subject, 0 outside.
-
-    `body_mask` (batch, height, width) is True on the subject. A map that is constant there
-    becomes 0.
-    """
-    infinity = torch.full_like(maps, math.inf)
-    low = torch.where(body_mask, maps, infinity).amin((1, 2), keepdim=True)
-    high = torch.where(body_mask, maps, -infinity).amax((1, 2), keepdim=True)
-    scaled = (maps - low) / (high - low)
-    return torch.where(body_mask & (high > low), scaled, torch.zeros_like(maps))
 
 
 def seed_labels(
@@ -36,7 +25,7 @@ def seed_labels(
     background_threshold: float,
     negative_slices: bool,
 ) -> Tensor:
-    """Label the pixels we dare to trust: int8 1 object, 0 background, -1 unknown.
+    """The seeds of `cldf` in a batch of slices: int8 1 object, 0 background, -1 unknown.
 
     Both maps are (batch, height, width) in [0, 1], `body_mask` is True on the subject, `label`
     (batch,) is the slice's class. In positive slices a pixel is object where the maps that `rule`
@@ -53,13 +42,42 @@ def seed_labels(
         )
     maps = {"both": [gradient_map, cam], "cam": [cam], "gradient": [gradient_map]}[rule]
     stacked = torch.stack(maps)
-    positive = (label == 1)[:, None, None] & body_mask
-    negative = (label == 0)[:, None, None] & body_mask
-    seeds = torch.full_like(body_mask, UNKNOWN, dtype=torch.int8)
-    seeds[positive & (stacked > object_threshold).all(0)] = OBJECT
-    seeds[positive & (stacked < background_threshold).all(0)] = BACKGROUND
+    positive = (label == SliceLabel.POSITIVE)[:, None, None] & body_mask
+    negative = (label == SliceLabel.NEGATIVE)[:, None, None] & body_mask
+    seeds = torch.full_like(body_mask, PixelLabel.UNKNOWN, dtype=torch.int8)
+    seeds[positive & (stacked > object_threshold).all(0)] = PixelLabel.OBJECT
+    seeds[positive & (stacked < background_threshold).all(0)] = PixelLabel.BACKGROUND
     if negative_slices:
-        seeds[negative] = BACKGROUND
+        seeds[negative] = PixelLabel.BACKGROUND
+    return seeds
+
+
+def patch_seed_labels(
+    patch_logits: Tensor,
+    cam: Tensor,
+    label: int,
+    *,
+    object_threshold: float,
+    cam_threshold: float,
+) -> Tensor:
+    """The seeds of `cldf_plus` in one slice: int8 1 object, 0 background, -1 unknown.
+
+    `patch_logits` (height, width) are -inf outside the body, `cam` (height, width) is an activation
+    map in any scale. In a positive slice a pixel is object where its logit exceeds
+    `object_threshold` and the map, scaled to [0, 1] within the body, exceeds `cam_threshold` (0:
+    the logit alone decides); whatever else is in it is unknown. A negative slice is background
+    throughout the body. Pixels outside the body are unknown.
+    """
+    body_mask = torch.isfinite(patch_logits)
+    seeds = torch.full_like(patch_logits, PixelLabel.UNKNOWN, dtype=torch.int8)
+    if label == SliceLabel.POSITIVE:
+        chosen = patch_logits > object_threshold
+        if cam_threshold != 0:
+            low, high = (part[0] for part in range_within(cam[None], body_mask[None]))
+            chosen &= body_mask & (cam - low > cam_threshold * (high - low))
+        seeds[chosen] = PixelLabel.OBJECT
+    elif label == SliceLabel.NEGATIVE:
+        seeds[body_mask] = PixelLabel.BACKGROUND
     return seeds
 
 
@@ -78,11 +96,11 @@ class SeedCount:
         """One slice: seeds and its mask, both (height, width)."""
         inside = mask.bool()
         self.slices += 1
-        self.object_seeds += int((seeds == OBJECT).sum())
-        self.background_seeds += int((seeds == BACKGROUND).sum())
+        self.object_seeds += int((seeds == PixelLabel.OBJECT).sum())
+        self.background_seeds += int((seeds == PixelLabel.BACKGROUND).sum())
         self.object_pixels += int(inside.sum())
-        self.right_object_seeds += int(((seeds == OBJECT) & inside).sum())
-        self.right_background_seeds += int(((seeds == BACKGROUND) & ~inside).sum())
+        self.right_object_seeds += int(((seeds == PixelLabel.OBJECT) & inside).sum())
+        self.right_background_seeds += int(((seeds == PixelLabel.BACKGROUND) & ~inside).sum())
 
     def quality(self) -> dict[str, float]:
         """Precision is the share of right seeds of a class, recall the share of the object's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.metrics import auroc
 
 Scores = npt.NDArray[np.floating]
@@ -39,9 +40,9 @@ def weak_validation(
             f"shares and labels must be one number per slice, got {shares.shape} and {labels.shape}"
         )
     known = labels >= 0
-    negative = shares[labels == 0]
+    negative = shares[labels == SliceLabel.NEGATIVE]
     return {
-        "area_auroc": auroc(shares[known], labels[known] == 1),
+        "area_auroc": auroc(shares[known], labels[known] == SliceLabel.POSITIVE),
         "false_area": float(negative.mean()) if negative.size else None,
         "num_slices": int(known.sum()),
     }

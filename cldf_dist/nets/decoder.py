@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from cldf_dist.maths.interpolation import linear_neighbours
 
 Place = tuple[slice, slice, slice]  # slices of the batch, rows, columns
 
@@ -140,16 +143,11 @@ class _Neighbours(NamedTuple):
 
 
 def _neighbours(source: int, target: int, device: torch.device) -> _Neighbours | None:
-    """As functional.interpolate without align_corners: centres of pixels lie at halves.
-
-    None where the sizes are the same, and each target pixel is its source pixel.
-    """
+    """None where the sizes are the same, and each target pixel is its source pixel."""
     if source == target:
         return None
-    centres = torch.arange(target, dtype=torch.float64, device=device) + 0.5
-    position = (centres * (source / target) - 0.5).clamp(min=0)
-    lower = position.long()
-    return _Neighbours(lower, (lower + 1).clamp(max=source - 1), (position - lower).float())
+    found = linear_neighbours(np.arange(target), target=target, source=source)
+    return _Neighbours(*(torch.from_numpy(part).to(device) for part in found))
 
 
 def _upsample(pixels: Tensor, neighbours: _Neighbours | None, place: slice, dim: int) -> Tensor:

@@ -18,9 +18,9 @@ class PatchClassifier(nn.Module):
     and on nothing else; a slice's logit is the mean of its highest pixels (multiple-instance
     learning).
 
-    So its map of logits, the *evidence*, cannot answer from afar, as the activation map of a deep
-    net does: a pixel is high because the pixels around it are. The idea of a limited receptive
-    field is that of BagNets (Brendel and Bethge, ICLR 2019). Nothing in it looks across pixels:
+    So its map of logits has a limited receptive field, unlike the activation map of a deep net: a
+    pixel is high because the pixels around it are. The idea is that of BagNets (Brendel and Bethge,
+    ICLR 2019). Nothing in it looks across pixels:
     the norm is over the channels of a pixel, and dropout, a rate that the caller applies through
     `feature_scale`, is of whole channels.
     """
@@ -41,9 +41,13 @@ class PatchClassifier(nn.Module):
         features = self.activations(x)
         if feature_scale is not None:
             features = features * feature_scale[:, :, None, None]
+        return self.slice_logits(features, x)
+
+    def slice_logits(self, activations: Tensor, x: Tensor) -> Tensor:
+        """Logits (batch, 2) of no object and object, from the activations of slices `x`."""
         inside = (x > OUTSIDE).any(1, keepdim=True).float()
         logit = pooled_logit(
-            self.linear(features)[:, 0].float(),
+            self.linear(activations)[:, 0].float(),
             functional.max_pool2d(inside, self.downsample)[:, 0] > 0,
             self.pooled_fraction,
         )

@@ -22,41 +22,18 @@ from matplotlib.patches import Patch
 from cldf_dist.config import Config, Seeds
 from cldf_dist.data.shards.table import SliceTable
 from cldf_dist.data.slices import ORIENTATION, OUTSIDE, Geometry, to_native
-from cldf_dist.method.seeds import BACKGROUND, OBJECT, scale_to_unit, seed_labels
-from cldf_dist.scoring.masks import (
-    PATCH_FEATURES,
-    PLUS,
-    RAW_PATCHES,
-    SUPERVISED,
-    SUPERVISED_PLUS,
-    FloatArray,
-    Mask,
-    PatientScores,
-)
+from cldf_dist.labels import PixelLabel
+from cldf_dist.maths.scaling import scale_to_unit
+from cldf_dist.method.seeds import seed_labels
+from cldf_dist.methods import method_named
+from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores
 from cldf_dist.system.files import atomic_write
 
-TITLES = {
-    "gradcam": "GradCAM",
-    "gradcam_pp": "GradCAM++",
-    "layercam": "LayerCAM",
-    "gradient_map": "gradient map",
-    "cdm": "CDM saliency",
-    "cg_diff": "CG-Diff",
-    "cg_cdm": "CG-CDM",
-    "patch_classifier": "patch classifier",
-    "cldf": "CLDF",
-    PLUS: "CLDF+",
-    RAW_PATCHES: "raw patches",
-    PATCH_FEATURES: "patch features",
-    SUPERVISED: "supervised decoder",
-    SUPERVISED_PLUS: "supervised CLDF+",
-}
 MASK_COLOUR, TRUTH_COLOUR = "#00e5ff", "#ffd400"
 OBJECT_SEED, BACKGROUND_SEED = (0.90, 0.10, 0.15, 0.75), (0.15, 0.40, 0.95, 0.40)
 PANEL_INCHES = 1.55
 DOTS_PER_INCH = 100
 COMPARED_COLUMNS, COMPARED_DOTS_PER_INCH = 7, 80  # small enough to be kept beside tables
-UNBOUNDED = ("cdm", "cg_diff", "cg_cdm")  # scores that are not in [0, 1]: scaled within the patient
 TOP_PERCENTILE = 99.8
 
 
@@ -66,7 +43,7 @@ class PatientResult:
 
     scores: PatientScores
     geometry: Geometry
-    row: str  # whose mask it is
+    method: str  # whose mask it is
     mask: Mask  # (x, y, slices)
     truth: Mask | None  # (x, y, slices)
 
@@ -112,9 +89,10 @@ def write_comparison(
         _Panel("image", image),
         _contour_panel("truth", image, truth, TRUTH_COLOUR, geometry, [index]),
     ]
-    for row, mask in masks.items():
-        title = TITLES.get(row, row)
-        panels.append(_contour_panel(title, image, mask, MASK_COLOUR, geometry, [index]))
+    for method, mask in masks.items():
+        panels.append(
+            _contour_panel(method_named(method).title, image, mask, MASK_COLOUR, geometry, [index])
+        )
     columns = min(COMPARED_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     size = (PANEL_INCHES * columns, (PANEL_INCHES + 0.2) * lines)
@@ -167,28 +145,30 @@ def _panels(
         values = scores.scores[method]
         inside = values[scores.body_mask]
         top = float(np.percentile(inside, TOP_PERCENTILE)) if inside.size else 1.0
-        high = max(top, 1e-12) if method in UNBOUNDED else 1.0
+        high = max(top, 1e-12) if not method_named(method).is_bounded else 1.0
         shown = np.where(scores.body_mask, values, 0)[rows]
         return _Panel(title, on_scan(shown), "magma", 0.0, high)
 
     first = _first_channel(table, scores.patient, drawn, geometry.image_size)
     image = _whole_grey_scale(on_scan(first, fill=OUTSIDE))
     cam = config.seeds.cam
-    titles = {cam: f"CAM ({TITLES.get(cam)})", "gradient_map": TITLES["gradient_map"]}
+    cam_title = f"CAM ({method_named(cam).title})" if cam != "auto" else "CAM"
+    titles = {cam: cam_title, "gradient_map": method_named("gradient_map").title}
     maps = [score_panel(row, titles[row]) for row in titles if row in scores.scores]
     if len(maps) == len(titles):  # segment.methods may leave either out, and "auto" is no map
         seeds = _would_be_seeds(scores, rows, config)
-        colours = _seed_colours(on_scan(seeds == OBJECT), on_scan(seeds == BACKGROUND))
+        colours = _seed_colours(
+            on_scan(seeds == PixelLabel.OBJECT), on_scan(seeds == PixelLabel.BACKGROUND)
+        )
         maps.append(_Panel("seeds (as they\nwould be)", image, overlay=colours))
     if "cdm" in scores.scores:
-        maps.append(score_panel("cdm", TITLES["cdm"]))
+        maps.append(score_panel("cdm", method_named("cdm").title))
+    title = method_named(result.method).title
     panels = [
         _Panel("image", image),
         *maps,
-        score_panel(result.row, f"{TITLES[result.row]} score"),
-        _contour_panel(
-            f"{TITLES[result.row]} mask", image, result.mask, MASK_COLOUR, geometry, drawn
-        ),
+        score_panel(result.method, f"{title} score"),
+        _contour_panel(f"{title} mask", image, result.mask, MASK_COLOUR, geometry, drawn),
     ]
     if result.truth is None:
         return [*panels, _Panel("truth (none drawn)", image)]

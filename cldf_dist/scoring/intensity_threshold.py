@@ -15,9 +15,9 @@ import numpy as np
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.method.metrics import CaseScore, score_case
 from cldf_dist.method.threshold import OracleSearch
+from cldf_dist.methods import ORACLE_INTENSITY
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores, native_scores
 
-ORACLE_INTENSITY = "oracle_intensity"
 SAMPLED_PIXELS = 20_000  # per patient; they place the thresholds
 SIGNS = {True: 1.0, False: -1.0}  # object above the threshold, or below
 

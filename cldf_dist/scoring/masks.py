@@ -1,4 +1,5 @@
-"""From score maps at the prepared resolution to masks in the scan's own grid, alike for every row.
+"""From score maps at the prepared resolution to masks in the scan's own grid, alike for every
+method.
 
 `segment` writes the masks of the headline rule with these functions, `evaluate` those of the other
 threshold rules: same gate, same grid, same post-processing for CLDF and all baselines.
@@ -22,20 +23,6 @@ from cldf_dist.system.files import atomic_write
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-# in the order of the table; cg_diff and cg_cdm only where their settings have them `enabled`
-METHODS = (
-    "gradcam", "gradcam_pp", "layercam", "gradient_map", "cdm", "cg_diff", "cg_cdm",
-    "patch_classifier", "cldf", "cldf_plus",
-)  # fmt: skip
-PLUS = "cldf_plus"
-OURS = ("cldf", PLUS)
-# controls, without diffusion features: cldf's recipe on the slice itself, and that of cldf_plus on
-# the patch classifier's activations
-RAW_PATCHES, PATCH_FEATURES = "raw_patches", "patch_features"
-CONTROLS = (RAW_PATCHES, PATCH_FEATURES)
-# reference rows: cldf and cldf_plus with the true masks of the training slices for seeds
-SUPERVISED, SUPERVISED_PLUS = "supervised_decoder", "supervised_plus"
-UPPER_BOUNDS = (SUPERVISED, SUPERVISED_PLUS)
 SURE = 1e-3  # a slice's p(object) counts as no closer to 0 or 1 than this
 PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns around the threshold
 
@@ -90,10 +77,10 @@ class PatientScores:
 
 
 def mask_and_probability(
-    config: Config, scores: PatientScores, row: str, geometry: Geometry, threshold: float
+    config: Config, scores: PatientScores, method: str, geometry: Geometry, threshold: float
 ) -> tuple[Mask, FloatArray]:
     """The mask, and a map in [0, 1] that is 0.5 at the threshold; both on the scan's grid."""
-    native, allowed = native_scores(scores, row, geometry, config.segment.gate_probability)
+    native, allowed = native_scores(scores, method, geometry, config.segment.gate_probability)
     mask = object_mask(
         native,
         allowed,

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cldf_dist.scoring.masks import PLUS, UPPER_BOUNDS
+from cldf_dist.methods import CLDF, CLDF_PLUS, Role, marked, names_of
 from cldf_dist.scoring.weak_validation import WEAK_RULE
 
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 SAW_MASKS = "saw the training masks"
 
 
@@ -35,10 +36,10 @@ def results_table(summary: Mapping[str, Any]) -> str:
     ]
     if intensity := strict.get("oracle_intensity"):
         blocks.append(_intensity_line(intensity))
-    for ours, key in (("cldf", "comparisons"), (PLUS, "comparisons_plus")):
+    for ours, key in ((CLDF, "comparisons"), (CLDF_PLUS, "comparisons_plus")):
         if strict.get(key):
             blocks.append(
-                f"Dice of {ours} minus that of the other rows, over patients that both score\n"
+                f"Dice of {ours} minus that of the other methods, over patients that both score\n"
                 + _comparisons_block(strict[key])
             )
     if weak := summary.get("weak_validation"):
@@ -80,7 +81,7 @@ def _slices_block(rows: Mapping[str, Any]) -> str:
     header = ["method", "Dice", "IoU", "HD95 px", "HD95 px (contours)", "slices"]
     lines = [
         [
-            _marked(method),
+            marked(method),
             _spread(row["dice"]),
             _spread(row["iou"]),
             _spread(row["hd95_pixels"], digits=1),
@@ -96,7 +97,7 @@ def _scores_block(rows: Mapping[str, Any]) -> str:
     header = ["method", "Dice", "IoU", "HD95 mm", "specificity", "misses", "false alarms"]
     lines = [
         [
-            _marked(method),
+            marked(method),
             _interval(row["dice"]),
             _interval(row["iou"]),
             _interval(row["hd95_mm"], digits=1),
@@ -110,7 +111,7 @@ def _scores_block(rows: Mapping[str, Any]) -> str:
 
 
 def _oracle_block(rows: Mapping[str, Any]) -> str:
-    lines = [[_marked(m), _number(r["dice"]), _number(r["threshold"], 4)] for m, r in rows.items()]
+    lines = [[marked(m), _number(r["dice"]), _number(r["threshold"], 4)] for m, r in rows.items()]
     return _aligned([["method", "oracle Dice", "threshold"], *lines])
 
 
@@ -130,7 +131,7 @@ def _threshold(found: Mapping[str, Any]) -> str:
 def _weak_block(rows: Mapping[str, Any]) -> str:
     lines = [
         [
-            _marked(method),
+            marked(method),
             _number(row["area_auroc"]),
             _number(row["false_area"], 4),
             str(row["num_slices"]),
@@ -143,7 +144,7 @@ def _weak_block(rows: Mapping[str, Any]) -> str:
 def _comparisons_block(rows: Mapping[str, Any]) -> str:
     lines = [
         [
-            _marked(method),
+            marked(method),
             _interval({**row, "mean": row["difference"]}, signed=True),
             _number(row["p"], 4),
             _number(row["p_holm"], 4),
@@ -153,10 +154,6 @@ def _comparisons_block(rows: Mapping[str, Any]) -> str:
         for method, row in rows.items()
     ]
     return _aligned([["method", "difference", "p", "p (Holm)", "patients", "dropped"], *lines])
-
-
-def _marked(method: str) -> str:
-    return f"{method} *" if method in UPPER_BOUNDS else method
 
 
 def _number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:

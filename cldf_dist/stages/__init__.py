@@ -1,4 +1,5 @@
-"""The pipeline, in order. The table imports no torch; a stage's module has `run(config, run)`."""
+"""The pipeline, in order. Imports no torch; a stage's module has `execute(config, run)`."""
+"""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from cldf_dist.methods import METHODS
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -28,8 +31,8 @@ class Stage:
         return import_module(f"cldf_dist.stages.{self.name.replace('-', '_')}")
 
     @property
-    def run(self) -> Callable[[Config, Run], dict[str, Any]]:
-        function: Callable[[Config, Run], dict[str, Any]] = self.module.run
+    def execute(self) -> Callable[[Config, Run], dict[str, Any]]:
+        function: Callable[[Config, Run], dict[str, Any]] = self.module.execute
         return function
 
     @property
@@ -104,7 +107,7 @@ STAGES = (
         "segment",
         "score maps and masks of the test patients, or of new scans (input=, output=)",
         needs=("train-decoder",),
-        sections=("segment", "saliency", "cg_diff", "cg_cdm"),
+        sections=("segment", *(method.section for method in METHODS if method.section)),
     ),
     Stage(
         "evaluate",

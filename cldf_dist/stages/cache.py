@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from cldf_dist.config import Config, flatten
 from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.encoding import to_stored
-from cldf_dist.data.features.pixel_labels import SeedLabels
 from cldf_dist.data.features.store import SCALE, FeatureCache, encoded_key
 from cldf_dist.data.readers import datasets
 from cldf_dist.data.shards.table import ShardSet, SliceTable
@@ -40,11 +39,13 @@ from cldf_dist.inference.cache_parts import (
 )  # fmt: skip
 from cldf_dist.inference.frozen_nets import FrozenNets, gradient_map_of
 from cldf_dist.inference.loading import shard_set
-from cldf_dist.inference.patch_logits import PATCH_LOGITS, PATCH_TAP, patch_maps, seed_report
+from cldf_dist.inference.patch_maps import PATCH_LOGITS, PATCH_TAP, patch_maps
 from cldf_dist.inference.seed_cam import FALLBACK, choose_seed_cam, with_map
+from cldf_dist.inference.seed_sources import SeedLabels, seed_report
+from cldf_dist.maths.scaling import scale_to_unit
 from cldf_dist.method.cam import class_activation_maps
 from cldf_dist.method.features import extract_features, features_dtype, tap_shapes
-from cldf_dist.method.seeds import scale_to_unit, seed_labels
+from cldf_dist.method.seeds import seed_labels
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, processes
@@ -83,7 +84,7 @@ class Slices:
         return [key for table in self.tables for key in table.keys]
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     """The whole cache, or with `cache.part` one job's share of it, or with `cache.verify` a look
     for damage first."""
     slices = cached_slices(shard_set(config, run))

@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
-from cldf_dist.data.features.pixel_labels import PatchLogitLabels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.inference.patch_logits import seed_report
+from cldf_dist.inference.seed_sources import PatchLogitLabels, seed_report
+from cldf_dist.labels import SliceLabel
 from cldf_dist.method.metrics import CaseScore, auroc, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
@@ -36,11 +36,10 @@ from cldf_dist.method.statistics import (
     summarise,
 )
 from cldf_dist.method.threshold import OracleSearch, candidate_thresholds
+from cldf_dist.methods import CLDF, CLDF_PLUS, ORACLE_INTENSITY, method_named
 from cldf_dist.runs.run import DONE, Run, read_json, write_atomically
-from cldf_dist.scoring.intensity_threshold import ORACLE_INTENSITY, oracle_intensity
+from cldf_dist.scoring.intensity_threshold import oracle_intensity
 from cldf_dist.scoring.masks import (
-    PLUS,
-    UPPER_BOUNDS,
     FloatArray,
     Mask,
     PatientScores,
@@ -61,7 +60,6 @@ from cldf_dist.system.progress import progress
 
 # threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone
 HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
-CLDF = "cldf"
 METRICS = ("dice", "iou", "hd95_mm")
 SAMPLED_SCORES = 20_000  # per patient; they place the oracle's thresholds
 
@@ -76,7 +74,7 @@ class Case:
     score: CaseScore
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     """Score all test patients; return what to keep with DONE.
 
     Writes summary.json, cases.csv and table.txt, and slice_protocol.csv and slice_protocol.txt
@@ -116,12 +114,12 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     cached = read_json(cache / DONE)
     summary: dict[str, Any] = {
         "strict": {
-            "methods": _rows(cases, HEADLINE, methods, config),
-            "methods_otsu": _rows(cases, OTSU, methods, config),
+            "methods": _methods_under(cases, HEADLINE, methods, config),
+            "methods_otsu": _methods_under(cases, OTSU, methods, config),
             "oracle_threshold": {method: oracles[method].best() for method in methods},
             ORACLE_INTENSITY: intensity,
             "comparisons": _comparisons(cases, methods, config, CLDF),
-            "comparisons_plus": _comparisons(cases, methods, config, PLUS),
+            "comparisons_plus": _comparisons(cases, methods, config, CLDF_PLUS),
             "headline_rule": _in_words(rule),
             "confidence": config.evaluate.confidence,
             "num_test_patients": len(patients),
@@ -164,7 +162,9 @@ def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path)
     if threshold is None:
         return {}
     if not store.is_dir():
-        print(f"evaluate: {store} is gone: the seeds of {PLUS} are not scored", file=sys.stderr)
+        print(
+            f"evaluate: {store} is gone: the seeds of {CLDF_PLUS} are not scored", file=sys.stderr
+        )
         return {}
     cache, slices = FeatureCache(store), cached_slices(shards)
     check_same_slices(cache, slices)
@@ -225,7 +225,7 @@ def _score_patient(
         oracle.add(native[allowed], truth[allowed], num_true)
 
 
-def _rows(
+def _methods_under(
     cases: Sequence[Case], rule: str, methods: Sequence[str], config: Config
 ) -> dict[str, dict[str, Any]]:
     """Per method, what its patients give under one rule."""
@@ -273,7 +273,7 @@ def _comparisons(
         ]
         rows[method] = _difference(pairs, config.evaluate, config.seed)
         rows[method]["num_dropped"] = len(dice[row]) - len(pairs)
-        if pairs and method not in UPPER_BOUNDS:
+        if pairs and not method_named(method).saw_masks:
             rows[method]["p"] = paired_permutation_test(*zip(*pairs), seed=config.seed)
     tested = {method: found["p"] for method, found in rows.items() if found["p"] is not None}
     for method, adjusted in holm(tested).items():
@@ -334,7 +334,7 @@ def _slice_probabilities(
         indices = shards.geometry(patient).indices
         known |= {(patient, index): p for index, p in zip(indices, probability, strict=True)}
     labelled = [
-        (int(label) == 1, known[patient, int(index)])
+        (int(label) == SliceLabel.POSITIVE, known[patient, int(index)])
         for patient, index, label in zip(table.patients, table.indices, table.labels)
         if label >= 0
     ]

@@ -24,24 +24,15 @@ from cldf_dist.data.readers import datasets
 from cldf_dist.data.shards.adopt import adopt_shards
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.shards.write import write_manifest, write_shards
-from cldf_dist.data.slices import (
-    NO_OBJECT,
-    OBJECT,
-    UNKNOWN,
-    Geometry,
-    Slice,
-    dequantise,
-    prepare_volume,
-    quantise,
-    slice_key,
-)
+from cldf_dist.data.slices import Geometry, Slice, dequantise, prepare_volume, quantise, slice_key
 from cldf_dist.data.splits import SPLITS, read_splits, split_patients
+from cldf_dist.labels import SliceLabel
 from cldf_dist.runs.run import DONE, Run, read_json
 from cldf_dist.system.files import atomic_write, remove_leftovers
 from cldf_dist.system.progress import progress
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     if config.data.shards:
         manifest = adopt_shards(config.data, run.folder)
         shutil.rmtree(run.folder / ".spool", ignore_errors=True)
@@ -216,7 +207,7 @@ def _geometry(spool: Path, name: str) -> Geometry:
 
 
 def _positive_share(slices: Sequence[Slice]) -> float:
-    return float(np.mean([item.label == 1 for item in slices]))
+    return float(np.mean([item.label == SliceLabel.POSITIVE for item in slices]))
 
 
 def _splits(settings: Data, names: Sequence[str], spool: Path) -> dict[str, list[str]]:
@@ -261,9 +252,12 @@ def _tell_without_truth(folder: Path, patients: Sequence[str]) -> None:
 
 def _check_labels(shards: Sequence[dict[str, Any]]) -> None:
     for split in ("train", "validation"):
-        positive, negative = _count(shards, split, OBJECT), _count(shards, split, NO_OBJECT)
+        positive, negative = (
+            _count(shards, split, SliceLabel.POSITIVE),
+            _count(shards, split, SliceLabel.NEGATIVE),
+        )
         if not positive or not negative:
-            unknown = _count(shards, split, UNKNOWN)
+            unknown = _count(shards, split, SliceLabel.UNLABELLED)
             also = f", and {unknown} that neither a mask nor a list tells of" if unknown else ""
             raise ValueError(
                 f"the {split} split has {positive} slices with and {negative} without the object"
@@ -282,7 +276,7 @@ def _summary(
             split: sum(s["num_slices"] for s in shards if s["split"] == split) for split in SPLITS
         },
         "labels_sha256": labels,
-        "positive_slices": {split: _count(shards, split, OBJECT) for split in SPLITS},
+        "positive_slices": {split: _count(shards, split, SliceLabel.POSITIVE) for split in SPLITS},
     }
 
 

@@ -22,16 +22,18 @@ from cldf_dist.data.readers.objects import object_title
 from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.inference.seed_cam import with_map
+from cldf_dist.methods import METHODS, Role, mark, method_named, names_of
 from cldf_dist.runs.run import DONE, Run, read_json, seconds_of, write_atomically
-from cldf_dist.scoring.figures import TITLES, PatientResult, write_overlay
-from cldf_dist.scoring.masks import OURS, UPPER_BOUNDS, PatientScores
+from cldf_dist.scoring.figures import PatientResult, write_overlay
+from cldf_dist.scoring.masks import PatientScores
 from cldf_dist.stages import STAGES
 from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
 from cldf_dist.system.progress import progress
 
 TEMPLATE = "report_template.html"
 MAX_EMBEDDED = 24  # pictures in the page; those of the other patients stay files beside it
-ACCENT, PLAIN, MARKED = "#b5332e", "#4a6785", "#9a8f7f"  # CLDF, baselines, supervised reference
+ACCENT, PLAIN = "#b5332e", "#4a6785"
+COLOURS = {Role.OURS: ACCENT, Role.UPPER_BOUND: "#9a8f7f"}  # PLAIN for the others
 OUTCOMES = {
     "miss": "missed: Dice 0",
     "false_alarm": "false alarm: no object, yet a mask",
@@ -41,7 +43,7 @@ OUTCOMES = {
 Row = dict[str, str]  # of cases.csv
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     """Write overlays/<patient>.png and report.html."""
     evaluated = run.needs("evaluate")
     summary = read_json(evaluated / "summary.json")
@@ -54,22 +56,22 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return {"report": "report.html", "num_pictures": len(pictures)}
 
 
-def _draw_overlays(config: Config, run: Run, cases: Sequence[Row], row: str) -> dict[str, Path]:
-    """The picture of each test patient with the mask of `row`, the lowest Dice of it first."""
+def _draw_overlays(config: Config, run: Run, cases: Sequence[Row], method: str) -> dict[str, Path]:
+    """The picture of each test patient with the mask of `method`, the lowest Dice of it first."""
     prepare, segment = run.needs("prepare"), run.needs("segment")
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     table = shards.split("test")
     folder = run.folder / "overlays"
     folder.mkdir(parents=True, exist_ok=True)
-    patients = sorted(set(table.patients), key=lambda name: _rank(cases, name, row))
+    patients = sorted(set(table.patients), key=lambda name: _rank(cases, name, method))
     with progress("report", len(patients), "patients") as counter:
         for patient in patients:
             truth = truth_path(prepare, patient)
             result = PatientResult(
                 scores=PatientScores.load(segment / "scores", patient),
                 geometry=shards.geometry(patient),
-                row=row,
-                mask=read_mask(mask_path(segment, row, patient)),
+                method=method,
+                mask=read_mask(mask_path(segment, method, patient)),
                 truth=read_mask(truth) if truth.is_file() else None,
             )
             write_overlay(folder / f"{patient}.png", result, table, config)
@@ -77,14 +79,14 @@ def _draw_overlays(config: Config, run: Run, cases: Sequence[Row], row: str) -> 
     return {patient: folder / f"{patient}.png" for patient in patients}
 
 
-def _rank(cases: Sequence[Row], patient: str, row: str) -> tuple[float, str]:
-    case = _case_of(cases, patient, row)
+def _rank(cases: Sequence[Row], patient: str, method: str) -> tuple[float, str]:
+    case = _case_of(cases, patient, method)
     return (float(case["dice"]) if case and case["dice"] else 2.0, patient)
 
 
-def _case_of(cases: Sequence[Row], patient: str, row: str) -> Row | None:
-    """The headline case of a patient under `row`; None where it could not be scored."""
-    wanted = (patient, row, HEADLINE)
+def _case_of(cases: Sequence[Row], patient: str, method: str) -> Row | None:
+    """The headline case of a patient under `method`; None where it could not be scored."""
+    wanted = (patient, method, HEADLINE)
     found = (case for case in cases if (case["patient"], case["method"], case["rule"]) == wanted)
     return next(found, None)
 
@@ -97,7 +99,7 @@ def _page(
     pictures: Mapping[str, Path],
 ) -> str:
     """The HTML."""
-    row = summary["mask_method"]
+    method = summary["mask_method"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -114,13 +116,13 @@ def _page(
         legacy=summary["slice_protocol"],
         gate=summary["gate"],
         seeds=summary["seeds"],
-        titles=TITLES,
+        titles={method.name: method.title for method in METHODS},
         seeds_plus=summary["seeds_plus"],
-        ours=OURS,
-        upper_bounds=UPPER_BOUNDS,
+        ours=names_of(Role.OURS),
+        upper_bounds=names_of(Role.UPPER_BOUND),
         dice_chart=_dice_chart(summary["strict"], cases) if cases else "",
         overlays=[
-            {"patient": name, "caption": _caption(cases, name, row), "uri": _png(pictures[name])}
+            {"patient": name, "caption": _caption(cases, name, method), "uri": _png(pictures[name])}
             for name in embedded
         ],
         num_pictures=len(pictures),
@@ -139,8 +141,8 @@ def _evenly(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def _caption(cases: Sequence[Row], patient: str, row: str) -> str:
-    case = _case_of(cases, patient, row)
+def _caption(cases: Sequence[Row], patient: str, method: str) -> str:
+    case = _case_of(cases, patient, method)
     if case is None:
         return "no truth mask: not scored"
     truth, found = float(case["truth_ml"]), float(case["predicted_ml"])
@@ -170,7 +172,7 @@ def _dice_chart(strict: Mapping[str, Any], cases: Sequence[Row]) -> str:
     figure = Figure(figsize=(9.5, 0.42 * len(methods) + 0.8), layout="constrained")
     axes = figure.subplots()
     for line, method in enumerate(methods):
-        colour = ACCENT if method in OURS else MARKED if method in UPPER_BOUNDS else PLAIN
+        colour = COLOURS.get(method_named(method).role, PLAIN)
         dice = [
             float(case["dice"])
             for case in cases
@@ -182,7 +184,7 @@ def _dice_chart(strict: Mapping[str, Any], cases: Sequence[Row]) -> str:
             axes.plot([mean["low"], mean["high"]], [line, line], color=colour, linewidth=2.5)
         if mean["mean"] is not None:
             axes.plot(mean["mean"], line, "D", color=colour, markersize=7, mec="white")
-    labels = [TITLES.get(method, method) + (" *" * (method in UPPER_BOUNDS)) for method in methods]
+    labels = [method_named(method).title + mark(method) for method in methods]
     axes.set_yticks(range(len(methods)), labels)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(methods) - 0.5, -0.5), xlabel="Dice per patient")
     _sober(axes)

@@ -32,7 +32,7 @@ NET_CARD = NetCard(
 )
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     settings = config.cam
     shards = shard_set(config, run)
     num_channels = len(shards.manifest["channels"])

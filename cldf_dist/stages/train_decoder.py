@@ -1,11 +1,11 @@
 """Train the pixel decoder on cached features at seed pixels, and take prototypes from the seeds.
 
-Other rows of the table are trained in the same way, each in a folder of its own. `cldf_plus` learns
-from the seeds of the patch classifier, with its activations beside the diffusion features. Controls
-without diffusion: where `features.taps` has the slice itself, `raw_patches` learns `cldf` from it
-alone; `patch_features` learns `cldf_plus` from the patch classifier's activations alone. Where
-training masks are known, `supervised_decoder` and `supervised_plus` learn from them what `cldf` and
-`cldf_plus` learn from seeds: the upper bounds, and the only trainings that read a mask.
+Other methods of the table are trained in the same way, each in a folder of its own. `cldf_plus`
+learns from the seeds of the patch classifier, with its activations beside the diffusion features.
+Controls without diffusion: where `features.taps` has the slice itself, `raw_patches` learns `cldf`
+from it alone; `patch_features` learns `cldf_plus` from the patch classifier's activations alone.
+Where training masks are known, `supervised_decoder` and `supervised_plus` learn from them what
+`cldf` and `cldf_plus` learn from seeds: the upper bounds, and the only trainings that read a mask.
 """
 
 from __future__ import annotations
@@ -19,32 +19,27 @@ import numpy.typing as npt
 import torch
 
 from cldf_dist.config import Config
-from cldf_dist.data.features.pixel_labels import (
-    BACKGROUND,
-    OBJECT,
-    MaskLabels,
-    PixelLabels,
-    SeedLabels,
-    count_labels,
-)
+from cldf_dist.data.features.pixel_labels import PixelLabels, count_labels
 from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gather_pixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
 from cldf_dist.inference.loading import shard_set
-from cldf_dist.inference.patch_logits import PATCH_TAP, patch_logit_labels, plus_taps
+from cldf_dist.inference.patch_maps import PATCH_TAP, plus_taps
 from cldf_dist.inference.seed_cam import patch_logit_agreement
+from cldf_dist.inference.seed_sources import MaskLabels, SeedLabels, patch_logit_labels
+from cldf_dist.labels import PixelLabel
 from cldf_dist.method.features import patch_size
 from cldf_dist.method.prototypes import class_prototypes
-from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.runs.run import Run
-from cldf_dist.scoring.masks import (
+from cldf_dist.methods import (
+    CLDF_PLUS,
     PATCH_FEATURES,
-    PLUS,
     RAW_PATCHES,
     SUPERVISED,
     SUPERVISED_PLUS,
 )
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.runs.run import Run
 from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.system.distributed import (
     accelerator,
@@ -106,7 +101,7 @@ SUPERVISED_CARD = dataclasses.replace(
 )
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     cache = FeatureCache(run.needs("cache") / STORE)
     shards = shard_set(config, run)
     slices = cached_slices(shards)
@@ -122,33 +117,33 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         labels = patch_logit_labels(config, cache, *slices.tables)
         result["patch_logit_threshold"] = labels.threshold
         if _trusts_patch_logits(config, cache):
-            others += _rows_of_plus(config, labels)
+            others += _methods_of_plus(config, labels)
     if config.evaluate.upper_bound and _has_masks(table):
         masks = MaskLabels(table)
-        others.append(OtherRow(SUPERVISED, taps, masks, SUPERVISED_CARD))
+        others.append(OtherMethod(SUPERVISED, taps, masks, SUPERVISED_CARD))
         if config.patch_classifier.enabled:
-            others.append(OtherRow(SUPERVISED_PLUS, plus_taps(config), masks, SUPERVISED_CARD))
+            others.append(OtherMethod(SUPERVISED_PLUS, plus_taps(config), masks, SUPERVISED_CARD))
     for other in others:
         _train_other(config, run, other, cache, shards)
     return result
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherRow:
-    """A row of the table that is trained beside `cldf`."""
+class OtherMethod:
+    """A method of the table that is trained beside `cldf`."""
 
-    row: str
+    method: str
     taps: tuple[str, ...]
     labels: PixelLabels
     card: NetCard
 
 
-def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherRow]:
+def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherMethod]:
     taps = config.features.taps
     patches = tuple(tap for tap in taps if patch_size(tap))
     if not (config.evaluate.controls and 0 < len(patches) < len(taps)):
         return []
-    return [OtherRow(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)]
+    return [OtherMethod(RAW_PATCHES, patches, SeedLabels(cache), RAW_PATCHES_CARD)]
 
 
 def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
@@ -169,7 +164,7 @@ def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
         return True
     if processes().is_main:
         print(
-            f"train-decoder: {PLUS} is left out: on positive training slices the patch "
+            f"train-decoder: {CLDF_PLUS} is left out: on positive training slices the patch "
             f"classifier's evidence and {seed_cam['map']} have a correlation of {found:.2f}, less "
             f"than plus.min_agreement={least}: one of them does not show the object. "
             "plus.min_agreement=-1 trains it nevertheless",
@@ -178,26 +173,26 @@ def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
     return False
 
 
-def _rows_of_plus(config: Config, labels: PixelLabels) -> list[OtherRow]:
-    rows = [OtherRow(PLUS, plus_taps(config), labels, PLUS_CARD)]
+def _methods_of_plus(config: Config, labels: PixelLabels) -> list[OtherMethod]:
+    methods = [OtherMethod(CLDF_PLUS, plus_taps(config), labels, PLUS_CARD)]
     if config.evaluate.controls and config.plus.patch_tap:
-        rows.append(OtherRow(PATCH_FEATURES, (PATCH_TAP,), labels, PATCH_FEATURES_CARD))
-    return rows
+        methods.append(OtherMethod(PATCH_FEATURES, (PATCH_TAP,), labels, PATCH_FEATURES_CARD))
+    return methods
 
 
 def _train_other(
-    config: Config, run: Run, other: OtherRow, cache: FeatureCache, shards: ShardSet
+    config: Config, run: Run, other: OtherMethod, cache: FeatureCache, shards: ShardSet
 ) -> None:
     """In its own folder below this stage's, resumed and finished like a stage."""
-    own = Run(config, f"{run.stage}/{other.row}", run.sections, run.inputs)
+    own = Run(config, f"{run.stage}/{other.method}", run.sections, run.inputs)
     if broadcast_object(own.is_finished):
         return
     num_slices = len(cached_slices(shards).tables[0])
     pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
-    if other.row in (PLUS, PATCH_FEATURES) and not len(pixels.rows_with(OBJECT)):
+    if other.method in (CLDF_PLUS, PATCH_FEATURES) and not len(pixels.rows_with(PixelLabel.OBJECT)):
         if run.is_main:
             print(
-                f"train-decoder: {other.row} is left out: no pixel of a positive training slice "
+                f"train-decoder: {other.method} is left out: no pixel of a positive training slice "
                 "is above both thresholds; raise plus.negative_fraction or lower "
                 "plus.cam_threshold",
                 file=sys.stderr,
@@ -252,7 +247,7 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
 
 def _check_enough_seeds(pixels: TrainingPixels, per_class: int) -> None:
     """Before the training, on every process alike."""
-    for label, name in ((BACKGROUND, "background"), (OBJECT, "object")):
+    for label, name in ((PixelLabel.BACKGROUND, "background"), (PixelLabel.OBJECT, "object")):
         found = int(pixels.counts[:, label].sum())
         if 0 < found < per_class:
             raise ValueError(
@@ -308,7 +303,7 @@ def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> to
     """Directions of a random choice of training seeds of each class, as `class_prototypes`."""
     rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
     embeddings, labels = [], []
-    for label in (BACKGROUND, OBJECT):
+    for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
         rows = pixels.rows_with(label)
         if len(rows) > PROTOTYPE_SLICES:
             rows = np.sort(rng.permutation(rows)[:PROTOTYPE_SLICES])

@@ -32,7 +32,7 @@ NET_CARD = NetCard(
 )
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     settings = config.patch_classifier
     if not settings.enabled:
         return {"enabled": False}

@@ -63,7 +63,7 @@ UNCHANGED_CARD = dataclasses.replace(
 )
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
+def execute(config: Config, run: Run) -> dict[str, Any]:
     settings = config.label_tuning
     if not settings.enabled:
         return {"enabled": False}

@@ -8,13 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from cldf_dist.method.repeated_trainings import mean_of_trainings, paired_over_trainings
+from cldf_dist.methods import METHODS, marked, method_named
 from cldf_dist.study.cells import difference_cell, number_cell, table
 from cldf_dist.study.plan import BASE
 from cldf_dist.study.rows import Row, methods_of
-from cldf_dist.study.scores import StrictScores, marked, used_masks
-
-SHOWN = ("cldf", "cldf_plus", "supervised_decoder", "supervised_plus")
-ASKED_FOR = ("cdm", "cg_diff", "cg_cdm")  # shown where a variant's `segment.methods` has them
+from cldf_dist.study.scores import StrictScores
 
 
 def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
@@ -24,9 +22,9 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
     have a variant.
     """
     varied = [row for row in cases if row["variant"] != BASE]
-    methods = [method for method in SHOWN if method in methods_of(cases)]
-    ours = [method for method in methods if not used_masks(method)]
-    methods += [method for method in ASKED_FOR if method in methods_of(varied)]
+    methods = _shown("always", cases)
+    ours = [method for method in methods if not method_named(method).saw_masks]
+    methods += _shown("asked", varied)
     header = [
         "variant", "seeds", *(f"Dice of {marked(method)}" for method in methods),
         *(cell for method in ours for cell in (f"{method} minus base [95 %]", "p")),
@@ -53,6 +51,12 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
         "seeds on training slices: diagnostics that see masks."
     )
     return f"{said}\n\n{table(header, lines)}"
+
+
+def _shown(when: str, rows: Sequence[Row]) -> list[str]:
+    """The methods of these rows that the table shows always, or because they were asked for."""
+    found = methods_of(rows)
+    return [m.name for m in METHODS if m.in_ablations == when and m.name in found]
 
 
 def _differences(

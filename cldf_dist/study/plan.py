@@ -13,12 +13,9 @@ from typing import Any
 from cldf_dist.config import EACH, Config, load
 from cldf_dist.config_files import FILES_OF_DATA
 from cldf_dist.config_types import build
+from cldf_dist.methods import METHODS
 
 BASE = "base"  # the variant without changes
-METHODS_OF_VARIANTS = (
-    "patch_classifier", "cldf", "cldf_plus", "raw_patches", "patch_features",
-    "supervised_decoder", "supervised_plus",
-)  # fmt: skip
 REMEDY = "the study's seeds=, runs= and the names of its experiments and variants say it"
 OWN = ("seed", "runs", "name")  # settings of a run that the study gives it
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -131,8 +128,9 @@ def _planned(
     experiment = study.experiments[name]
     settings = [*_from_folder(experiment.settings, folder), *words]
     if variant != BASE:
+        scored = [method.name for method in METHODS if method.in_variants]
         if not any(word.startswith("segment.methods=") for word in settings):
-            settings.append(f"segment.methods=[{','.join(METHODS_OF_VARIANTS)}]")
+            settings.append(f"segment.methods=[{','.join(scored)}]")
         settings += _from_folder(study.ablations.variants[variant].settings, folder)
     settings += [f"seed={seed}", f"runs={study.runs}", f"name={name}/{variant}/seed{seed}"]
     files = [str(folder / path) for path in experiment.configs]

@@ -9,11 +9,10 @@ from math import nan
 import numpy as np
 import numpy.typing as npt
 
+from cldf_dist.methods import CLDF, CLDF_PLUS, Role, method_named
 from cldf_dist.study.rows import Row, methods_of
 
 HEADLINE, ORACLE = "headline", "oracle"  # rules in cases.csv; the second chose with test masks
-OURS = "cldf"  # how the rows begin that are compared with the others
-SAW_TRAINING_MASKS, SAW_TEST_MASKS = "supervised_", "oracle_"
 
 
 @dataclass(frozen=True)
@@ -72,23 +71,11 @@ class StrictScores:
 
     @property
     def ours(self) -> list[str]:
-        return [method for method in self.methods if method.startswith(OURS)]
+        return [method for method in self.methods if method_named(method).role is Role.OURS]
 
     def _value(self, method: str, seed: str, patient: str, metric: str) -> float:
         text = self.rows.get((method, seed, patient), {}).get(metric, "")
         return float(text) if text else nan
-
-
-def used_masks(method: str) -> bool:
-    """Whether a row is a reference, not a competitor."""
-    return method.startswith((SAW_TRAINING_MASKS, SAW_TEST_MASKS))
-
-
-def marked(method: str) -> str:
-    """The row's name with its mark: * saw training masks, † was chosen with test masks."""
-    if method.startswith(SAW_TEST_MASKS):
-        return f"{method} †"
-    return f"{method} *" if used_masks(method) else method
 
 
 def picked_patients(scores: StrictScores) -> dict[str, tuple[str, float]]:
@@ -109,5 +96,5 @@ def picked_patients(scores: StrictScores) -> dict[str, tuple[str, float]]:
 
 
 def picked_by(scores: StrictScores) -> str:
-    """The row by whose Dice pictures are picked, of those that the first training has."""
-    return "cldf_plus" if scores.seeds and scores.exists("cldf_plus")[0] else OURS
+    """The method by whose Dice pictures are picked, of those that the first training has."""
+    return CLDF_PLUS if scores.seeds and scores.exists(CLDF_PLUS)[0] else CLDF

@@ -9,6 +9,7 @@ import numpy as np
 
 from cldf_dist.method.repeated_trainings import paired_over_trainings, training_means
 from cldf_dist.method.statistics import holm
+from cldf_dist.methods import marked, method_named
 from cldf_dist.runs.run import write_atomically
 from cldf_dist.study.ablations import ablation_table, seed_quality
 from cldf_dist.study.cells import (
@@ -22,7 +23,7 @@ from cldf_dist.study.cells import (
 )
 from cldf_dist.study.plan import BASE
 from cldf_dist.study.rows import COMPONENTS, Row, methods_of, read_results
-from cldf_dist.study.scores import StrictScores, marked, picked_by, picked_patients, used_masks
+from cldf_dist.study.scores import StrictScores, picked_by, picked_patients
 
 TABLES = "tables.md"
 PICTURES = ("best", "median", "worst")
@@ -176,7 +177,7 @@ def _paired_table(scores: StrictScores, ours: str) -> str:
     family = {
         method: row.p
         for method, row in found.items()
-        if row.p is not None and all(both[method]) and not used_masks(method)
+        if row.p is not None and all(both[method]) and not method_named(method).saw_masks
     }
     adjusted = holm(family)
     lines = [
@@ -221,7 +222,7 @@ def _weak_table(rows: Sequence[Row]) -> str:
         pairs = [
             (float(row["area_auroc"]), float(row["dice"]))
             for row in rows
-            if row["seed"] == seed and not used_masks(row["method"])
+            if row["seed"] == seed and not method_named(row["method"]).saw_masks
             and row["area_auroc"] and row["dice"]
         ]  # fmt: skip
         lines.append([seed, number_cell(rank_correlation(pairs), signed=True), str(len(pairs))])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from cldf_dist.method.counterfactual import EMBEDDING, NO_OBJECT, OBJECT
+from cldf_dist.labels import SliceLabel
+from cldf_dist.method.counterfactual import EMBEDDING
 from cldf_dist.method.noise import Schedule, sample_noise, training_timesteps
 
 FIRST_SCALE = 100.0  # errors with and without the object differ by about a percent
@@ -51,10 +52,12 @@ class LabelDiscrimination(nn.Module):
         labels = batch["label"].to(batch["image"].device)
         errors = self.errors(batch["image"], batch["sample_number"])
         right = errors.gather(0, labels[None])[0].detach().clamp(min=LEAST_ERROR)
-        gain = (errors[NO_OBJECT] - errors[OBJECT]) / right
+        gain = (errors[SliceLabel.NEGATIVE] - errors[SliceLabel.POSITIVE]) / right
         logits = self.log_scale.exp() * gain + self.offset
-        loss = functional.binary_cross_entropy_with_logits(logits, (labels == OBJECT).float())
-        accuracy = ((logits > 0) == (labels == OBJECT)).float().mean()
+        loss = functional.binary_cross_entropy_with_logits(
+            logits, (labels == SliceLabel.POSITIVE).float()
+        )
+        accuracy = ((logits > 0) == (labels == SliceLabel.POSITIVE)).float().mean()
         return {"loss": loss, "accuracy": accuracy, "error": right.mean()}
 
     def errors(self, images: Tensor, numbers: Tensor) -> Tensor:
@@ -63,7 +66,9 @@ class LabelDiscrimination(nn.Module):
         timesteps = training_timesteps(numbers, self.seed, *self.timestep_range).to(device)
         noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", device)
         noised = self.schedule.add_noise(images, timesteps, noise).repeat(2, 1, 1, 1)
-        told = torch.tensor([NO_OBJECT, OBJECT], device=device).repeat_interleave(len(images))
+        told = torch.tensor(
+            [SliceLabel.NEGATIVE, SliceLabel.POSITIVE], device=device
+        ).repeat_interleave(len(images))
         timesteps = timesteps.repeat(2)
         output: Tensor = functional_call(
             self._diffusion.net,

@@ -14,7 +14,7 @@ from typing import Any
 from cldf_dist.config import Config, Data, flatten
 from cldf_dist.data.readers.objects import object_title
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.slices import NO_OBJECT, OBJECT
+from cldf_dist.labels import SliceLabel
 from cldf_dist.runs.run import Run, read_json, write_atomically
 
 CARD = "README.md"
@@ -100,7 +100,9 @@ def _head(data: Data, net: NetCard) -> str:
 
 def _training_data(data: Data, shards: ShardSet, net: NetCard) -> dict[str, str]:
     slices = shards.split("train")
-    with_object, without = ((slices.labels == label).sum() for label in (OBJECT, NO_OBJECT))
+    with_object, without = (
+        (slices.labels == label).sum() for label in (SliceLabel.POSITIVE, SliceLabel.NEGATIVE)
+    )
     counts = f"{with_object} with the object, {without} without"
     undecided = len(slices) - with_object - without
     facts = {"data (`data.dataset`)": data.dataset, "object": object_title(data)}

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cldf_dist.data.features.pixel_labels import BACKGROUND, OBJECT, Labels, PixelLabels
+from cldf_dist.data.features.pixel_labels import Labels, PixelLabels
 from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.labels import PixelLabel
+from cldf_dist.maths.interpolation import linear_neighbours
 from cldf_dist.system.seeding import sample_seed
 
 FloatArray = npt.NDArray[np.float32]
@@ -62,8 +64,8 @@ class SeedPixels:
     """
 
     def __init__(self, pixels: TrainingPixels, numbers: PixelsPerItem, seed: int) -> None:
-        self.positive = pixels.rows_with(OBJECT)
-        self.with_background = pixels.rows_with(BACKGROUND)
+        self.positive = pixels.rows_with(PixelLabel.OBJECT)
+        self.with_background = pixels.rows_with(PixelLabel.BACKGROUND)
         num_background, num_object = pixels.counts.T
         self.negative = pixels.rows[(num_background > 0) & (num_object == 0)]
         if not len(self.positive):
@@ -109,14 +111,14 @@ class SeedPixels:
         num_background = self.numbers.num_background
         row = int(self.positive[position])
         labels = self.pixels.labels.labels(row)
-        has_background = bool((labels == BACKGROUND).any())
+        has_background = bool((labels == PixelLabel.BACKGROUND).any())
         if not len(self.negative) and has_background:
             partner, here = row, num_background
         else:
             partners = self.negative if len(self.negative) else self.with_background
             partner = int(rng.choice(partners))
             here = num_background // 2 if has_background else 0
-        objects = _draw(np.flatnonzero(labels == OBJECT), self.numbers.num_object, rng)
+        objects = _draw(np.flatnonzero(labels == PixelLabel.OBJECT), self.numbers.num_object, rng)
         chosen = np.concatenate([objects, self._background(row, labels, here, rng)])
         parts = [(row, _places(chosen, labels), _size(labels))]
         if there := num_background - here:
@@ -131,14 +133,14 @@ class SeedPixels:
         """Flat positions of background pixels; the first of them hard ones, where asked for."""
         if not count:
             return np.zeros(0, np.int64)
-        candidates = np.flatnonzero(labels == BACKGROUND)
+        candidates = np.flatnonzero(labels == PixelLabel.BACKGROUND)
         num_hard = round(self.numbers.hard_negatives * count)
         if not num_hard:
             return _draw(candidates, count, rng)
         activation = strongest_activation(self.pixels.cache, row, labels)
         pool = candidates[_highest(activation.reshape(-1)[candidates], self.numbers.hard_pool)]
         hard = _draw(pool, num_hard, rng)
-        is_left = labels.reshape(-1) == BACKGROUND
+        is_left = labels.reshape(-1) == PixelLabel.BACKGROUND
         is_left[hard] = False
         left = np.flatnonzero(is_left) if is_left.any() else candidates
         return np.concatenate([hard, _draw(left, count - num_hard, rng)])
@@ -178,8 +180,8 @@ def gather_pixels(
 def interpolate_at(stored: npt.NDArray[Any], pixels: IntArray, size: tuple[int, int]) -> FloatArray:
     """Bilinear values (pixels, levels x channels) of maps (levels, h, w, channels)."""
     levels, height, width, channels = stored.shape
-    low_y, high_y, weight_y = _neighbours(pixels[:, 0], size[0], height)
-    low_x, high_x, weight_x = _neighbours(pixels[:, 1], size[1], width)
+    low_y, high_y, weight_y = linear_neighbours(pixels[:, 0], target=size[0], source=height)
+    low_x, high_x, weight_x = linear_neighbours(pixels[:, 1], target=size[1], source=width)
     rows = np.stack([low_y, high_y])[:, None]
     places = rows * width + np.stack([low_x, high_x])  # (below, beside, pixels)
     corners = np.take(stored.reshape(levels, height * width, channels), places, axis=1)
@@ -193,13 +195,6 @@ def _float32(values: npt.NDArray[Any]) -> FloatArray:
     """As numpy would convert them, to the bit, in a tenth of its time; float32 is not copied."""
     converted: FloatArray = torch.from_numpy(values).float().numpy()
     return converted
-
-
-def _neighbours(at: IntArray, size: int, stored: int) -> tuple[IntArray, IntArray, FloatArray]:
-    """The two stored positions around each image position, and the weight of the second."""
-    place = np.clip((at + 0.5) * (stored / size) - 0.5, 0, stored - 1)
-    low = np.floor(place).astype(np.int64)
-    return low, np.minimum(low + 1, stored - 1), (place - low).astype(np.float32)
 
 
 def _lerp(first: FloatArray, second: FloatArray, weight: FloatArray) -> FloatArray:

@@ -20,12 +20,18 @@ import numpy.typing as npt
 
 from cldf_dist.data.formats.nifti import Affine
 from cldf_dist.data.readers.objects import object_parts
-from cldf_dist.data.slices import NO_OBJECT, OBJECT, UNKNOWN
+from cldf_dist.labels import SliceLabel
 
 PATIENT, SLICE = "patient", "slice"  # columns; every other one is an object
 DELIMITERS = (",", ";", "\t")
 # a column with gaps is often saved as decimal numbers
-VALUES = {"1": OBJECT, "1.0": OBJECT, "0": NO_OBJECT, "0.0": NO_OBJECT, "": UNKNOWN}
+VALUES = {
+    "1": SliceLabel.POSITIVE,
+    "1.0": SliceLabel.POSITIVE,
+    "0": SliceLabel.NEGATIVE,
+    "0.0": SliceLabel.NEGATIVE,
+    "": SliceLabel.UNLABELLED,
+}
 NAMES_SHOWN = 5  # in one error
 
 
@@ -66,7 +72,7 @@ class LabelTable:
         """
         columns = [self.objects.index(part) for part in self.parts(object_name)]
         names = [{str(number)} for number in range(slices)] if isinstance(slices, int) else slices
-        labels = np.full(len(names), UNKNOWN, np.int8)
+        labels = np.full(len(names), SliceLabel.UNLABELLED, np.int8)
         places = _places(names)
         lines: dict[int, int] = {}
         for name, row in self.rows.get(patient, {}).items():
@@ -202,9 +208,13 @@ def _expected() -> str:
 
 
 def _joined(labels: Sequence[int]) -> int:
-    if OBJECT in labels:
-        return OBJECT
-    return NO_OBJECT if all(label == NO_OBJECT for label in labels) else UNKNOWN
+    if SliceLabel.POSITIVE in labels:
+        return SliceLabel.POSITIVE
+    return (
+        SliceLabel.NEGATIVE
+        if all(label == SliceLabel.NEGATIVE for label in labels)
+        else SliceLabel.UNLABELLED
+    )
 
 
 def _places(names: Sequence[Collection[str]]) -> dict[str, list[int]]:

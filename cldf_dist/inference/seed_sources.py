@@ -1,4 +1,8 @@
-"""The patch classifier's evidence: its maps, and the seeds of `cldf_plus` that are cut from it."""
+"""Where the labels of training pixels come from: the seeds of each method, or true masks.
+
+The rules are in `method/seeds.py`. Sources read a slice when it is asked for, and travel to the
+loader's processes by pickle.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,70 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cldf_dist.config import Config
-from cldf_dist.data.features.pixel_labels import PatchLogitLabels, PixelLabels
+from cldf_dist.data.features.pixel_labels import Labels, PixelLabels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.method.seeds import SeedCount
+from cldf_dist.data.slices import body_mask
+from cldf_dist.inference.patch_maps import PATCH_LOGITS
+from cldf_dist.labels import PixelLabel, SliceLabel
+from cldf_dist.method.seeds import SeedCount, patch_seed_labels
 from cldf_dist.method.threshold import negative_threshold
-from cldf_dist.nets.patch_classifier import PatchClassifier
 
-PATCH_TAP = "patch"  # the patch classifier's activations among the features of a pixel
-PATCH_LOGITS = "patch_logits"  # its logits, in the cache
 THRESHOLD_SLICES = 2048  # negative validation slices that the threshold is taken from, at most
 
 
 @dataclass(frozen=True)
-class PatchMaps:
-    """What the patch classifier says about a batch of slices."""
+class SeedLabels:
+    """The seeds of `cldf`, read from the feature store without a copy."""
 
-    activations: Tensor  # (batch, 1, features, h, w), as the features of a tap
-    patch_logits: Tensor  # (batch, height, width) logits; -inf outside the subject
+    cache: FeatureCache
 
-
-@torch.no_grad()
-def patch_maps(net: PatchClassifier, images: Tensor, inside: Tensor) -> PatchMaps:
-    """Of slices (batch, channels, height, width); `inside` is True on their subjects."""
-    activations = net.activations(images)
-    patch_logits = net.patch_logits(activations, (images.shape[2], images.shape[3]))
-    return PatchMaps(activations.float()[:, None], patch_logits.masked_fill(~inside, -torch.inf))
+    def labels(self, row: int) -> Labels:
+        return self.cache.read("seeds", row)
 
 
-def plus_taps(config: Config) -> tuple[str, ...]:
-    """The taps that `cldf_plus` learns from."""
-    return (*config.features.taps, *([PATCH_TAP] if config.plus.patch_tap else []))
+@dataclass(frozen=True)
+class PatchLogitLabels:
+    """The seeds of `cldf_plus`, from stored patch logits and activation maps."""
+
+    cache: FeatureCache
+    threshold: float  # logit
+    cam_threshold: float  # of the map scaled to [0, 1] within the body; 0: it is not asked
+
+    def labels(self, row: int) -> Labels:
+        logits, cam = (
+            torch.from_numpy(self.cache.read(name, row).astype(np.float32))
+            for name in (PATCH_LOGITS, "cam")
+        )
+        seeds = patch_seed_labels(
+            logits,
+            cam,
+            int(self.cache.read("label", row)),
+            object_threshold=self.threshold,
+            cam_threshold=self.cam_threshold,
+        )
+        labels: Labels = seeds.numpy()
+        return labels
+
+
+@dataclass(frozen=True)
+class MaskLabels:
+    """True masks of the training slices, for the upper bounds alone: CLDF never trains on them.
+
+    Unknown outside the body, and everywhere in a slice without a mask. The first slices of the
+    store are those of `table`.
+    """
+
+    table: SliceTable
+
+    def labels(self, row: int) -> Labels:
+        mask = self.table.read_mask(row)
+        inside = body_mask(self.table.read_image(row))
+        if mask is None:
+            return np.full(inside.shape, PixelLabel.UNKNOWN, np.int8)
+        return np.where(inside, mask, PixelLabel.UNKNOWN).astype(np.int8)
 
 
 def patch_logit_labels(
@@ -50,7 +84,7 @@ def patch_logit_labels(
     The threshold is the evidence that `plus.negative_fraction` of the subject's pixels of negative
     validation slices exceed: there all evidence is false, so that image-level labels alone set it,
     and the net has not learnt them. Raises ValueError where there is no such slice."""
-    negative = len(train) + np.flatnonzero(validation.labels == 0)
+    negative = len(train) + np.flatnonzero(validation.labels == SliceLabel.NEGATIVE)
     if not len(negative):
         raise ValueError(
             "cldf_plus takes its threshold from negative validation slices, and there is none; "
@@ -72,7 +106,7 @@ def seed_report(labels: PixelLabels, table: SliceTable) -> dict[str, float | int
     A diagnostic for the report: nothing of a run is trained or chosen by it.
     """
     count = SeedCount()
-    for row in np.flatnonzero(table.labels == 1):
+    for row in np.flatnonzero(table.labels == SliceLabel.POSITIVE):
         mask = table.read_mask(int(row))
         if mask is not None:
             seeds = labels.labels(int(row)).copy()  # torch wants it writable
