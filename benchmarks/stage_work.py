@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from cache_decoder import write_store
+from cldf_dist.inference.patch_logits import PATCH_TAP, plus_taps
 from stage_pace import Enough, Pace, Plan, Speed, measure, start_of_peak
 from torch import nn
 from train_setup import make_task
@@ -31,7 +32,6 @@ from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import Stream
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.loading import noise_schedule, place
-from cldf_dist.inference.patch_logits import PATCH_TAP, plus_taps
 from cldf_dist.inference.seed_cam import FALLBACK, with_map
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier

@@ -103,8 +103,7 @@ def scored_names() -> tuple[str, ...]:
 
 
 def mark(name: str) -> str:
-    """What follows the name in tables: * for what saw training masks, † for what test masks chose.
-    """
+    """The mark behind the name in tables: * saw training masks, † was chosen with test masks."""
     return {Role.UPPER_BOUND: " *", Role.ORACLE: " †"}.get(method_named(name).role, "")
 
 

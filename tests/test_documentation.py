@@ -28,7 +28,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 WITH_COMMANDS = [path for path in PAGES if path.parent != ROOT / "kernels"]
-SECTIONS = [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
+SECTIONS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)]
 FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".py", ".txt", ".yaml", ".zarr")
 HARDWARE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 

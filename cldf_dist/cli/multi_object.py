@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cldf_dist.config import EACH, Config, Data
+from cldf_dist.config import EACH, Config, Data, Mark, marked
 from cldf_dist.data.formats.nifti import Affine, read_nifti, write_nifti
 from cldf_dist.data.readers.datasets import objects, patients
 from cldf_dist.data.readers.objects import object_parts
@@ -22,7 +22,6 @@ from cldf_dist.runs.run import read_json, write_atomically
 from cldf_dist.scoring.masks import FloatArray, Mask
 from cldf_dist.system.distributed import processes
 
-SPLIT_SETTINGS = ("validation_fraction", "test_fraction", "split_seed")
 MASK = "_mask.nii.gz"  # how the names of masks of new scans end
 
 
@@ -67,7 +66,7 @@ def with_one_split(config: Config, parts: Sequence[Config]) -> list[Config]:
 
 def _keep_split(path: Path, settings: Data) -> None:
     """Draw the split, or raise ValueError where another one was drawn before."""
-    drawn_by = {key: getattr(settings, key) for key in SPLIT_SETTINGS}
+    drawn_by = {key: getattr(settings, key) for key in marked(Data, Mark.DRAWS_SPLIT)}
     about = path.with_name("splits_drawn_by.json")
     if path.exists() and about.exists():
         if read_json(about) != drawn_by:

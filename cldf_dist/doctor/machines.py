@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cldf_dist.config import Config, UNet
-from cldf_dist.config_rules import FITTED
+from cldf_dist.config import FITTED, Config, UNet
 from cldf_dist.doctor.findings import Finding, Seen, error, hosts, ok, warning
 from cldf_dist.nets.attention import xformers_fault
 from cldf_dist.nets.unet import build_unet

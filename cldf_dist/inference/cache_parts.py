@@ -105,6 +105,6 @@ def damaged_rows(
 
 
 def _damaged(folder: Path, shards: range, keys: Sequence[str]) -> dict[int, list[int]]:
-    cache = FeatureCache(folder, quiet=True)
+    cache = FeatureCache(folder)
     found = {shard: cache.damaged_rows(shard, keys) for shard in shards}
     return {shard: rows for shard, rows in found.items() if rows}

@@ -79,7 +79,6 @@ def load_classifier(folder: Path) -> nn.Module:
 def load_cam(folder: Path) -> nn.Module:
     """The frozen clean classifier on this process's device."""
     about = read_description(folder)
-    about["net"].pop("seed_method", None)  # of nets that were made when seeds.cam was there
     section = build_section(settings.Cam, about["net"])
     return _ready(CamClassifier(section, about["num_channels"]), folder)
 

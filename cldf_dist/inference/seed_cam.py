@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cldf_dist.config import Config
+from cldf_dist.config import CamMethod, Config
 from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
@@ -59,7 +59,8 @@ def choose_seed_cam(
     if before is not None:
         return dict(before)
     agreement = map_agreement(config, nets, table)
-    method, view = config.seeds.cam, "seeds.cam"
+    method: str = config.seeds.cam
+    view = "seeds.cam"
     if method == "auto":
         method, view = best_map(agreement)
         if processes().is_main:
@@ -79,13 +80,13 @@ def _chosen_before(store: Path) -> dict[str, Any] | None:
     if not (store / "zarr.json").is_file():
         return None
     try:
-        return FeatureCache(store, quiet=True).attributes.get("seed_cam")
+        return FeatureCache(store).attributes.get("seed_cam")
     except DamagedShardError:  # said, or mended, by whoever opens the store next
         return None
 
 
 def with_map(config: Config, method: str) -> Config:
-    return replace(config, seeds=replace(config.seeds, cam=method))
+    return replace(config, seeds=replace(config.seeds, cam=cast(CamMethod, method)))
 
 
 def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreement:

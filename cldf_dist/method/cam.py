@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cldf_dist.config import CamMethod
 from cldf_dist.labels import SliceLabel
 
-METHODS = ("gradcam", "gradcam_pp", "layercam")
+METHODS: tuple[str, ...] = get_args(CamMethod)
 
 
 @dataclass(frozen=True)

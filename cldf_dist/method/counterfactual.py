@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cldf_dist.config import UNCONDITIONAL
-from cldf_dist.labels import SliceLabel
+from cldf_dist.labels import UNCONDITIONAL, SliceLabel
 from cldf_dist.method.gradient_map import smooth
 from cldf_dist.method.noise import Schedule, key_noise
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldf_dist.config import UNCONDITIONAL, Features
+from cldf_dist.config import Features
+from cldf_dist.labels import UNCONDITIONAL
 from cldf_dist.method.noise import Schedule, key_noise
 
 CONDITIONS = {"no_object": 0, "object": 1, "none": UNCONDITIONAL}

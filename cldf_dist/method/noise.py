@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from cldf_dist.config import Prediction
 from cldf_dist.system.seeding import sample_seed
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear_beta"}  # our names -> MONAI's
-PREDICTIONS = ("v_prediction", "epsilon")
+PREDICTIONS = get_args(Prediction)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio, as a signed 64-bit integer
 

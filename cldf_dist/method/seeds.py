@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from cldf_dist.config import SeedRule
 from cldf_dist.labels import PixelLabel, SliceLabel
 from cldf_dist.maths.scaling import range_within
 
-RULES = ("both", "cam", "gradient")
+RULES = get_args(SeedRule)
 
 
 def seed_labels(

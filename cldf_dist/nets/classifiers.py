@@ -7,15 +7,10 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
 from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 
-from cldf_dist.config import CLASSES, Cam, Classifier
+from cldf_dist.config import CAM_MIN_CHANNELS, CAM_NORM_GROUPS, Cam, Classifier
+from cldf_dist.labels import CLASSES
 from cldf_dist.nets.attention import use_attention
 from cldf_dist.nets.unet import check_levels, head_channels
-
-NORM_GROUPS = 8  # of the ResNet
-# oneDNN's weight gradient of a strided 1x1 convolution, which MONAI's shortcuts are, writes out of
-# bounds in channels_last for fewer input channels than this (github.com/uxlfoundation/oneDNN,
-# issue 6035; open, torch 2.13 crashes)
-MIN_CHANNELS = 16
 
 
 class NoisyClassifier(nn.Module):
@@ -67,11 +62,15 @@ class CamClassifier(nn.Module):
 
     def __init__(self, settings: Cam, num_channels: int, num_classes: int = len(CLASSES)) -> None:
         super().__init__()
-        odd = [width for width in settings.channels if width % NORM_GROUPS or width < MIN_CHANNELS]
+        odd = [
+            width
+            for width in settings.channels
+            if width % CAM_NORM_GROUPS or width < CAM_MIN_CHANNELS
+        ]
         if odd or len(settings.channels) != 4 or len(settings.blocks) != 4:
             raise ValueError(
                 f"cam.channels and cam.blocks must have four entries, the channels multiples of "
-                f"{NORM_GROUPS} from {MIN_CHANNELS} on; "
+                f"{CAM_NORM_GROUPS} from {CAM_MIN_CHANNELS} on; "
                 f"got {tuple(settings.channels)} and {tuple(settings.blocks)}"
             )
         resnet = ResNet(
@@ -124,4 +123,4 @@ def _use_group_norm(net: nn.Module) -> None:
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, nn.GroupNorm(NORM_GROUPS, child.num_features))
+                setattr(parent, name, nn.GroupNorm(CAM_NORM_GROUPS, child.num_features))

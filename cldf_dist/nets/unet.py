@@ -7,7 +7,8 @@ from typing import Any
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import nn
 
-from cldf_dist.config import UNCONDITIONAL, UNet
+from cldf_dist.config import UNet
+from cldf_dist.labels import UNCONDITIONAL
 from cldf_dist.nets.attention import use_attention
 from cldf_dist.nets.gradient_checkpointing import use_gradient_checkpointing
 

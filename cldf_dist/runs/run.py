@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cldf_dist import config as configuration
-from cldf_dist.config import Config
+from cldf_dist.config import Config, Mark, marked
 from cldf_dist.runs.tracking import Tracker
 from cldf_dist.system.distributed import processes
 from cldf_dist.system.files import atomic_write
@@ -39,17 +39,6 @@ NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would exceed the limit of the file system or of ulimit -f",
 }
-# settings that may differ between two starts of a stage: they do not change what it computes
-HARMLESS = (
-    "fit.num_workers", "fit.log_every", "fit.checkpoint_every", "fit.keep_checkpoints",
-    "fit.preview_every",
-    "fit.max_skipped_steps", "cache.batch_size", "segment.batch_size",
-    "cache.part", "cache.verify", "cache.verify_processes",
-    "segment.tile_pixels",
-    "fit.channels_last", "fit.compile", "net.attention", "net.gradient_checkpointing",
-    "data.shard_cache", "data.shard_cache_gb",
-    "data.splits", "data.labels",  # their contents count, and `prepare` compares those
-)  # fmt: skip
 
 
 class Run:
@@ -251,9 +240,6 @@ def read_config(path: Path) -> Config:
 
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path))
-        plain.setdefault("label_tuning", {"enabled": False})  # made before there was any
-        if "seed_method" in plain["cam"]:  # where seeds.cam was before
-            plain["seeds"]["cam"] = plain["cam"].pop("seed_method")
         return configuration.from_plain(plain)
     except Exception as error:  # OmegaConf's and YAML's errors have no common kind
         raise ValueError(
@@ -265,6 +251,7 @@ def read_config(path: Path) -> Config:
 def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]:
     """`key=old value, not new value` for each setting in `sections` that matters and differs."""
     before, after = configuration.flatten(old), configuration.flatten(new)
+    harmless = marked(Config, Mark.HARMLESS)
 
     def is_off(section: str) -> bool:  # before and now: the rest of it does not matter
         return not (before.get(f"{section}.enabled", True) or after.get(f"{section}.enabled", True))
@@ -274,7 +261,7 @@ def changed_keys(old: Config, new: Config, sections: Sequence[str]) -> list[str]
         for key in before
         if before[key] != after.get(key)
         and (key in sections or key.split(".")[0] in sections)
-        and not any(key.endswith(name) for name in HARMLESS)
+        and key not in harmless
         and not is_off(key.split(".")[0])
     ]
 

@@ -1,5 +1,4 @@
 """The pipeline, in order. Imports no torch; a stage's module has `execute(config, run)`."""
-"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cldf_dist.config import Config, flatten
+from cldf_dist.config import Config, Mark, flatten, marked
 from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.encoding import to_stored
 from cldf_dist.data.features.store import SCALE, FeatureCache, encoded_key
@@ -57,10 +57,6 @@ __all__ = ["STORE", "Slices", "cached_slices", "check_same_slices"]
 
 CACHED_SPLITS = ("train", "validation")
 TIMED_SLICES = 4
-SETTINGS = (  # those that decide what is in the cache, beside the nets
-    "features.", "gradient_map.", "seeds.", "cam.layer",
-    "patch_classifier.enabled", "plus.patch_tap",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
         damaged: list[str] = []
         if config.cache.verify:
             damaged = repair(config, cache, slices.keys)
-            cache = FeatureCache(cache.folder, quiet=True)  # what others discarded is not done
+            cache = FeatureCache(cache.folder)  # what others discarded is not done
         with fail_on_all_ranks():
             check_same_slices(cache, slices)
             scope = part_of(range(cache.num_shards), config.cache.part)
@@ -330,7 +326,7 @@ def _repair_metadata(config: Config, run: Run, create: Callable[[Path], None]) -
         create(fresh)
         if (folder / "zarr.json").is_file():
             with suppress(DamagedShardError):
-                _check_same_settings(FeatureCache(folder, quiet=True), config, run)
+                _check_same_settings(FeatureCache(folder), config, run)
         for name in FeatureCache.repair_metadata(folder, fresh):
             print(
                 f"cache: {folder / name} was lost or damaged; it is written anew", file=sys.stderr
@@ -363,13 +359,13 @@ def _create(
             "precision": "bf16" if bf16 else "fp32",
             "seed_cam": dict(seed_cam),
         },
-        compression=config.cache.compression,
     )
 
 
 def _settings(config: Config) -> dict[str, Any]:
     """Those that decide what is in the cache, as JSON gives them back."""
-    found = {key: value for key, value in flatten(config).items() if key.startswith(SETTINGS)}
+    flat = flatten(config)
+    found = {key: flat[key] for key in marked(Config, Mark.DECIDES_CACHE)}
     del found["features.precision"]  # the store says in which it was begun
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
@@ -379,11 +375,8 @@ def _check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
     """Raise ValueError where the cache was begun with other settings or nets: a part of it that
     is made now would not fit."""
     before, now = dict(cache.attributes["settings"]), _settings(config)
-    if "cam.seed_method" in before:  # where seeds.cam was when the store was begun
-        before["seeds.cam"] = before.pop("cam.seed_method")
-    for name in ("slices_per_shard", "compression"):
-        before[f"cache.{name}"] = cache.attributes[name]
-        now[f"cache.{name}"] = getattr(config.cache, name)
+    before["cache.slices_per_shard"] = cache.slices_per_shard
+    now["cache.slices_per_shard"] = config.cache.slices_per_shard
     changed = [
         f"{key}={before.get(key)!r}, not {now[key]!r}" for key in now if before.get(key) != now[key]
     ]

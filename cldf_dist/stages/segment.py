@@ -126,8 +126,8 @@ def _check_mask_method(config: Config, methods: Sequence[str]) -> None:
     )
     if chosen not in ("auto", *ours):
         raise ValueError(
-            f"segment.mask_method={chosen} is no method of this run, which has {', '.join(ours)}: it "
-            "was left out in train-decoder; take another or auto"
+            f"segment.mask_method={chosen} is no method of this run, which has {', '.join(ours)}: "
+            "it was left out in train-decoder; take another or auto"
         )
 
 

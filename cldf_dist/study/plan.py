@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cldf_dist.config import EACH, Config, load
-from cldf_dist.config_files import FILES_OF_DATA
-from cldf_dist.config_types import build
+from cldf_dist.config import EACH, Config, Mark, build, load, marked
 from cldf_dist.methods import METHODS
 
 BASE = "base"  # the variant without changes
@@ -83,7 +81,7 @@ def read_study(path: str, words: Sequence[str]) -> tuple[Study, tuple[str, ...]]
     for word in words:
         if word not in own and _key(word) in OWN:
             raise ValueError(f"a study gives each run its own {_key(word)}; {REMEDY}, got {word}")
-    study: Study = build(Study, _merged(path, own), "")
+    study: Study = build(Study, _merged(path, own))
     _check(study)
     return study, tuple(word for word in words if word not in own)
 
@@ -153,7 +151,7 @@ def _from_folder(words: Sequence[str], folder: Path) -> list[str]:
     found = []
     for word in words:
         key, _, value = word.partition("=")
-        if key in (f"data.{name}" for name in FILES_OF_DATA) and value:
+        if key in marked(Config, Mark.FROM_CONFIG_FILE) and value:
             word = f"{key}={(folder / value).resolve()}"
         found.append(word)
     return found

@@ -6,8 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cldf_dist.config import Config
-from cldf_dist.config_files import FILES_OF_DATA
+from cldf_dist.config import Config, Mark, flatten, marked
 from cldf_dist.runs.run import DONE, changed_keys, read_config
 from cldf_dist.stages import STAGES, Stage
 
@@ -53,9 +52,8 @@ def _would_be_same(source: Config, target: Config, stage: Stage) -> bool:
     if not (folder / DONE).is_file():
         return False
     # `changed_keys` leaves them to `prepare`, which compares their contents
-    same_files = all(
-        getattr(source.data, key) == getattr(target.data, key) for key in FILES_OF_DATA
-    )
+    theirs, ours = flatten(source), flatten(target)
+    same_files = all(theirs[key] == ours[key] for key in marked(Config, Mark.FROM_CONFIG_FILE))
     made_with = read_config(folder / "config.yaml")
     return same_files and not changed_keys(made_with, target, stage.all_sections)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-LAYOUTS = ("auto", "always", "never")
+from cldf_dist.config import Layout
+
+LAYOUTS = get_args(Layout)
 
 
 def fast_memory_format(device: torch.device, wanted: str = "auto") -> torch.memory_format:

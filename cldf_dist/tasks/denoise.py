@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldf_dist.config import CLASSES, UNCONDITIONAL
+from cldf_dist.labels import CLASSES, UNCONDITIONAL
 from cldf_dist.method.noise import (
     Schedule,
     sample_dropout,

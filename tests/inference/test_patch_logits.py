@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cldf_dist.inference.patch_logits import patch_logit_labels
 from finished_run import make_run, settings
 
 from cldf_dist import load_segmenter
@@ -20,7 +21,6 @@ from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
-from cldf_dist.inference.patch_logits import patch_logit_labels
 from cldf_dist.scoring.masks import (
     METHODS,
     PATCH_FEATURES,

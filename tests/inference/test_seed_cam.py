@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import Config, load
@@ -192,27 +191,6 @@ def test_a_map_that_is_named_is_taken(debug_run: Any, tmp_path: Path) -> None:
     assert (seed_cam["map"], seed_cam["judged_by"]) == ("layercam", "seeds.cam")
     assert seed_cam["agreement"]["saliency"] == dict.fromkeys(METHODS), "not asked"
     assert json.loads((run.folder / "cache" / "DONE").read_text())["seed_cam"] == "layercam"
-
-
-def test_a_run_whose_map_was_set_beside_the_net_goes_on(debug_run: Any, tmp_path: Path) -> None:
-    run = debug_run.copy_to(tmp_path, *EARLIER)
-    assert main(["cache", *run.words, "seeds.cam=gradcam"]) == 0
-    store, net = run.folder / STORE, run.folder / "train-cam" / "net.json"
-    about = json.loads(net.read_text())
-    about["net"]["seed_method"] = "gradcam"
-    net.write_text(json.dumps(about))
-    for path in run.folder.glob("*/config.yaml"):
-        plain = yaml.safe_load(path.read_text())
-        plain["cam"]["seed_method"] = "gradcam"
-        del plain["seeds"]["cam"]
-        path.write_text(yaml.safe_dump(plain))
-    settings = dict(FeatureCache(store).attributes["settings"])
-    settings["cam.seed_method"] = settings.pop("seeds.cam")
-    with_attributes(store, settings=settings)
-    (run.folder / "cache" / "DONE").unlink()
-    (store / "done" / "c" / "0").unlink()
-    assert main(["cache", *run.words, "seeds.cam=gradcam"]) == 0
-    assert main(["train-cam", *run.words]) == 0
 
 
 def test_where_saliency_agrees_with_no_map_the_gradient_map_is_asked() -> None:

@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 
 from cldf_dist.__main__ import main
 from cldf_dist.cli.multi_object import mask_method
-from cldf_dist.config import load
+from cldf_dist.config import ROWS, load
 from cldf_dist.data.features.encoding import to_stored
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets
-from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 from cldf_dist.method.features import extract_features
-from cldf_dist.method_rules import ROWS
 from cldf_dist.runs.run import Run
 from cldf_dist.scoring.masks import (
     METHODS,

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from cldf_dist.__main__ import main
@@ -70,29 +68,6 @@ def test_later_stages_take_the_embedding_of_the_folder(debug_run: Any, tmp_path:
         weight = nets.diffusion.get_parameter(EMBEDDING)
         torch.testing.assert_close(weight, expected, rtol=0, atol=0)
         assert not weight.requires_grad
-
-
-@pytest.mark.slow
-def test_a_run_that_was_made_before_there_was_any_tuning_goes_on_without(
-    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = debug_run.copy_to(tmp_path, *TRAINED, "tune-label-embedding", "cache")
-    shutil.rmtree(run.folder / "tune-label-embedding")
-    for config in run.folder.glob("*/config.yaml"):
-        plain = yaml.safe_load(config.read_text())
-        del plain["label_tuning"]
-        config.write_text(yaml.safe_dump(plain))
-    identity = run.folder / "cache" / "run.json"
-    about = json.loads(identity.read_text())
-    del about["inputs"]["tune-label-embedding"]
-    identity.write_text(json.dumps(about))
-    assert main(["tune-label-embedding", *run.words]) == 0
-    assert main(["cache", *run.words]) == 1
-    assert "label_tuning.enabled=False, not True" in capsys.readouterr().err
-    shutil.rmtree(run.folder / "tune-label-embedding")
-    for stage in ("tune-label-embedding", "cache"):
-        assert main([stage, *run.words, "label_tuning.enabled=false"]) == 0
-    assert "finished before" in capsys.readouterr().err
 
 
 @pytest.mark.slow

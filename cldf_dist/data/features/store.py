@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec
 
 from cldf_dist.data.features.chunk_file import (
     REPAIR,
@@ -37,12 +36,10 @@ Array = npt.NDArray[Any]
 KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
 FORMAT = "cldf-features"
 VERSION = 2
-COMPRESSIONS = ("none", "zstd")
 SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
 OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
 MOST_MAPPED = 32768  # files; the system's own limit is 65530 mappings a process
 STALE_SECONDS = 3600.0  # an unfinished store untouched for so long has lost its maker
-ATTEMPTS = 3  # at a slice that is written anew while it is read
 
 Stamp = tuple[int, int, int]
 
@@ -54,7 +51,7 @@ class FeatureCache:
     to spawned processes. A shard that another process writes anew meanwhile is read anew.
     """
 
-    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         about = self.folder / "zarr.json"
         if not about.exists():
@@ -78,18 +75,12 @@ class FeatureCache:
         self._files: dict[tuple[str, int], tuple[str, Path]] = {}
         self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
         self._known_done: set[int] = set()
-        if self.is_compressed and not quiet:
-            print(
-                f"{self.folder} is compressed: zarr reads it, at several times the CPU time of "
-                "cache.compression=none",
-                file=sys.stderr,
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], quiet=True)  # type: ignore[misc]  # opened anew there
+        self.__init__(state["folder"])  # type: ignore[misc]  # opened anew there
 
     @classmethod
     def create(
@@ -100,28 +91,21 @@ class FeatureCache:
         *,
         slices_per_shard: int,
         attributes: Mapping[str, Any],
-        compression: str = "none",
     ) -> FeatureCache:
         """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each.
 
         Several processes may do so at once: all get the store of the first.
         """
-        if compression not in COMPRESSIONS:
-            raise ValueError(
-                f"cache.compression must be one of {', '.join(COMPRESSIONS)}, got {compression!r}"
-            )
         for stale in folder.parent.glob(f".{folder.name}.*.partial"):
             with suppress(OSError):
                 if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(stale)
         # a process's number is not its own where containers share a disk
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-        codecs = [ZstdCodec(level=3)] if compression == "zstd" else []
         try:
             group = zarr.create_group(partial, zarr_format=3, attributes={
                 "format": FORMAT, "version": VERSION, "num_slices": num_slices,
-                "slices_per_shard": slices_per_shard, "compression": compression,
-                "arrays": list(arrays), **attributes,
+                "slices_per_shard": slices_per_shard, "arrays": list(arrays), **attributes,
             })  # fmt: skip
             for name, (shape, dtype) in {**arrays, **OWN}.items():
                 group.create_array(
@@ -130,7 +114,7 @@ class FeatureCache:
                     chunks=(1, *shape),
                     shards=(slices_per_shard, *shape),
                     dtype=dtype,
-                    compressors=[*(codecs if name in arrays else []), Crc32cCodec()],
+                    compressors=[Crc32cCodec()],
                     fill_value=0,
                     config={"write_empty_chunks": True},  # no file stands for zeros
                 )
@@ -168,10 +152,6 @@ class FeatureCache:
     @property
     def names(self) -> list[str]:
         return list(self._attributes["arrays"])
-
-    @property
-    def is_compressed(self) -> bool:
-        return bool(self._attributes["compression"] != "none")
 
     @property
     def num_shards(self) -> int:
@@ -223,9 +203,9 @@ class FeatureCache:
         self.discard(shard)
         for name, value in stored.items():
             self._write(name, shard, value)
-        self._write_own("key", shard, np.stack([encoded_key(key) for key in keys]))
+        self._write("key", shard, np.stack([encoded_key(key) for key in keys]))
         marks = [_checksum([stored[name][i] for name in self.names]) + 1 for i in range(len(rows))]
-        self._write_own("done", shard, np.array(marks, dtype=np.uint64))
+        self._write("done", shard, np.array(marks, dtype=np.uint64))
 
     def discard(self, shard: int) -> None:
         """Make a shard count as never written; the caller is its only writer."""
@@ -241,8 +221,6 @@ class FeatureCache:
         DamagedShardError (a ValueError) where its bytes are lost or changed.
         """
         shard, place = divmod(row, self.slices_per_shard)
-        if self.is_compressed:
-            return self._decompressed(name, shard, row)
         stamped = self._mapped.get((name, shard))
         if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
             return self._map(name, shard).chunk(place)
@@ -374,39 +352,7 @@ class FeatureCache:
         self._mapped[name, shard] = (stamp or (0, 0, 0), mapped)
         return mapped
 
-    def _decompressed(self, name: str, shard: int, row: int) -> Array:
-        """Through zarr, which gives zeros where there is no file: so the file must have been there
-        before and after, and the same."""
-        text, path = self._file(name, shard)
-        for _ in range(ATTEMPTS):
-            self._known_done.discard(shard)
-            self._check_done(name, shard)
-            stamp = _stamp(text)
-            if stamp is None:
-                raise DamagedShardError(f"{path} is lost; {REPAIR}")
-            try:
-                values = np.asarray(self._array(name)[row])
-            except Exception as error:  # the codecs' errors have no common kind
-                if _stamp(text) != stamp:
-                    continue
-                raise DamagedShardError(
-                    f"{path}, slice {row}, is damaged: {error}; {REPAIR}"
-                ) from error
-            if _stamp(text) == stamp:
-                values.flags.writeable = False
-                return values
-        raise RuntimeError(f"slice {row} of {self.folder} is written right now; try again")
-
     def _write(self, name: str, shard: int, values: Array) -> None:
-        if not self.is_compressed:
-            write_shard_file(self._path(name, shard), values, self.slices_per_shard)
-            return
-        rows = self.rows_of(shard)
-        self._array(name)[rows.start : rows.stop] = values
-        with self._path(name, shard).open("rb") as file:
-            os.fsync(file)
-
-    def _write_own(self, name: str, shard: int, values: Array) -> None:
         write_shard_file(self._path(name, shard), values, self.slices_per_shard)
 
 

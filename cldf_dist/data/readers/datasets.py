@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cldf_dist.config import Data
+from cldf_dist.config import Data, Mark, marked
 from cldf_dist.data.formats.nifti import Volume
 from cldf_dist.data.slices import slice_key
 
@@ -23,7 +23,6 @@ READERS = {  # name -> module of this folder; DICOM is imported where it is read
     "nnunet": "nnunet",
     "phantom": "phantom_scans",
 }
-READ_BY = ("dataset", "object", "modality", "subject")  # the settings that choose what is read
 FAULTS_SHOWN = 5  # of a folder, in one error
 
 
@@ -55,7 +54,7 @@ def source_fingerprint(settings: Data, patient: str) -> str:
     if settings.dataset == "phantom":
         read_by = dataclasses.asdict(settings.phantom)
     else:
-        read_by = {name: getattr(settings, name) for name in READ_BY}
+        read_by = {name: getattr(settings, name) for name in marked(Data, Mark.SELECTS_SOURCE)}
     source = [patient, read_by, files]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 

@@ -10,16 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cldf_dist.config import Data, to_plain
+from cldf_dist.config import Data, Mark, marked, to_plain
 from cldf_dist.data.shards.remote import ShardCache, read_remote
 from cldf_dist.data.shards.table import MANIFEST, DamagedShardError, Record, parse_manifest
 from cldf_dist.data.slices import KEY_PATTERN
 from cldf_dist.data.splits import SPLITS, read_splits
 from cldf_dist.system.files import atomic_write
-
-# settings of `data` that do not say what is in the shards; splits files are read and compared
-NOT_COMPARED = ("root", "labels", "splits", "on_damaged", "shards", "shard_cache", "shard_cache_gb")
-OF_THE_RANDOM_SPLIT = ("validation_fraction", "test_fraction", "split_seed")
 
 
 def adopt_shards(settings: Data, folder: Path) -> Record:
@@ -76,9 +72,9 @@ def _check_settings(settings: Data, manifest: Record, location: str) -> None:
 
 def _differing(settings: Data, theirs: Mapping[str, Any]) -> Iterator[str]:
     """`data.KEY=theirs, not ours` for each setting that says what is in the shards."""
-    left_out = set(NOT_COMPARED)
+    left_out = set(marked(Data, Mark.NOT_IN_SHARDS))
     if settings.splits or theirs.get("splits"):
-        left_out.update(OF_THE_RANDOM_SPLIT)
+        left_out.update(marked(Data, Mark.DRAWS_SPLIT))
     if settings.dataset != "phantom":
         left_out.add("phantom")
     if settings.dataset != "chaos":

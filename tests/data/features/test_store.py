@@ -46,14 +46,13 @@ def keys(rows: range) -> list[str]:
     return [f"patient_é_{row:04d}" for row in rows]
 
 
-def empty(folder: Path, compression: str = "none") -> FeatureCache:
+def empty(folder: Path) -> FeatureCache:
     return FeatureCache.create(
         folder / "features.zarr",
         NUM_SLICES,
         ARRAYS,
         slices_per_shard=PER_SHARD,
         attributes={"taps": ["up0.1"]},
-        compression=compression,
     )
 
 
@@ -389,29 +388,6 @@ def test_damaged_descriptions_are_named_and_repaired(
     assert all(FeatureCache(cache.folder).verify(row) for row in range(NUM_SLICES))
 
 
-def test_a_compressed_slice_is_never_zeros_while_it_is_written_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = empty(tmp_path, "zstd")
-    write(written, 0, 1, 2)
-    cache = FeatureCache(written.folder)
-    cache.read("up0.1", 4)
-    path, array = shard_file(cache, "up0.1", 1), cache._array("up0.1")
-
-    class Interrupted:
-        """The array, of which another process removes the file just before zarr reads."""
-
-        shape, dtype = array.shape, array.dtype
-
-        def __getitem__(self, row: int) -> Any:
-            path.unlink(missing_ok=True)
-            return array[row]
-
-    monkeypatch.setitem(cache._arrays, "up0.1", Interrupted())
-    with pytest.raises(DamagedShardError, match="is lost"):
-        cache.read("up0.1", 4)
-
-
 def test_no_more_files_are_mapped_than_the_system_allows(
     cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,30 +397,6 @@ def test_no_more_files_are_mapped_than_the_system_allows(
             cache.read("up0.1", row), values(range(row, row + 1))["up0.1"][0]
         )
         assert len(cache._mapped) <= 2
-
-
-def test_a_compressed_store_is_read_by_zarr_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written = empty(tmp_path, "zstd")
-    write(written, 0, 1, 2)
-    capsys.readouterr()
-    cache = FeatureCache(written.folder)
-    assert "is compressed: zarr reads it" in capsys.readouterr().err
-    for row in range(NUM_SLICES):
-        np.testing.assert_array_equal(
-            cache.read("up0.1", row), values(range(row, row + 1))["up0.1"][0]
-        )
-        assert cache.verify(row)
-    assert not cache.read("up0.1", 3).flags.writeable
-    change_byte(shard_file(cache, "up0.1", 1), 7)
-    with pytest.raises(DamagedShardError, match=r"slice 3, is damaged: .*; run: cldf cache"):
-        cache.read("up0.1", 3)
-    shard_file(cache, "up0.1", 1).unlink()
-    with pytest.raises(DamagedShardError, match="is lost; run: cldf cache"):
-        cache.read("up0.1", 4)
-    with pytest.raises(ValueError, match=r"cache\.compression must be one of none, zstd, got 'lz'"):
-        empty(tmp_path / "other", "lz")
 
 
 def test_who_comes_second_gets_the_store_of_the_first(cache: FeatureCache) -> None:

@@ -27,8 +27,7 @@ from chaos_files import (
 from dicom_files import write_series
 
 from cldf_dist.__main__ import main
-from cldf_dist.config import flatten, load
-from cldf_dist.config_rules import CHAOS_OBJECTS
+from cldf_dist.config import CHAOS_OBJECTS, flatten, load
 from cldf_dist.data.readers.chaos import (
     channels,
     listing_faults,
