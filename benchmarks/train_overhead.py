@@ -12,7 +12,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,6 @@ from train_setup import BareLoop, arithmetic, made_up_batches, make_task
 from cldf_dist.config import Config
 from cldf_dist.data.stream import Batch, Stream
 from cldf_dist.inference.loading import shard_set, training_stream
-from cldf_dist.runs import tracking
 from cldf_dist.runs.run import Run
 from cldf_dist.training.ema import MovingAverage
 from cldf_dist.training.fit import fit
@@ -32,8 +30,8 @@ from cldf_dist.training.step_metrics import SkippedSteps, StepMeans
 CPU = torch.device("cpu")
 STAGE = "train-diffusion"
 EVICTED_BYTES = 2**26  # touched before each call of a part: between steps nothing stays in caches
-WITHOUT_TRACKING, TRACKED, SENT_AT_ONCE = "fit", "fit, MLflow", "fit, MLflow sent at every log"
-NAMES = (WITHOUT_TRACKING, TRACKED, SENT_AT_ONCE)
+WITHOUT_TRACKING, TRACKED = "fit", "fit, MLflow"  # sent by another thread, beside both loops
+NAMES = (WITHOUT_TRACKING, TRACKED)
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ def measure_fit(config: Config, plan: Plan) -> dict[str, Seconds]:
     for _ in range(plan.rounds):
         for name in NAMES:
             settings = replace(config.tracking, enabled=name != WITHOUT_TRACKING)
-            with _sending(at_once=name == SENT_AT_ONCE):
-                bare, ours = _round(replace(config, tracking=settings), plan)
+            bare, ours = _round(replace(config, tracking=settings), plan)
             found[name].bare.append(bare)
             found[name].fit.append(ours)
     return found
@@ -134,18 +131,6 @@ def _round(config: Config, plan: Plan) -> tuple[float, float]:
     assert len(measured) == plan.steps, "the last step is not followed by a call for a batch"
     means = (statistics.fmean(column) for column in zip(*measured, strict=True))
     return next(means), next(means)
-
-
-@contextmanager
-def _sending(*, at_once: bool) -> Iterator[None]:
-    """Where `at_once`, MLflow gets every log by itself, the most that it can cost."""
-    usual = tracking.SECONDS_BETWEEN_BATCHES
-    if at_once:
-        tracking.SECONDS_BETWEEN_BATCHES = 0.0
-    try:
-        yield
-    finally:
-        tracking.SECONDS_BETWEEN_BATCHES = usual
 
 
 def _median_seconds(call: Callable[[], object], calls: int) -> float:

@@ -21,7 +21,7 @@ stages, in order:
   run                    all of them; finished ones are skipped
   study                  runs of several experiments and seeds, and their tables: a study file
   doctor                 does what a run needs work here, on all processes of the launch?
-  sync-tracking          send what MLflow's local stores hold to a server: to=http://HOST:PORT
+  sync-tracking          send the metrics of all runs in a folder to MLflow: to=http://HOST:PORT
 
 examples:
   cldf run configs/demo.yaml

@@ -88,8 +88,8 @@ METHODS = (
 
 
 def method_named(name: str) -> Method:
-    """The record of a method; KeyError for a name that none has."""
-    return _BY_NAME[name]
+    """The record of a method; a name of another version is a baseline, and its own title."""
+    return _BY_NAME.get(name) or Method(name, name)
 
 
 def names_of(*roles: Role) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from cldf_dist.config import Config, Data, Evaluate, Report, Tracking
 from cldf_dist.data.formats.nifti import Volume, write_nifti
 from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice, prepare_volume
+from cldf_dist.methods import SUPERVISED
 from cldf_dist.runs.run import Run
-from cldf_dist.scoring.masks import SUPERVISED, PatientScores, native_scores, object_mask
+from cldf_dist.scoring.masks import PatientScores, native_scores, object_mask
 
 LPS = np.diag([-1.0, -1.0, 2.0, 1.0])
 RAS = np.diag([1.0, 1.0, 2.0, 1.0])

@@ -15,7 +15,7 @@ from typing import Any
 
 from cldf_dist.config import Config, to_yaml
 from cldf_dist.runs.run import Run, command_for, room_explained, seconds_of, write_atomically
-from cldf_dist.runs.tracking import local_uri
+from cldf_dist.runs.tracking import store_uri
 from cldf_dist.stages import STAGES, Stage, part_folder, stage_named
 from cldf_dist.system.distributed import broadcast_object, processes, wait_for_everyone
 from cldf_dist.system.signals import Stopped
@@ -291,7 +291,7 @@ def print_results(config: Config, stage: Stage) -> None:
 
 
 def _way_to_mlflow(config: Config) -> str:
-    uri = config.tracking.uri or local_uri(config)
+    uri = store_uri(config)
     if uri:
         return f"mlflow ui --backend-store-uri {uri}"
     return f"cldf sync-tracking to=http://HOST:PORT runs={config.runs}"

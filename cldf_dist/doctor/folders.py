@@ -151,11 +151,11 @@ def of_tracking(config: Config) -> Iterator[Finding]:
         yield ok("mlflow", "switched off; metrics.jsonl holds everything")
     elif not uri.startswith(("http://", "https://")):
         place = uri or f"a file in {config.runs}"
-        yield ok("mlflow", f"{place}; in a SLURM job each stage has a file of its own")
+        yield ok("mlflow", f"{place}; SLURM jobs leave it to cldf sync-tracking")
     else:
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
                 yield ok("mlflow", f"{uri} answers ({answer.status})")
         except (OSError, ValueError) as problem:
-            remedy = "metrics.jsonl holds everything; tracking.uri= tracks into a file"
+            remedy = "metrics.jsonl holds everything; cldf sync-tracking sends it later"
             yield warning("mlflow", f"{uri} does not answer ({problem})", remedy)

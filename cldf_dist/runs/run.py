@@ -24,16 +24,18 @@ from typing import IO, Any
 
 from cldf_dist import config as configuration
 from cldf_dist.config import Config, Mark, marked
-from cldf_dist.runs.tracking import Tracker
+from cldf_dist.runs.tracking import Mirror
 from cldf_dist.system.distributed import processes
 from cldf_dist.system.files import atomic_write
 from cldf_dist.system.locks import FolderLock
 
 DONE = "DONE"
 BOOKKEEPING = (  # what a stage's folder holds before there is any result
-    ".attempt.json", ".lock", "config.yaml", "mlflow.db", "mlflow.db-journal", "provenance.json",
-    "run.json", "seconds.json",
+    ".attempt.json", ".lock", "config.yaml", "provenance.json", "run.json", "seconds.json",
 )  # fmt: skip
+LOCK_SECONDS = (
+    0.5  # `cldf sync-tracking` and a study take the lock for a moment, to see if it is free
+)
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -54,7 +56,7 @@ class Run:
         self.stop_requested = 0  # the signal that asked for a stop, if the stage finished anyway
         self._lock: FolderLock | None = None
         self._metrics: IO[str] | None = None
-        self._tracker: Tracker | None = None
+        self._mirror: Mirror | None = None
         self._started = time.time()
 
     @property
@@ -78,7 +80,7 @@ class Run:
         with room_explained(self.folder):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = FolderLock(self.folder)
+                self._lock = FolderLock(self.folder, wait_seconds=LOCK_SECONDS)
             except OSError as error:
                 if error.errno in NO_ROOM:
                     raise
@@ -97,12 +99,12 @@ class Run:
         seconds_of(self.folder)  # a damaged file is told now, not when the work is done
         identity = self.folder / "run.json"
         if not identity.exists():
-            about = {"id": uuid.uuid4().hex, "inputs": self.input_ids()}
+            about = {"id": uuid.uuid4().hex, "stage": self.stage, "inputs": self.input_ids()}
             write_atomically(identity, json.dumps(about))
         write_atomically(self.folder / "config.yaml", configuration.to_yaml(self.config))
         write_atomically(self.folder / "provenance.json", json.dumps(self._provenance(), indent=1))
         self._metrics = (self.folder / "metrics.jsonl").open("a")
-        self._tracker = Tracker(self.config, self.folder, self.stage)
+        self._mirror = Mirror(self.config, self.folder)
 
     def start_logging_from(self, step: int, *, again: str = "") -> None:
         """Cut metrics.jsonl back to the checkpoint's step: what came later is done again.
@@ -121,8 +123,6 @@ class Run:
         ]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._metrics = path.open("a")
-        if self._tracker is not None:
-            self._tracker.rewound()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and mirror it; other ranks are silent."""
@@ -131,8 +131,8 @@ class Run:
         line = {"step": step, "time": round(time.time(), 3), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._tracker is not None:
-            self._tracker.logged(len(metrics))
+        if self._mirror is not None:
+            self._mirror.allow_values()
 
     def finish(self, outputs: Mapping[str, Any] | None = None) -> None:
         """Declare the stage finished; `outputs` (numbers worth keeping) go into DONE."""
@@ -141,9 +141,9 @@ class Run:
         self._add_seconds()
         word = {"stage": self.stage, "finished": round(time.time(), 3), **(outputs or {})}
         write_atomically(self.folder / DONE, json.dumps(word, indent=1))
-        self.close("FINISHED")
+        self.close()
 
-    def close(self, status: str = "KILLED") -> None:
+    def close(self) -> None:
         """Let the folder go; without `finish` the stage counts as interrupted."""
         if self._metrics is not None:
             if not self.is_finished:
@@ -152,9 +152,9 @@ class Run:
             with suppress(OSError):  # every line was flushed when it was logged
                 self._metrics.close()
             self._metrics = None
-        if self._tracker is not None:
-            self._tracker.close(status)
-            self._tracker = None
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None

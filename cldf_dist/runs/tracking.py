@@ -1,8 +1,8 @@
-"""MLflow's mirror of metrics.jsonl: one run for the experiment, one nested run a stage.
+"""MLflow as a mirror of metrics.jsonl: one run for the experiment, one nested run per stage.
 
-Only the main process writes, in batches, and what it sends it reads from metrics.jsonl: so nothing
-is missing after a kill, and nothing is sent twice. Where the server is away the stage goes on in a
-file of its own, which `cldf sync-tracking` replays. Nothing here ever stops training.
+A stage's folder holds all that is sent: run.json (identity), config.yaml (parameters),
+provenance.json (tags), metrics.jsonl (values) and DONE (status). So a store can be brought up to
+date at any time, from any process, and as often as needed: only what it lacks is sent.
 """
 
 from __future__ import annotations
@@ -10,185 +10,269 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+import threading
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cldf_dist import config as configuration
 from cldf_dist.config import Config
 from cldf_dist.runs import tracking_store as store
+from cldf_dist.system.files import atomic_write
+from cldf_dist.system.locks import FolderLock
 
-SECONDS_BETWEEN_BATCHES = 30.0
+PARENT = "mlflow.parentRunId"
+BATCH = 500  # metric values per request: MLflow accepts up to 1000
+SECONDS_BETWEEN_SENDS = 30.0
+SECONDS_TO_CLOSE = 60.0  # that the end of a stage waits for its last values to be sent
 
 
-class Tracker:
-    """Mirrors one stage; does nothing where `tracking.enabled` is false."""
+class Mirror:
+    """Sends a stage's values from a background thread; a store that is away never stops training.
 
-    def __init__(self, config: Config, folder: Path, stage: str) -> None:
-        self._config, self._folder, self._stage = config, folder, stage
-        self._uris = _addresses(config, folder) if config.tracking.enabled else []
-        self._client: Any = None
-        self._parent = self._run = ""
-        self._known: store.Steps | None = None  # what the store has; None: not asked yet
-        self._offset = 0  # what has been sent of metrics.jsonl, in bytes
-        self._num_waiting = 0
-        self._last_sent = time.monotonic()
-        if self._uris:
-            self._open()
+    Does nothing where `tracking.enabled` is false.
+    """
 
-    def logged(self, num_values: int) -> None:
-        """So many values were written to metrics.jsonl; now and then they are sent."""
-        self._num_waiting += num_values
-        late = time.monotonic() - self._last_sent > SECONDS_BETWEEN_BATCHES
-        if self._uris and (late or self._num_waiting >= store.BATCH):
-            self._send()
-
-    def rewound(self) -> None:
-        """metrics.jsonl was cut back; what was sent and is done again is not sent again."""
-        self._offset = 0
-
-    def close(self, status: str) -> None:
-        if not self._uris:
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._closing = threading.Event()
+        self._values_settled = self._has_warned = False
+        self._thread: threading.Thread | None = None
+        if not config.tracking.enabled:
             return
-        self._send()
-        if self._client is not None:
-            try:
-                self._client.set_terminated(self._run, status)
-                self._client.set_terminated(self._parent, status)
-            except Exception as error:  # all values are there: not worth another store
-                self._warn(error, "only the word that the stage has ended is missing")
-        self._uris = []
-
-    def _open(self) -> None:
-        self._try(lambda: None)
-
-    def _send(self) -> None:
-        self._last_sent = time.monotonic()
-        self._try(self._catch_up)
-
-    def _try(self, action: Callable[[], None]) -> None:
-        """Do that in the first store that can be had; without any, mirroring ends."""
-        while self._uris:
-            try:
-                if self._client is None:
-                    self._enter(self._uris[0])
-                action()
-                return
-            except Exception as error:  # whatever the tracking server does, training goes on
-                self._client = None
-                self._leave(error)
-
-    def _leave(self, error: Exception) -> None:
-        """Go on in the stage's own store; where that is what failed, nowhere."""
-        failed = self._uris.pop(0)
-        if not self._uris:
-            self._warn(
-                error, "metrics.jsonl holds everything; tracking.enabled=false silences this"
-            )
+        uri = store_uri(config)
+        try:
+            if not uri:
+                raise ConnectionError("a SLURM job needs tracking.uri=http://HOST:PORT")
+            store.import_mlflow(uri)  # not in the thread: imports of two threads can deadlock
+        except Exception as error:
+            self._warn(error)
             return
-        to = f"to={failed} " if self._config.tracking.uri else ""
-        self._warn(
-            error,
-            f"{self._stage} goes on in {self._folder / store.FILE}, and "
-            f"cldf sync-tracking {to}runs={self._config.runs} sends that later",
+        self._thread = threading.Thread(target=self._keep_sending, args=(uri,), daemon=True)
+        self._thread.start()
+
+    def allow_values(self) -> None:
+        """Values may be sent from now on: lines that will be computed again have been removed."""
+        self._values_settled = True
+
+    def close(self) -> None:
+        """Send the rest and the status, or give up after `SECONDS_TO_CLOSE`."""
+        if self._thread is None:
+            return
+        self._closing.set()
+        self._thread.join(SECONDS_TO_CLOSE)
+        if self._thread.is_alive():
+            self._warn(TimeoutError(f"no end after {SECONDS_TO_CLOSE:.0f} s"))
+        self._thread = None
+
+    def _keep_sending(self, uri: str) -> None:
+        sender: StageSender | None = None
+        last = False
+        while not last:
+            last, is_new = self._closing.is_set(), sender is None
+            try:
+                if sender is None:
+                    runs = Path(self._config.runs)
+                    client = store.connect(uri, runs)
+                    sender = StageSender(
+                        client, runs, self._folder, self._config, replace_deleted=True
+                    )
+                status = status_of(self._folder, at_work=not last)
+                if self._values_settled or status == "FINISHED":
+                    sender.send_values()
+                sender.set_status(sender.run, status)
+                sender.set_status(sender.parent, status)
+            except Exception as error:  # MLflow's and the network's have no common kind
+                sender = None
+                last = last and is_new  # a server that was restarted deserves a second try
+                self._warn(error)
+            if not last:
+                self._closing.wait(SECONDS_BETWEEN_SENDS)
+
+    def _warn(self, error: Exception) -> None:
+        """Print one warning a stage, however often a store fails."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        reason = " ".join(str(error).split())[:200]
+        to = f"to={self._config.tracking.uri} " if self._config.tracking.uri else ""
+        print(
+            f"warning: MLflow is out of reach ({reason}); metrics.jsonl holds everything, and "
+            f"cldf sync-tracking {to}runs={self._config.runs} sends what is missing later; "
+            "tracking.enabled=false silences this",
+            file=sys.stderr,
         )
 
-    def _warn(self, error: Exception, consequence: str) -> None:
-        reason = " ".join(str(error).split())[:200]
-        print(f"warning: MLflow is out of reach ({reason}); {consequence}", file=sys.stderr)
 
-    def _catch_up(self) -> None:
+class StageSender:
+    """Finds or creates the MLflow runs of a stage and of its experiment, and sends what they lack.
+
+    A run that was deleted in the store is left alone, or replaced where `replace_deleted`.
+    `num_created` and `num_parameters` count what was new. Raises what MLflow raises.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        runs: Path,
+        folder: Path,
+        config: Config,
+        *,
+        replace_deleted: bool = False,
+    ) -> None:
+        self._client, self._folder = client, folder
+        self._known: dict[str, set[int]] | None = None  # the steps of each metric in the store
+        self._inode = self._offset = 0  # what has been read of metrics.jsonl
+        self.num_created = self.num_parameters = 0
+        about = _read(folder / "run.json")
+        with FolderLock(runs, wait_seconds=store.LOCK_SECONDS):  # of stages that start at once
+            experiment = store.experiment_named(client, config.tracking.experiment, runs)
+
+            def find_or_create(name: str, tags: dict[str, str]) -> Any:
+                run = store.find_run(client, experiment, tags[store.IDENTITY])
+                if run is not None and not (replace_deleted and store.is_deleted(run)):
+                    return run
+                self.num_created += 1
+                return client.create_run(experiment, start_time(folder), tags, run_name=name)
+
+            self.parent = find_or_create(
+                config.name, {store.IDENTITY: _id_of_run(runs / config.name)}
+            )
+            nested = {PARENT: self.parent.info.run_id, "stage": about["stage"]}
+            self.run = find_or_create(about["stage"], {store.IDENTITY: about["id"], **nested})
+        self._statuses = {run.info.run_id: run.info.status for run in (self.parent, self.run)}
+        if not store.is_deleted(self.run):
+            self._send_parameters(configuration.flatten(config), nested)
+
+    def send_values(self) -> tuple[int, int]:
+        """Send the values of metrics.jsonl that the store lacks; how many, and how many it had.
+
+        A step that was sent and is computed again keeps its first value: MLflow replaces none.
+        """
+        run_id = self.run.info.run_id
         if self._known is None:
-            self._known = store.known_steps(self._client, self._run)
-        points, end = store.read_points(self._folder / "metrics.jsonl", self._offset)
-        store.send_points(self._client, self._run, points, self._known)
-        self._offset, self._num_waiting = end, 0
-
-    def _enter(self, uri: str) -> None:
-        """Find or make the two runs in the store at `uri`."""
-        config = self._config
-        runs = Path(config.runs)
-        store.prepare_mlflow(uri)
-        own = uri == store.sqlite_uri(self._folder / store.FILE)
-        guard: Callable[[], AbstractContextManager[None]]
-        guard = nullcontext if own else partial(store.alone, runs)
-        client = store.client_of(uri, guard)
-        with guard():  # of all stages that start at once one makes the parent
-            artifacts = None if config.tracking.uri and not own else runs / "mlflow"
-            experiment = store.experiment_in(client, config.tracking.experiment, artifacts)
-            parent = {store.IDENTITY: _identity_of_parent(config.run_folder)}
-            self._parent = _kept_run(client, experiment, config.name, parent).info.run_id
-            tags = {
-                store.IDENTITY: _identity(self._folder),
-                store.FOLDER: f"{config.name}/{self._stage}",
-                store.PARENT: self._parent,
-                "stage": self._stage,
-                **_tags_of_starts(self._folder),
+            self._known = {
+                name: {point.step for point in self._client.get_metric_history(run_id, name)}
+                for name in self._client.get_run(run_id).data.metrics
             }
-            run = _kept_run(client, experiment, self._stage, tags)
-        self._run = run.info.run_id
-        store.send_parameters(client, run, configuration.flatten(config))
-        self._known, self._offset, self._client = None, 0, client
+        points = self._new_points()
+        missing = {
+            (point.key, point.step): point
+            for point in reversed(points)  # of two values of one step the first
+            if point.step not in self._known.get(point.key, ())
+        }
+        ready = list(reversed(missing.values()))
+        for start in range(0, len(ready), BATCH):
+            batch = ready[start : start + BATCH]
+            self._client.log_batch(run_id, metrics=batch)
+            for point in batch:
+                self._known.setdefault(point.key, set()).add(point.step)
+        return len(ready), len(points) - len(ready)
+
+    def set_status(self, run: Any, status: str) -> None:
+        """Set the status of `run` or `parent` where it differs, with the time of its end."""
+        run_id = run.info.run_id
+        if status == self._statuses[run_id] or store.is_deleted(run):
+            return
+        if status == "RUNNING":
+            self._client.update_run(run_id, status=status)
+        else:
+            self._client.set_terminated(run_id, status, _end_time(self._folder))
+        self._statuses[run_id] = status
+
+    def _new_points(self) -> list[Any]:
+        """The values of the lines that metrics.jsonl has had since the last call, and of all lines
+        where it was replaced, as it is when it is cut back."""
+        path = self._folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # a kill can threshold the last line short
+        self._offset += len(whole)
+        return [point for line in whole.splitlines() for point in _points_of(line)]
+
+    def _send_parameters(self, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Send tags, and the parameters that have no value there: MLflow lets none change."""
+        from mlflow.entities import Param, RunTag
+
+        known = self.run.data.params
+        new = [
+            Param(key, str(value)[:500]) for key, value in parameters.items() if key not in known
+        ]
+        all_tags = {**tags, **_tags_of_starts(self._folder)}
+        run_tags = [RunTag(key, value) for key, value in all_tags.items()]
+        for start in range(0, max(len(new), 1), 100):  # MLflow accepts up to 100
+            part = new[start : start + 100]
+            self._client.log_batch(self.run.info.run_id, params=part, tags=run_tags)
+        self.num_parameters = len(new)
 
 
-def local_uri(config: Config) -> str:
-    """The file for stages without a server; "" in a SLURM job, where each stage has its own:
-    SQLite is not for several machines at once."""
-    if os.environ.get("SLURM_JOB_ID"):
-        return ""
+def store_uri(config: Config) -> str:
+    """The store of `tracking.uri`, or else a file in the folder of runs; "" in a SLURM job without
+    `tracking.uri`: SQLite is not for several machines at once."""
+    if config.tracking.uri or os.environ.get("SLURM_JOB_ID"):
+        return config.tracking.uri
     return store.sqlite_uri(Path(config.runs) / store.FILE)
 
 
-def _addresses(config: Config, folder: Path) -> list[str]:
-    """Where the stage is tracked, and where instead if that cannot be."""
-    first = config.tracking.uri or local_uri(config)
-    own = store.sqlite_uri(folder / store.FILE)
-    return [first, own] if first else [own]
+def status_of(folder: Path, *, at_work: bool) -> str:
+    """MLflow's word for the state of a stage."""
+    if (folder / "DONE").is_file():
+        return "FINISHED"
+    return "RUNNING" if at_work else "KILLED"
 
 
-def _kept_run(client: Any, experiment: str, name: str, tags: dict[str, str]) -> Any:
-    """The run with that identity, set to running again; made where there is none."""
-    tags = {**tags, store.OPENED: str(round(1000 * time.time()))}
-    run = store.run_of(client, experiment, tags[store.IDENTITY])
-    if run is None:
-        return client.create_run(experiment, run_name=name, tags=tags)
-    client.update_run(run.info.run_id, status="RUNNING")
-    store.set_tags(client, run, tags)
-    return run
+def start_time(folder: Path) -> int:
+    """When a stage was first started, in milliseconds since 1970."""
+    first = datetime.fromisoformat(_read(folder / "provenance.json")["starts"][0]["time"])
+    return round(1000 * first.timestamp())
 
 
-def _identity(folder: Path) -> str:
-    return str(json.loads((folder / "run.json").read_text())["id"])
+def _end_time(folder: Path) -> int:
+    """When a stage was finished or, where it is not, last logged, in milliseconds since 1970."""
+    if (folder / "DONE").is_file():
+        return round(1000 * float(_read(folder / "DONE")["finished"]))
+    files = [folder / name for name in ("metrics.jsonl", "provenance.json")]
+    return round(1000 * max(file.stat().st_mtime for file in files if file.exists()))
 
 
-def _identity_of_parent(folder: Path) -> str:
-    """What identifies a whole run: of all stages that start at once the first decides."""
+def _points_of(line: bytes) -> list[Any]:
+    """MLflow's metrics for the values of one line; none where it is damaged."""
+    from mlflow.entities import Metric
+
+    try:
+        values = json.loads(line)
+        step, when = int(values.pop("step")), round(1000 * values.pop("time"))
+        return [Metric(name, float(value), when, step) for name, value in values.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _id_of_run(folder: Path) -> str:
+    """The identity of a whole run, which its first stage decides; the caller holds a lock."""
     path = folder / "tracking.json"
     if not path.exists():
-        mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        mine.write_text(json.dumps({"id": uuid.uuid4().hex}))
-        try:
-            os.link(mine, path)  # unlike a renaming it never replaces what is there
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            mine.replace(path)
-        finally:
-            mine.unlink(missing_ok=True)
-    return str(json.loads(path.read_text())["id"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps({"id": uuid.uuid4().hex}).encode())
+    return str(_read(path)["id"])
 
 
 def _tags_of_starts(folder: Path) -> dict[str, str]:
     """How often the stage was started, and by which jobs of SLURM."""
-    path = folder / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    jobs = dict.fromkeys(start["slurm_job"] for start in starts if start.get("slurm_job"))
+    starts = _read(folder / "provenance.json")["starts"]
+    jobs = dict.fromkeys(start["slurm_job"] for start in starts if start["slurm_job"])
     tags = {"cldf.starts": str(len(starts))}
-    if jobs:
-        tags["slurm.jobs"] = ",".join(jobs)
-        tags["slurm.restarts"] = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return tags
+    return {**tags, "slurm.jobs": ",".join(jobs)} if jobs else tags
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

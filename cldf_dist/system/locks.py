@@ -1,12 +1,14 @@
-"""One process at a time in a stage's folder, and no trace of it after a crash.
+"""A lock on a folder, which a crash leaves free.
 
-`flock` is freed by the system when its owner dies. Some network file systems have none: there an
-exclusive file stands in, refreshed as long as its owner lives.
+The system frees `flock` when its owner dies. Some network file systems have none: there an
+exclusive file stands in, refreshed as long as its owner lives. We do not use `filelock`: it has no
+shared flock, names no owner, and has a substitute for ENOSYS alone, without a heartbeat.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import sys
@@ -15,133 +17,124 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
-BEAT_SECONDS = 10.0
-SHARED_SECONDS = 2.0
+POLL_SECONDS = 0.05
+HEARTBEAT_SECONDS = 10.0
+SHARED_SECONDS = 2.0  # for the first of those who share a folder to let the others in
 STALE_SECONDS = 120.0  # an exclusive file untouched for so long has lost its owner
+HELD = (errno.EWOULDBLOCK, errno.EACCES)
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FolderLock:
-    """Holds `folder` until `release`. RuntimeError, naming the owner, where somebody else does."""
+    """Holds `folder` until `release` or the end of its `with` block.
+
+    RuntimeError, naming the owner, where somebody else still holds it after `wait_seconds`.
+    """
 
     def __init__(
         self,
         folder: Path,
         *,
         remedy: str = "take another name=...",
-        _with_others: bool = False,
+        wait_seconds: float = 0.0,
         _first: Callable[[], None] | None = None,
     ) -> None:
-        self._folder, self._remedy = folder, remedy
-        self._file: IO[bytes] | None = None
-        self._exclusive: Path | None = None
-        self._stop = threading.Event()
-        import fcntl
-
-        file = (folder / ".lock").open("a+b", buffering=0)  # nothing is left to write at close
+        self._folder, self._first = folder, _first
+        self._stand_in = folder / ".lock.exclusive"
+        self._heartbeat: threading.Thread | None = None
+        self._released = threading.Event()
+        self._file = (folder / ".lock").open("a+b", buffering=0)  # nothing is written at close
+        deadline = time.monotonic() + wait_seconds
         try:
-            if _with_others:
-                _lock_together(file, _first)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = _owner(file)
-            file.close()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._in_use(owner) from error
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            if _with_others:
-                self._warn("nothing keeps two jobs from writing the same part")
-                if _first is not None:
-                    _first()
-            else:
-                self._take_exclusive_file()
-            return
-        self._file = file
-        if _with_others:
-            return
-        with suppress(OSError):  # a full disk: the lock holds without its owner's name
-            file.truncate(0)
-            file.write(_me().encode())
+            while not self._try_flock():
+                if time.monotonic() >= deadline:
+                    raise RuntimeError(
+                        f"{folder} is in use by {self._owner()}; wait for it, stop it, or {remedy}"
+                    )
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self._file.close()
+            raise
 
     @classmethod
-    def shared(cls, folder: Path, first: Callable[[], None] | None = None) -> FolderLock:
+    def shared(cls, folder: Path, first: Callable[[], None] = lambda: None) -> FolderLock:
         """Hold `folder` together with others that ask for the same. Where nobody holds it `first`
         is called, before anybody else comes in. RuntimeError where somebody holds it alone."""
-        return cls(folder, _with_others=True, _first=first)
+        return cls(folder, wait_seconds=SHARED_SECONDS, _first=first)
 
     def release(self) -> None:
-        self._stop.set()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._exclusive is not None:
-            self._exclusive.unlink(missing_ok=True)
-            self._exclusive = None
+        self._released.set()
+        self._file.close()
+        if self._heartbeat is not None:
+            self._heartbeat = None
+            self._stand_in.unlink(missing_ok=True)
 
-    def _take_exclusive_file(self) -> None:
-        path = self._folder / ".lock.exclusive"
-        self._warn(f"{path.name} stands in")
-        if path.exists() and time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _try_flock(self) -> bool:
+        """True where the lock is ours now."""
         try:
-            with path.open("x") as file:
-                file.write(_me())
-        except FileExistsError as error:
-            raise self._in_use(path.read_text()) from error
-        self._exclusive = path
-        threading.Thread(target=self._refresh, args=(path,), daemon=True).start()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_FLOCK:
+                return self._try_without_flock()
+            if error.errno not in HELD:
+                raise
+            return self._first is not None and self._try_to_share()
+        if self._first is not None:
+            self._first()
+            return self._try_to_share()
+        with suppress(OSError):  # a full disk: the lock holds without its owner's name
+            self._file.truncate(0)
+            self._file.write(_own_name())
+        return True
+
+    def _try_to_share(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _try_without_flock(self) -> bool:
+        if self._first is not None:
+            self._warn("nothing keeps two jobs from writing the same part")
+            self._first()
+            return True
+        with suppress(FileNotFoundError):
+            if time.time() - self._stand_in.stat().st_mtime > STALE_SECONDS:
+                self._stand_in.unlink()
+        try:
+            with self._stand_in.open("xb") as file:
+                file.write(_own_name())
+        except FileExistsError:
+            return False
+        self._warn(f"{self._stand_in.name} stands in")
+        self._heartbeat = threading.Thread(target=self._refresh, daemon=True)
+        self._heartbeat.start()
+        return True
+
+    def _refresh(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a hiccup of the file system; the next time tries again
+                os.utime(self._stand_in)
 
     def _warn(self, consequence: str) -> None:
-        print(
-            f"warning: the file system of {self._folder} has no flock; {consequence}",
-            file=sys.stderr,
-        )
+        what = f"warning: the file system of {self._folder} has no flock"
+        print(f"{what}; {consequence}", file=sys.stderr)
 
-    def _refresh(self, path: Path) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            try:
-                os.utime(path)
-            except OSError:  # a hiccup of the file system; the next beat tries again
-                continue
-
-    def _in_use(self, owner: str) -> RuntimeError:
-        return RuntimeError(
-            f"{self._folder} is in use by {owner.strip() or 'another process'}; wait for it, stop "
-            f"it, or {self._remedy}"
-        )
+    def _owner(self) -> str:
+        for path in (self._stand_in, self._folder / ".lock"):
+            with suppress(OSError):
+                if owner := path.read_text(errors="replace").strip():
+                    return owner
+        return "another process"
 
 
-def _lock_together(file: IO[bytes], first: Callable[[], None] | None) -> None:
-    """Take a lock that others may take too; the first of them calls `first` while it is alone."""
-    import fcntl
-
-    alone = False
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = True
-    if alone:
-        if first is not None:
-            first()
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return
-    patience = time.monotonic() + SHARED_SECONDS
-    while True:  # another may be the first right now, and alone for a moment
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > patience:
-                raise
-            time.sleep(0.05)
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _owner(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")
+def _own_name() -> bytes:
+    return f"process {os.getpid()} on {socket.gethostname()}".encode()

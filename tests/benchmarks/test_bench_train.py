@@ -34,8 +34,6 @@ OVERHEAD = {
     "fit",
     "bare loop beside fit, MLflow",
     "fit, MLflow",
-    "bare loop beside fit, MLflow sent at every log",
-    "fit, MLflow sent at every log",
 }
 LADDER = {
     "eager fp32", "bf16", "bf16, channels_last", "bf16, fused AdamW", "fit, 1 loader processes",

@@ -13,9 +13,12 @@ from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.brats import CHANNELS
 from cldf_dist.data.readers.phantom import PhantomSettings, phantom_patient
 from cldf_dist.data.shards.table import DamagedShardError, ShardSet
+from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, Role, names_of
 from cldf_dist.runs.run import read_config
-from cldf_dist.scoring.masks import METHODS, PATCH_FEATURES, PLUS, UPPER_BOUNDS
 from cldf_dist.stages import STAGES, Stage
+
+METHODS = names_of(Role.BASELINE, Role.OURS)
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 
 TRAININGS = (
     "train-diffusion",
@@ -62,9 +65,9 @@ def test_every_stage_of_the_debug_pipeline_finishes(debug_run: Any) -> None:
 def test_summary_has_every_row(debug_run: Any) -> None:
     summary = json.loads((debug_run.folder / "evaluate" / "summary.json").read_text())
     assert {*METHODS, PATCH_FEATURES, *UPPER_BOUNDS} == set(summary["strict"]["methods"])
-    for name, row in (("comparisons", "cldf"), ("comparisons_plus", PLUS)):
+    for name, row in (("comparisons", "cldf"), ("comparisons_plus", CLDF_PLUS)):
         assert set(summary["strict"][name]) == set(summary["strict"]["methods"]) - {row}
-    assert summary["mask_method"] in ("cldf", PLUS)
+    assert summary["mask_method"] in ("cldf", CLDF_PLUS)
     assert summary["seeds_plus"]["slices"] == summary["seeds"]["slices"] > 0
     assert (debug_run.folder / "report" / "report.html").stat().st_size > 1000
 
@@ -204,7 +207,7 @@ def test_no_training_opens_a_mask(
     identity = run.folder / "cache" / "run.json"  # taken over from another run, knowingly
     identity.write_text(json.dumps({**json.loads(identity.read_text()), "inputs": {}}))
     assert main(["train-decoder", *run.words, "evaluate.upper_bound=false"]) == 0
-    for row in (".", PLUS, PATCH_FEATURES):
+    for row in (".", CLDF_PLUS, PATCH_FEATURES):
         net = f"train-decoder/{row}/net.safetensors"
         assert (run.folder / net).read_bytes() == (debug_run.folder / net).read_bytes()
     assert not any((run.folder / "train-decoder" / row).exists() for row in UPPER_BOUNDS)

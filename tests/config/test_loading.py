@@ -128,7 +128,7 @@ def test_a_word_leaves_the_other_settings_of_its_section_as_they_are(phantom: st
     plain = flatten(load([phantom]))
     for stage in STAGES:
         if section := stage.fit_section:
-            path = f"{section}.keep"
+            path = f"{section}.keep_checkpoints"
             changed = flatten(load([phantom], [f"{path}=7"]))
             assert {key for key in plain if plain[key] != changed[key]} == {path}
     bare = Config()

@@ -62,11 +62,11 @@ def changed(config: Config, path: str, value: Any) -> Config:
         ("decoder.contrast.hard_negatives", 1.5, r"hard_negatives must lie in \[0, 1\], got 1\.5"),
         ("decoder.contrast.hard_negatives", 0.05, r"one of the 6 background pixels .*got 0\.05"),
         ("decoder.contrast.hard_pool", 0.0, r"hard_pool must lie in \(0, 1\], got 0\.0"),
-        ("decoder.fit.gradient_accumulation_steps", 2, r"decoder\.steps must be 1, got 2"),
+        ("decoder.fit.gradient_accumulation_steps", 2, r"steps must be 1, got 2"),
         ("seeds.background_threshold", 0.6, r"< object_threshold <= 1, got 0\.6 and 0\.5"),
         ("segment.methods", ["cldf", "cldf_best"], r"must be of gradcam, .*, got 'cldf_best'"),
-        ("segment.methods", ["gradcam"], r"segment\.rows must hold cldf"),
-        ("segment.methods", ["cldf", "cldf"], r"segment\.rows must differ"),
+        ("segment.methods", ["gradcam"], r"segment\.methods must hold cldf"),
+        ("segment.methods", ["cldf", "cldf"], r"segment\.methods must differ"),
         ("segment.mask_method", "best", r"must be one of auto, cldf, cldf_plus, got 'best'"),
         ("patch_classifier.downsample", 3, r"must divide data\.image_size \(128\), got 3"),
         ("patch_classifier.pooled_fraction", 0.0, r"fraction must lie in \(0, 1\], got 0\.0"),
@@ -74,9 +74,9 @@ def changed(config: Config, path: str, value: Any) -> Config:
         ("patch_classifier.dropout", 1.0, r"classifier\.dropout must lie in \[0, 1\), got 1"),
         ("patch_classifier.label_smoothing", -0.1, r"label_smoothing must lie in .*got -0\.1"),
         ("patch_classifier.fit.steps", 0, r"patch_classifier\.fit\.steps must be >= 1, got 0"),
-        ("plus.negative_fraction", 0.0, r"plus\.foreground must lie in \(0, 1\), got 0\.0"),
-        ("plus.min_agreement", 1.0, r"plus\.agreement must lie in \[-1, 1\), got 1\.0"),
-        ("plus.negative_fraction", 1.0, r"plus\.foreground must lie in \(0, 1\), got 1\.0"),
+        ("plus.negative_fraction", 0.0, r"plus\.negative_fraction must lie in \(0, 1\), got 0\.0"),
+        ("plus.min_agreement", 1.0, r"plus\.min_agreement must lie in \[-1, 1\), got 1\.0"),
+        ("plus.negative_fraction", 1.0, r"plus\.negative_fraction must lie in \(0, 1\), got 1\.0"),
         ("segment.negative_fraction", 0.0, r"must lie in \(0, 1\), got 0\.0"),
         ("diffusion.label_dropout", 1.1, r"label_dropout must lie in \[0, 1\], got 1\.1"),
         ("diffusion.label_dropout", 1.0, r"label_dropout=1 .* features\.condition=none, .* seg"),
@@ -134,7 +134,7 @@ def test_masks_are_of_a_row_that_the_run_has() -> None:
     with pytest.raises(ValueError, match=r"mask_method=cldf_plus needs patch_classifier\.enabled="):
         check(changed(plus, "patch_classifier.enabled", False))
     check(changed(plus, "segment.methods", ["cldf", "cldf_plus"]))
-    with pytest.raises(ValueError, match=r"segment\.rows must hold cldf_plus, .*got \['cldf'\]"):
+    with pytest.raises(ValueError, match=r"segment\.methods must hold cldf_plus, .*got \['cldf'\]"):
         check(changed(plus, "segment.methods", ["cldf"]))
 
 
@@ -175,7 +175,7 @@ def test_all_broken_rules_are_told_at_once() -> None:
         ),
     )
     with pytest.raises(
-        ValueError, match=r"temperature must be > 0.*decoder\.fit\.keep must be >= 1"
+        ValueError, match=r"temperature must be > 0.*decoder\.fit\.keep_checkpoints must be >= 1"
     ):
         check(broken)
 
@@ -195,7 +195,7 @@ def test_all_broken_rules_are_told_at_once() -> None:
         (
             "cg_cdm.timestep",
             300,
-            r"cg_cdm\.timestep must stay below classifier\.max_noise_le",
+            r"cg_cdm\.timestep must stay below classifier\.max_timestep",
         ),
         ("cg_cdm.tau", 1.0, r"cg_cdm\.tau must lie in \[0, 1\), got 1\.0"),
         ("cg_cdm.smooth_pixels", 43.0, r"cg_cdm\.smooth_pixels must fit three times .* got 43\.0"),

@@ -9,28 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cldf_dist.inference.patch_logits import patch_logit_labels
 from finished_run import make_run, settings
 
 from cldf_dist import load_segmenter
 from cldf_dist.__main__ import main
 from cldf_dist.cli.multi_object import mask_method
 from cldf_dist.config import Config, load
-from cldf_dist.data.features.pixel_labels import PatchLogitLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
-from cldf_dist.scoring.masks import (
-    METHODS,
-    PATCH_FEATURES,
-    PLUS,
-    UPPER_BOUNDS,
-    PatientScores,
-    smoothed_over_slices,
-)
-from cldf_dist.stages.segment import _mask_row
+from cldf_dist.inference.seed_sources import PatchLogitLabels, patch_logit_labels
+from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, Role, names_of
+from cldf_dist.scoring.masks import PatientScores, smoothed_over_slices
+from cldf_dist.stages.segment import _mask_method
 from cldf_dist.training.export import read_description
+
+METHODS = names_of(Role.BASELINE, Role.OURS)
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 
 STORE = Path("cache") / "features.zarr"
 TRAINED = (
@@ -120,14 +117,14 @@ def test_the_cut_of_the_training_is_kept_with_it(debug_run: Any) -> None:
     cache = FeatureCache(debug_run.folder / STORE)
     labels = patch_logit_labels(config, cache, table, validation)
     assert done["patch_logit_threshold"] == labels.threshold
-    plus = json.loads((debug_run.folder / "train-decoder" / PLUS / "DONE").read_text())
+    plus = json.loads((debug_run.folder / "train-decoder" / CLDF_PLUS / "DONE").read_text())
     num_object = count_labels(labels, np.arange(len(table)))[:, 1]
     assert plus["slices_with_object_seeds"] == (num_object > 0).sum() > 0
 
 
 @pytest.mark.parametrize(
     ("found_by", "chosen"),
-    [(("cldf",), "cldf"), ((PLUS,), PLUS), (("cldf", PLUS), "cldf"), ((), "cldf")],
+    [(("cldf",), "cldf"), ((CLDF_PLUS,), CLDF_PLUS), (("cldf", CLDF_PLUS), "cldf"), ((), "cldf")],
     ids=["cldf", "cldf_plus", "equal", "neither"],
 )
 def test_masks_are_of_the_row_with_the_better_weak_validation(
@@ -139,16 +136,16 @@ def test_masks_are_of_the_row_with_the_better_weak_validation(
     folder = config.run_folder / "segment" / "scores"
     scores = PatientScores.load(folder, "validation_0")
     truth = scores.scores["supervised_decoder"]
-    for row in ("cldf", PLUS):
+    for row in ("cldf", CLDF_PLUS):
         scores.scores[row] = truth if row in found_by else np.zeros_like(truth)
     scores.save(folder)
     shards = ShardSet(config.run_folder / "prepare")
-    thresholds = {"gradcam": 0.5, "cldf": 0.5, PLUS: 0.5}
-    assert _mask_row(config, shards, folder, thresholds) == chosen
-    assert _mask_row(config, shards, folder, {"cldf": 0.5}) == "cldf", "the only one there is"
+    thresholds = {"gradcam": 0.5, "cldf": 0.5, CLDF_PLUS: 0.5}
+    assert _mask_method(config, shards, folder, thresholds) == chosen
+    assert _mask_method(config, shards, folder, {"cldf": 0.5}) == "cldf", "the only one there is"
 
 
-@pytest.mark.parametrize("row", ["cldf", PLUS])
+@pytest.mark.parametrize("row", ["cldf", CLDF_PLUS])
 def test_new_scans_and_the_page_get_the_row_that_was_asked_for(
     debug_run: Any, tmp_path: Path, row: str
 ) -> None:
@@ -160,7 +157,7 @@ def test_new_scans_and_the_page_get_the_row_that_was_asked_for(
     rule = json.loads((segment / "thresholds.json").read_text())
     assert rule["mask_method"] == mask_method(segment) == row
     segmenter = load_segmenter(run.folder)
-    assert (segmenter.row, segmenter.threshold) == (row, rule["thresholds"][row])
+    assert (segmenter.method, segmenter.threshold) == (row, rule["thresholds"][row])
     for path in (segment / "probability").iterdir():
         probability, _ = read_nifti(path)
         mask, _ = read_nifti(segment / "masks" / row / path.name)
@@ -175,14 +172,16 @@ def test_without_the_patch_classifier_its_rows_are_nowhere(debug_run: Any, tmp_p
     assert main(["run", *run.words, "patch_classifier.enabled=false", *QUICK]) == 0
     assert not (run.folder / "train-patch-classifier" / "net.safetensors").exists()
     assert not {"patch_logits", "patch"} & {path.name for path in (run.folder / STORE).iterdir()}
-    rows = [row for row in METHODS if row not in ("cg_diff", "cg_cdm", "patch_classifier", PLUS)]
+    rows = [
+        row for row in METHODS if row not in ("cg_diff", "cg_cdm", "patch_classifier", CLDF_PLUS)
+    ]
     rule = json.loads((run.folder / "segment" / "thresholds.json").read_text())
     assert list(rule["thresholds"]) == rows
     assert rule["mask_method"] == "cldf"
     summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
     assert list(summary["strict"]["methods"]) == rows
     assert summary["strict"]["comparisons_plus"] == summary["seeds_plus"] == {}
-    assert load_segmenter(run.folder).row == "cldf"
+    assert load_segmenter(run.folder).method == "cldf"
     nets = [f.parent.name for f in (run.folder / "train-decoder").rglob("net.safetensors")]
     assert nets == ["train-decoder"]
     own, other = (r.folder / "train-decoder" / "net.safetensors" for r in (run, debug_run))
@@ -200,11 +199,11 @@ def test_without_the_patch_tap_cldf_plus_learns_from_diffusion_alone(
     assert "patch" not in arrays
     decoder = run.folder / "train-decoder"
     assert not (decoder / PATCH_FEATURES).exists()
-    for row in (PLUS, *UPPER_BOUNDS):
+    for row in (CLDF_PLUS, *UPPER_BOUNDS):
         assert list(read_description(decoder / row)["tap_channels"]) == ["up0.1", "up1.1"]
     rule = json.loads((run.folder / "segment" / "thresholds.json").read_text())
     assert set(rule["thresholds"]) == {*METHODS, *UPPER_BOUNDS} - {"cg_diff", "cg_cdm"}
-    with_tap = debug_run.folder / "train-decoder" / PLUS
+    with_tap = debug_run.folder / "train-decoder" / CLDF_PLUS
     assert list(read_description(with_tap)["tap_channels"]) == ["up0.1", "up1.1", "patch"]
 
 
@@ -222,11 +221,11 @@ def test_without_any_object_seed_cldf_plus_is_left_out_and_the_run_goes_on(
     assert main(["run", *run.words, *QUICK]) == 0
     assert "cldf_plus is left out: no pixel of a positive" in capsys.readouterr().err
     rule = json.loads((run.folder / "segment" / "thresholds.json").read_text())
-    assert set(rule["thresholds"]) == {*METHODS} - {PLUS, "cg_diff", "cg_cdm"}
+    assert set(rule["thresholds"]) == {*METHODS} - {CLDF_PLUS, "cg_diff", "cg_cdm"}
     assert rule["mask_method"] == "cldf"
     shutil.rmtree(run.folder / "segment")
     assert main(["segment", *run.words, *QUICK, "segment.mask_method=cldf_plus"]) == 1
-    assert "segment.mask_method=cldf_plus is no row of this run" in capsys.readouterr().err
+    assert "segment.mask_method=cldf_plus is no method of this run" in capsys.readouterr().err
     assert not (run.folder / "segment" / "scores").exists(), "told before any patient is scored"
     assert main(["segment", *run.words, *QUICK, "segment.mask_method=auto"]) == 0
 

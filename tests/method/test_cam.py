@@ -4,7 +4,7 @@ from monai.visualize import GradCAM, GradCAMpp
 from torch import Tensor, nn
 
 from cldf_dist.config import Cam
-from cldf_dist.method.cam import METHODS, class_activation_maps
+from cldf_dist.method.cam import METHODS, cam_pass, class_activation_maps
 from cldf_dist.nets.classifiers import CamClassifier
 
 
@@ -32,16 +32,16 @@ def bright_square() -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_map_lies_on_the_bright_square_and_nowhere_else(method):
-    found = class_activation_maps(Detector(), bright_square(), "stage", [method])
-    cam = found[method]
+    found = cam_pass(Detector(), bright_square(), "stage")
+    cam = found.map(method)
     assert cam.shape == (2, 16, 16)
     assert cam[0, 4:8, 8:12].min() > 0.25 * cam[0].max() > 0
     away = cam[0].clone()
     away[3:9, 7:13] = 0  # bilinear upsampling reaches one pixel beyond the square
     assert away.max() == 0
     assert cam[1].max() == 0
-    assert found["probability"][0] == torch.tensor(4.0).sigmoid()  # four bright blocks
-    assert found["probability"][1] == 0.5
+    assert found.probability[0] == torch.tensor(4.0).sigmoid()  # four bright blocks
+    assert found.probability[1] == 0.5
 
 
 def test_gradcam_and_gradcam_pp_equal_monais_on_single_images():
@@ -69,7 +69,7 @@ def test_a_slice_has_the_same_maps_in_any_batch(layer):
     images = torch.randn(3, 2, 16, 16)
     together = class_activation_maps(net, images, layer)
     alone = class_activation_maps(net, images[1:2], layer)
-    assert set(together) == {*METHODS, "probability"}
+    assert set(together) == {*METHODS}
     for name in together:
         torch.testing.assert_close(together[name][1:2], alone[name])
         assert together[name].min() >= 0

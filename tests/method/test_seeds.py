@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cldf_dist.method.seeds import RULES, SeedCount, scale_to_unit, seed_labels
+from cldf_dist.maths.scaling import scale_to_unit
+from cldf_dist.method.seeds import RULES, SeedCount, seed_labels
 
 CUTS = {"object_threshold": 0.5, "background_threshold": 0.2, "negative_slices": True}
 

@@ -1,8 +1,12 @@
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +14,23 @@ from typing import Any
 import pytest
 
 from cldf_dist.config import Config, Data, Tracking
-from cldf_dist.runs import tracking_store as store
+from cldf_dist.runs import tracking
 from cldf_dist.runs.run import Run
+from cldf_dist.runs.tracking_store import FILE, connect, sqlite_uri
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
+PROGRAM = str(Path(__file__).parents[1] / "tracked_stages.py")
 CONFIG = Config(name="trial", data=Data(dataset="phantom"))
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store: making its tables takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("tables") / "mlflow.db"
-    store.prepare_mlflow("sqlite:///")
-    store.client_of(store.sqlite_uri(path))
-    return path
+    folder = tmp_path_factory.mktemp("tables")
+    connect(sqlite_uri(folder / FILE), folder)
+    return folder / FILE
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,16 @@ def runs_of(config: Config) -> dict[str, Any]:
 
 def steps_of(client: Any, run: Any, name: str) -> list[int]:
     return [entry.step for entry in client.get_metric_history(run.info.run_id, name)]
+
+
+def wait_for(claim: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(StopIteration, KeyError, AttributeError, AssertionError):
+            if claim():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def opened(config: Config, stage: str = "train-cam") -> Run:
@@ -169,76 +184,129 @@ def test_many_metrics_go_in_several_requests(config: Config) -> None:
     assert [entry.step for entry in history] == list(range(120))
 
 
-def test_without_the_server_a_stage_goes_on_in_its_own_store_and_says_how_to_send_it(
-    config: Config, capsys: pytest.CaptureFixture[str], tables: Path
+def test_without_the_server_a_stage_finishes_and_says_how_to_send_it_later(
+    config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = "http://127.0.0.1:9"
-    away = replace(config, tracking=Tracking(uri=uri))
-    folder = away.run_folder / "train-cam"
-    folder.mkdir(parents=True)
-    shutil.copy(tables, folder / "mlflow.db")
-    run = opened(away)
+    run = opened(replace(config, tracking=Tracking(uri=uri)))
     for step in (1, 2):
         run.log(step, {"loss": 1.0})
     run.finish()
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("warning: MLflow is out of reach (")
-    assert f"goes on in {folder / 'mlflow.db'}" in said
-    assert f"cldf sync-tracking to={uri} runs={config.runs} " in said
+    assert "metrics.jsonl holds everything" in said
+    assert f"cldf sync-tracking to={uri} runs={config.runs} sends what is missing later" in said
+    assert said.endswith("tracking.enabled=false silences this")
     assert run.is_finished
-    client = store.client_of(store.sqlite_uri(folder / "mlflow.db"))
-    runs = client.search_runs([client.get_experiment_by_name("cldf").experiment_id])
-    stage = next(run for run in runs if "stage" in run.data.tags)
-    assert len(runs) == 2
-    assert steps_of(client, stage, "loss") == [1, 2]
+    assert not list(run.folder.glob("*.db"))
 
 
-def test_a_store_that_refuses_during_training_is_left_once_for_the_own_one(
-    config: Config, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_comes_back_gets_what_it_missed_from_the_next_start(config: Config) -> None:
+    run = opened(replace(config, tracking=Tracking(uri="http://127.0.0.1:9")))
+    run.log(1, {"loss": 1.0})
+    run.close()
+    again = opened(config)
+    again.log(2, {"loss": 2.0})
+    again.finish()
+    stage = runs_of(config)["train-cam"]
+    assert steps_of(client_of(config), stage, "loss") == [1, 2]
+
+
+def test_a_server_without_an_answer_holds_the_end_of_a_stage_up_for_a_bounded_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_TO_CLOSE", 0.2)
+    with socket.socket() as silent:  # accepts connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        run = opened(replace(config, tracking=Tracking(uri=uri)))
+        run.log(1, {"loss": 1.0})
+        run.finish()
+        (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: MLflow is out of reach (no end after 0 s)")
+    assert run.is_finished
+
+
+def test_a_store_that_refuses_during_training_warns_once_and_is_tried_again(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_SENDS", 0.05)
     run = opened(config)
     run.log(1, {"loss": 1.0})
+    wait_for(lambda: runs_of(config)["train-cam"].data.metrics)
     client_of(config).delete_run(runs_of(config)["train-cam"].info.run_id)  # refuses metrics now
     for step in range(2, 1200):
         run.log(step, {"loss": 1.0})
     run.finish()
     assert capsys.readouterr().err.count("warning: MLflow is out of reach") == 1
-    client = store.client_of(store.sqlite_uri(run.folder / "mlflow.db"))
-    runs = client.search_runs([client.get_experiment_by_name("cldf").experiment_id])
-    stage = next(run for run in runs if "stage" in run.data.tags)
-    assert steps_of(client, stage, "loss") == list(range(1, 1200))
+    stage = runs_of(config)["train-cam"]
+    assert steps_of(client_of(config), stage, "loss") == list(range(1, 1200))
 
 
-def test_a_folder_that_cannot_hold_a_store_warns_and_training_goes_on(
-    config: Config, capsys: pytest.CaptureFixture[str]
+def test_values_are_sent_while_a_stage_works(
+    config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    away = replace(config, tracking=Tracking(uri="http://127.0.0.1:9"))
-    (away.run_folder / "cache" / "mlflow.db").mkdir(parents=True)
-    run = opened(away, "cache")
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_SENDS", 0.05)
+    run = opened(config)
+    for step in (1, 2):
+        run.log(step, {"loss": float(step)})
+        wait_for(lambda loss=step: runs_of(config)["train-cam"].data.metrics["loss"] == loss)
+    assert runs_of(config)["train-cam"].info.status == "RUNNING"
+    assert runs_of(config)["parent"].info.status == "RUNNING"
+    run.start_logging_from(1)  # a new file, of which step 2 was sent
+    run.log(2, {"loss": -2.0})
+    run.log(3, {"loss": -3.0})
+    run.finish()
+    stage = runs_of(config)["train-cam"]
+    history = client_of(config).get_metric_history(stage.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0), (3, -3.0)]
+
+
+def test_lines_that_will_be_computed_again_are_not_sent_before(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_SENDS", 0.05)
+    run = opened(config)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    with (run.folder / "metrics.jsonl").open("a") as file:  # of a start that was killed
+        file.write(json.dumps({"step": 2, "time": 1e9, "loss": 2.0}) + "\n")
+    again = opened(config)
+    wait_for(lambda: runs_of(config)["train-cam"].data.tags["cldf.starts"] == "2")
+    again.close()  # before the training has read its checkpoint
+    stage = runs_of(config)["train-cam"]
+    assert steps_of(client_of(config), stage, "loss") == [1]
+
+
+def test_a_damaged_store_warns_and_training_goes_on(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(os.urandom(5000))
+    run = opened(replace(config, runs=str(tmp_path)), "cache")
     run.log(1, {"loss": 1.0})
     run.finish()
-    said = capsys.readouterr().err.splitlines()
-    assert [line.startswith("warning: MLflow is out of reach (") for line in said] == [True, True]
-    assert "metrics.jsonl holds everything; tracking.enabled=false silences this" in said[1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: MLflow is out of reach (")
     assert run.is_finished
 
 
-def test_in_a_slurm_job_a_stage_has_a_store_of_its_own_and_names_its_jobs(
-    config: Config, monkeypatch: pytest.MonkeyPatch, tables: Path
+def test_a_slurm_job_without_a_server_writes_no_sqlite_and_says_how_to_send_it_later(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = config.run_folder / "train-cam"
-    folder.mkdir(parents=True)
-    shutil.copy(tables, folder / "mlflow.db")
-    for job, restarts in (("17", "0"), ("17", "1"), ("23", "0")):
+    for job in ("17", "17", "23"):
         monkeypatch.setenv("SLURM_JOB_ID", job)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        opened(config).close()
-    client = store.client_of(store.sqlite_uri(folder / "mlflow.db"))
-    runs = client.search_runs([client.get_experiment_by_name("cldf").experiment_id])
-    stage = next(run for run in runs if "stage" in run.data.tags)
-    assert len(runs) == 2
-    assert stage.data.tags["slurm.jobs"] == "17,23"
-    assert stage.data.tags["cldf.starts"] == "3"
+        run = opened(config)
+        run.log(1, {"loss": 1.0})
+        run.close()
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "(a SLURM job needs tracking.uri=http://HOST:PORT)" in said
+        assert f"cldf sync-tracking runs={config.runs} sends" in said
+    assert not list(config.run_folder.rglob("*.db"))
+    monkeypatch.delenv("SLURM_JOB_ID")
+    opened(config).finish()
+    tags = runs_of(config)["train-cam"].data.tags
+    assert (tags["slurm.jobs"], tags["cldf.starts"]) == ("17,23", "4")
 
 
 @pytest.mark.slow
@@ -247,8 +315,7 @@ def test_eight_stages_that_start_in_the_same_instant_make_one_parent_and_lose_no
 ) -> None:
     parts = [f"cache/parts/{number}-of-5" for number in range(1, 6)]
     stages = ["train-diffusion", "train-classifier", "train-cam", *parts]
-    program = str(Path(__file__).parents[1] / "tracked_stages.py")
-    process = start(program, str(tmp_path), "train-cam", *stages)
+    process = start(PROGRAM, "together", str(tmp_path), "train-cam", *stages)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert errors == ""
@@ -259,6 +326,22 @@ def test_eight_stages_that_start_in_the_same_instant_make_one_parent_and_lose_no
     for stage in stages:
         assert steps_of(client_of(config), found[stage], "loss") == [1, 2, 3], stage
         assert found[stage].info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_while_it_sends_has_every_step_once_in_the_end(
+    tmp_path: Path, tables: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    shutil.copy(tables, tmp_path)
+    kills = ["22", "33", "41", "48", "57"]
+    process = start(PROGRAM, "again", str(tmp_path), "train-cam", *kills)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    config = replace(CONFIG, name="together", runs=str(tmp_path))
+    stage = runs_of(config)["train-cam"]
+    assert (stage.info.status, stage.data.tags["cldf.starts"]) == ("FINISHED", "6")
+    for name in ("loss", "rate"):
+        assert steps_of(client_of(config), stage, name) == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def evaluated(tmp_path_factory):
         make_run(config)
     run = Run(config, "evaluate", ())
     run.open()
-    run.finish(evaluate.run(config, run))
+    run.finish(evaluate.execute(config, run))
     return run.folder
 
 

@@ -11,8 +11,8 @@ from finished_run import ALARM, CLEAN, CUT, FOUND, MISSED, SEEDS, UNSCORED, make
 
 from cldf_dist.method.metrics import score_case
 from cldf_dist.method.threshold import OracleSearch, candidate_thresholds
+from cldf_dist.methods import SUPERVISED
 from cldf_dist.runs.run import Run
-from cldf_dist.scoring.masks import SUPERVISED
 from cldf_dist.scoring.slice_protocol import slice_protocol_summary
 from cldf_dist.scoring.tables import results_table, slice_protocol_table
 from cldf_dist.stages import evaluate, report
@@ -27,7 +27,7 @@ def evaluated(tmp_path_factory):
     make_run(config)
     run = Run(config, "evaluate", ())
     run.open()
-    run.finish(evaluate.run(config, run))
+    run.finish(evaluate.execute(config, run))
     return config.run_folder / "evaluate"
 
 
@@ -262,7 +262,7 @@ def test_what_is_written_is_what_is_scored(tmp_path):
     write_nifti(path, np.zeros((16, 16, 6), np.uint8), np.diag([-1.0, -1, 2, 1]))
     run = Run(config, "evaluate", ())
     run.open()
-    numbers = evaluate.run(config, run)
+    numbers = evaluate.execute(config, run)
     run.close()
     assert numbers["dice"]["cldf"] == pytest.approx(4 / 7)
     rows = rows_of(config.run_folder / "evaluate")
@@ -277,7 +277,7 @@ def test_without_any_truth_mask_the_slice_labels_alone_are_scored(tmp_path, caps
     make_run(config, with_truth=False)
     run = Run(config, "evaluate", ())
     run.open()
-    numbers = evaluate.run(config, run)
+    numbers = evaluate.execute(config, run)
     run.finish(numbers)
     assert numbers == {"num_test_patients": 0, "dice": {}}
     assert "no test patient has a truth mask in" in capsys.readouterr().err
@@ -291,7 +291,7 @@ def test_without_any_truth_mask_the_slice_labels_alone_are_scored(tmp_path, caps
     assert "Strict protocol" not in table
     page = Run(config, "report", ())
     page.open()
-    report.run(config, page)
+    report.execute(config, page)
     page.close()
     html = (page.folder / "report.html").read_text()
     assert "None of the 9 test patients has a truth mask" in html
@@ -301,7 +301,7 @@ def test_without_any_truth_mask_the_slice_labels_alone_are_scored(tmp_path, caps
 def test_without_segment_it_names_the_command(tmp_path):
     config = settings(tmp_path)
     with pytest.raises(FileNotFoundError, match="cldf prepare"):
-        evaluate.run(config, Run(config, "evaluate", ()))
+        evaluate.execute(config, Run(config, "evaluate", ()))
 
 
 def test_headline_cut_is_among_those_the_oracle_tries():

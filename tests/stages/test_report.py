@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     for stage in (evaluate, report):
         run = Run(config, stage.__name__.rpartition(".")[2], ())
         run.open()
-        run.finish(stage.run(config, run))
+        run.finish(stage.execute(config, run))
     return config
 
 
@@ -116,7 +116,7 @@ def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
     for stage in (evaluate, report):
         run = Run(config, stage.__name__.rpartition(".")[2], ())
         run.open()
-        run.finish(stage.run(config, run))
+        run.finish(stage.execute(config, run))
     evaluated = config.run_folder / "evaluate"
     summary = json.loads((evaluated / "summary.json").read_text())
     strict, legacy = summary["strict"], summary["slice_protocol"]
@@ -233,7 +233,7 @@ def test_picture_does_not_depend_on_the_orientation_of_the_file(config, tmp_path
         axes="".join(nib.aff2axcodes(affine)),
     )
     assert geometry.axes != result.geometry.axes
-    turned = PatientResult(result.scores, geometry, result.row, mask, truth)
+    turned = PatientResult(result.scores, geometry, result.method, mask, truth)
     table = ShardSet(config.run_folder / "prepare").split("test")
     for name, which in (("straight", result), ("turned", turned)):
         write_overlay(tmp_path / f"{name}.png", which, table, config)

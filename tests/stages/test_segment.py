@@ -7,30 +7,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cldf_dist.inference.patch_logits import PATCH_TAP, PatchMaps, patch_maps
 
 from cldf_dist.__main__ import main
 from cldf_dist.cli.multi_object import mask_method
-from cldf_dist.config import ROWS, load
+from cldf_dist.config import load
 from cldf_dist.data.features.encoding import to_stored
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.frozen_nets import FrozenNets
+from cldf_dist.inference.patch_maps import PATCH_TAP, PatchMaps, patch_maps
+from cldf_dist.inference.score_maps import decoder_taps, prototype_scores
+from cldf_dist.inference.segmenter import Segmenter
 from cldf_dist.method.features import extract_features
-from cldf_dist.runs.run import Run
-from cldf_dist.scoring.masks import (
-    METHODS,
+from cldf_dist.methods import (
+    CLDF_PLUS,
     PATCH_FEATURES,
-    PLUS,
     RAW_PATCHES,
     SUPERVISED,
-    UPPER_BOUNDS,
-    PatientScores,
+    Role,
+    names_of,
+    scored_names,
 )
-from cldf_dist.stages.segment import Segmenter, patients_of_this_rank, score_maps
+from cldf_dist.runs.run import Run
+from cldf_dist.scoring.masks import PatientScores
+from cldf_dist.stages.segment import patients_of_this_rank
 from cldf_dist.system.memory_format import fast_memory_format
+
+METHODS = names_of(Role.BASELINE, Role.OURS)
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 
 EARLIER = (
     "prepare", "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
@@ -105,12 +111,20 @@ def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
         rows = cache.rows_of(shard)
         keys, images = cached_slices_of(debug_run, rows)
         stored = cached_taps(debug_run, rows)
-        found = segmenter.decoder_taps(
-            torch.from_numpy(images), keys, patches_of(segmenter, images)
+        found = decoder_taps(
+            segmenter.config,
+            segmenter.nets,
+            torch.from_numpy(images),
+            keys,
+            patches_of(segmenter, images),
         )
         assert set(found) == set(stored)
-        alone = segmenter.decoder_taps(
-            torch.from_numpy(images[-1:]), keys[-1:], patches_of(segmenter, images[-1:])
+        alone = decoder_taps(
+            segmenter.config,
+            segmenter.nets,
+            torch.from_numpy(images[-1:]),
+            keys[-1:],
+            patches_of(segmenter, images[-1:]),
         )
         for tap, features in found.items():
             assert features.dtype == torch.float32
@@ -130,7 +144,7 @@ def test_evidence_of_new_slices_is_that_of_the_cache(debug_run: Any) -> None:
     np.testing.assert_array_equal(found.half().numpy(), stored)
     np.testing.assert_array_equal(np.isfinite(stored), body_mask(images))
     assert stored[np.isfinite(stored)].std() > 1e-3, "or nothing was compared"
-    scores = segmenter.score("someone", keys, images, rows=("patch_classifier",)).scores
+    scores = segmenter.score("someone", keys, images, methods=("patch_classifier",)).scores
     np.testing.assert_array_equal(scores["patch_classifier"], found.sigmoid().numpy())
 
 
@@ -138,8 +152,8 @@ def test_scores_are_those_of_cached_features_decoded_in_the_naive_order(debug_ru
     segmenter = segmenter_of(debug_run, "segment.tile_pixels=300")
     rows = FeatureCache(debug_run.folder / "cache" / "features.zarr").rows_of(0)
     keys, images = cached_slices_of(debug_run, rows)
-    assert set(segmenter.decoders) == {"cldf", PLUS, PATCH_FEATURES, *UPPER_BOUNDS}
-    found = segmenter.score("someone", keys, images, rows=tuple(segmenter.decoders)).scores
+    assert set(segmenter.decoders) == {"cldf", CLDF_PLUS, PATCH_FEATURES, *UPPER_BOUNDS}
+    found = segmenter.score("someone", keys, images, methods=tuple(segmenter.decoders)).scores
     upsampled = {
         name: torch.nn.functional.interpolate(tap, size=images.shape[2:], mode="bilinear")
         for name, tap in cached_taps(debug_run, rows).items()
@@ -159,10 +173,10 @@ def test_scores_do_not_depend_on_the_tiles(debug_run: Any) -> None:
     taps = cached_taps(debug_run, rows)
     decoder, prototypes = segmenter_of(debug_run).decoders["cldf"]
     with torch.no_grad():
-        whole = score_maps(decoder, prototypes, taps, (32, 32), tile_pixels=10**6)
+        whole = prototype_scores(decoder, prototypes, taps, (32, 32), tile_pixels=10**6)
         assert whole.shape == (5, 32, 32)
         for tile_pixels in (7, 100, 1024, 2500):  # parts of a row, rows, a slice, slices
-            tiled = score_maps(decoder, prototypes, taps, (32, 32), tile_pixels=tile_pixels)
+            tiled = prototype_scores(decoder, prototypes, taps, (32, 32), tile_pixels=tile_pixels)
             torch.testing.assert_close(tiled, whole, atol=2e-6, rtol=0)
 
 
@@ -171,8 +185,8 @@ def test_several_decoders_share_one_extraction(debug_run: Any) -> None:
     keys, images = cached_slices_of(debug_run, range(3))
     passes = []
     hook = segmenter.nets.diffusion.register_forward_pre_hook(lambda *_: passes.append(1))
-    for decoders in (("cldf",), ("cldf", PLUS, SUPERVISED)):
-        segmenter.score("someone", keys, images, rows=decoders)
+    for decoders in (("cldf",), ("cldf", CLDF_PLUS, SUPERVISED)):
+        segmenter.score("someone", keys, images, methods=decoders)
     hook.remove()
     assert len(passes) == 2 * len(segmenter.config.features.timesteps)
 
@@ -218,7 +232,9 @@ def test_each_cut_is_exceeded_by_the_share_of_negative_validation_pixels(debug_r
             pool.append(scores.scores[row][negative][scores.body_mask[negative]])
         above = float((np.concatenate(pool) > threshold).mean())
         assert above <= stored["negative_fraction"] + 1e-9
-        assert above > 0 or threshold == np.concatenate(pool).max() or row not in ("cldf", PLUS)
+        assert (
+            above > 0 or threshold == np.concatenate(pool).max() or row not in ("cldf", CLDF_PLUS)
+        )
 
 
 def test_the_mask_is_where_the_probability_exceeds_one_half(debug_run: Any) -> None:
@@ -263,8 +279,8 @@ def test_the_reference_row_is_there_only_where_it_was_trained(
     shutil.rmtree(run.folder / "train-decoder" / SUPERVISED)
     config = load([run.words[0]], run.words[1:])
     rest = tuple(row for row in ALL_ROWS if row != SUPERVISED)
-    assert Segmenter.load(config, Run(config, "segment", ())).rows == rest
-    assert segmenter_of(debug_run).rows == ALL_ROWS
+    assert Segmenter.load(config, Run(config, "segment", ())).methods == rest
+    assert segmenter_of(debug_run).methods == ALL_ROWS
 
 
 def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
@@ -293,7 +309,7 @@ def test_raw_patches_beside_diffusion_features_are_a_row_of_their_own(
 
 def test_only_the_rows_of_the_settings_are_in_the_run(debug_run: Any, tmp_path: Path) -> None:
     """From the masks to the report; a row that was not trained is no error."""
-    assert set(ROWS) == {*ALL_ROWS, RAW_PATCHES}
+    assert set(scored_names()) == {*ALL_ROWS, RAW_PATCHES}
     run = debug_run.copy_to(tmp_path, *EARLIER)
     assert main(["run", *run.words, f"segment.methods=[{SUPERVISED},cldf,{RAW_PATCHES}]"]) == 0
     masks = run.folder / "segment" / "masks"
@@ -331,9 +347,9 @@ def test_only_the_rows_asked_for_are_scored_and_the_gate_is_always_there(debug_r
     keys, images = table.keys[:3], table.read_images([0, 1, 2])
     segmenter = Segmenter.load(config, Run(config, "segment", ()))
     everything = segmenter.score("someone", keys, images)
-    assert tuple(everything.scores) == segmenter.rows
+    assert tuple(everything.scores) == segmenter.methods
     for rows in (("cldf",), ("cg_cdm", "layercam")):
-        some = segmenter.score("someone", keys, images, rows=rows)
+        some = segmenter.score("someone", keys, images, methods=rows)
         assert tuple(some.scores) == rows
         for row in rows:
             np.testing.assert_array_equal(some.scores[row], everything.scores[row])

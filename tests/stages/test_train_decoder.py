@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import load
-from cldf_dist.data.features.pixel_labels import MaskLabels, SeedLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.pixels import TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.loading import load_decoder
+from cldf_dist.inference.seed_sources import MaskLabels, SeedLabels
+from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, SUPERVISED
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.scoring.masks import PATCH_FEATURES, PLUS, SUPERVISED
 from cldf_dist.stages import train_decoder
 from cldf_dist.stages.train_decoder import feature_statistics
 
@@ -226,7 +227,7 @@ def test_triton_kernels_train_the_same_decoder(
         words = [f"decoder.contrast.backend={backend}", "decoder.contrast.precision=fp32"]
         words += ["decoder.fit.steps=2", "evaluate.upper_bound=false"]
         assert main(["train-decoder", *run.words, *words]) == 0
-        weights[backend] = {row: net_of(run, row) for row in (".", PLUS, PATCH_FEATURES)}
+        weights[backend] = {row: net_of(run, row) for row in (".", CLDF_PLUS, PATCH_FEATURES)}
         one = ["symmetric_sums_kernel", *["symmetric_sums_kernel", "softmax_keys_kernel"] * 2]
         assert launched == ([] if backend == "torch" else one * 3)
     for row, of_row in weights["torch"].items():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cldf_dist.methods import marked, method_named
 from cldf_dist.study.rows import merge_rows, read_rows
-from cldf_dist.study.scores import StrictScores, marked, picked_patients, used_masks
+from cldf_dist.study.scores import StrictScores, picked_patients
 from cldf_dist.study.tables import rank_correlation, write_tables
 
 # Dice of the patients a, b and c; None is a true negative
@@ -154,7 +155,7 @@ def test_a_damaged_file_of_results_is_named(
 
 def test_a_file_of_results_that_is_no_text_is_named(results: Path) -> None:
     (results / "slice_protocol.csv").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"legacy\.csv is damaged: .*decode"):
+    with pytest.raises(ValueError, match=r"slice_protocol\.csv is damaged: .*decode"):
         write_tables(results)
 
 
@@ -240,7 +241,7 @@ def test_marks() -> None:
     assert [marked(m) for m in ("cldf", "supervised_decoder", "oracle_intensity")] == [
         "cldf", "supervised_decoder *", "oracle_intensity †",
     ]  # fmt: skip
-    assert not used_masks("raw_patches")
+    assert not method_named("raw_patches").saw_masks
 
 
 def test_without_results_there_are_no_tables(tmp_path: Path) -> None:

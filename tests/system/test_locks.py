@@ -1,8 +1,10 @@
-"""Promises of the lock on a stage's folder where the file system has no flock."""
+"""Promises of the lock on a folder, also where the file system has no flock."""
 
 import errno
 import fcntl
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +50,26 @@ def test_a_second_lock_is_refused_and_a_released_one_is_free(tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match="wait for it, stop it, or take another name"):
         FolderLock(tmp_path)
     first.release()
+    FolderLock(tmp_path).release()
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        FolderLock(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / ".lock").read_text().startswith(f"process {child} on ")
+    FolderLock(tmp_path).release()
+
+
+def test_a_lock_that_may_wait_is_taken_when_it_is_released(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match="in use by process"):
+        FolderLock(tmp_path, wait_seconds=0.1)
+    threading.Timer(0.2, first.release).start()
+    with FolderLock(tmp_path, wait_seconds=60):
+        pass
     FolderLock(tmp_path).release()
 
 

@@ -6,10 +6,11 @@ import torch
 from cldf_kernels import supcon_reference
 from torch import Tensor, distributed, multiprocessing
 
-from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.stream import Stream
+from cldf_dist.inference.seed_sources import SeedLabels
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 

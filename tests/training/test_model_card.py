@@ -16,17 +16,18 @@ from cldf_dist.config import Config
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.inference.loading import load_diffusion
 from cldf_dist.method.counterfactual import EMBEDDING
+from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, Role, names_of
 from cldf_dist.runs.run import Run, read_config
-from cldf_dist.scoring.masks import PATCH_FEATURES, PLUS, UPPER_BOUNDS
 from cldf_dist.stages import stage_named, train_cam, train_decoder, train_diffusion
 from cldf_dist.training.model_card import LOAD_WITH_MONAI, write_card
 
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 ROOT = Path(__file__).parents[2]
 CARDS = (
     "train-diffusion", "tune-label-embedding", "train-classifier", "train-cam",
     "train-patch-classifier",
     "train-decoder",
-    *(f"train-decoder/{row}" for row in (PLUS, PATCH_FEATURES, *UPPER_BOUNDS)),
+    *(f"train-decoder/{row}" for row in (CLDF_PLUS, PATCH_FEATURES, *UPPER_BOUNDS)),
 )  # fmt: skip
 
 
@@ -143,6 +144,8 @@ def test_plain_monai_loads_the_diffusion_model_and_gives_what_it_gives(
     torch.save(inputs, tmp_path / "inputs.pt")
     program = f"""
 import sys, torch
+
+UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 {program_of(card(debug_run, "train-diffusion"))}
 x, timesteps, labels = torch.load({str(tmp_path / "inputs.pt")!r})
 with torch.no_grad():

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.pixels import (
     PixelsPerItem,
     SeedPixels,
@@ -19,6 +19,7 @@ from cldf_dist.data.features.pixels import (
 )
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.stream import Stream
+from cldf_dist.inference.seed_sources import SeedLabels
 from cldf_dist.system.seeding import sample_seed
 
 TAPS = ("up0.1", "up1.1")
@@ -216,11 +217,12 @@ def test_slices_that_are_not_listed_are_never_used(cache: FeatureCache) -> None:
 
 def test_seeds_of_one_class_only_are_refused_with_the_remedy(cache: FeatureCache) -> None:
     with pytest.raises(
-        ValueError, match=r"no training slice has an object seed; lower seeds\.foreground"
+        ValueError, match=r"no training slice has an object seed; lower seeds\.object_threshold"
     ):
         make_items(cache, [3, 4])
     with pytest.raises(
-        ValueError, match=r"no training slice has a background seed; raise seeds\.background"
+        ValueError,
+        match=r"no training slice has a background seed; raise seeds\.background_threshold",
     ):
         make_items(cache, [2])
 
