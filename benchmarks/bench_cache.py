@@ -31,7 +31,7 @@ from train_setup import Case
 
 from cldf_dist.data.features.encoding import STORAGES
 from cldf_dist.data.features.store import SCALE, FeatureCache
-from cldf_dist.stages.cache import row_shapes
+from cldf_dist.inference.feature_extraction import slice_shapes
 
 RESULTS = Path(__file__).parent / "results" / "cache.csv"
 PACKAGES = ("numpy", "torch", "zarr", "h5py", "safetensors", "tensorstore", "google-crc32c")
@@ -43,7 +43,7 @@ DECODER = Case(
     (
         "data.image_size=256",
         "decoder.fit.batch_size=4",
-        "decoder.contrast.foreground_pixels=256",
+        "decoder.contrast.object_pixels=256",
         "decoder.contrast.background_pixels=384",
     ),
 )
@@ -69,7 +69,7 @@ class Row(Circumstances):
     mb_per_slice: float | None = None  # 1e6 bytes
     tb_per_100000_slices: float | None = None
     steps_per_second: float | None = None
-    loader_share: float | None = None  # of the wall time of a step
+    loader_fraction: float | None = None  # of the wall time of a step
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def _sizes(arguments: argparse.Namespace, about: Circumstances, folder: Path) ->
     for case in [train_setup.DEBUG] if arguments.tiny else NETS:
         for storage in STORAGES:
             config = case.config(f"features.storage={storage}")
-            shapes = row_shapes(train_setup.meta_net(config), config)
+            shapes = slice_shapes(train_setup.meta_net(config), config)
             count, taps = arguments.slices_per_shard, config.features.taps
             least = sum(2 * int(np.prod(shapes[tap][0])) for tap in taps)
             _write_zeros(folder / "store", shapes, count)
@@ -214,7 +214,7 @@ def _decoder(arguments: argparse.Namespace, about: Circumstances, folder: Path) 
             wall_ms=speed.wall_ms,
             ratio=speed.cpu_ms / found[cache_decoder.NAIVE].cpu_ms,
             steps_per_second=speed.steps_per_second,
-            loader_share=speed.loader_share,
+            loader_fraction=speed.loader_fraction,
         )
 
 

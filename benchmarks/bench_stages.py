@@ -30,8 +30,8 @@ from train_results import Circumstances, append_rows, check_columns, circumstanc
 from train_setup import Case
 
 from cldf_dist.config import Config
+from cldf_dist.inference.feature_extraction import bytes_per_slice, slice_shapes
 from cldf_dist.method.features import features_dtype
-from cldf_dist.stages.cache import bytes_per_slice, row_shapes
 from cldf_dist.system.distributed import accelerator
 from cldf_dist.training.engine import autocast_dtype
 
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "stages.csv"
 PACKAGES = ("torch", "triton", "monai", "accelerate")
 TRAININGS = (
     "train-diffusion",
-    "tune-labels",
+    "tune-label-embedding",
     "train-classifier",
     "train-cam",
     "train-patch-classifier",
@@ -155,8 +155,15 @@ def _measure(
     make_row = partial(_row, about, case, config, arguments.train_slices)
     for training in stage_work.trainings_of_slices(config):
         if training.stage in arguments.stages:
-            for accumulate, speed in _with_small_micro_batches(training, config, plan):
-                yield make_row(training.stage, speed, accumulate=accumulate, training=training)
+            for gradient_accumulation_steps, speed in _with_small_micro_batches(
+                training, config, plan
+            ):
+                yield make_row(
+                    training.stage,
+                    speed,
+                    gradient_accumulation_steps=gradient_accumulation_steps,
+                    training=training,
+                )
             if training.stage == "train-diffusion":
                 yield from _local_batches(training, config, plan, arguments.local_batches, make_row)
     if "cache" in arguments.stages:
@@ -181,10 +188,13 @@ def _measure(
 def _with_small_micro_batches(
     training: Training, config: Config, plan: Plan
 ) -> Iterator[tuple[int, Speed]]:
-    accumulate, speed = training.measure_fitting(config, plan)
-    yield accumulate, speed
+    gradient_accumulation_steps, speed = training.measure_fitting(config, plan)
+    yield gradient_accumulation_steps, speed
     batch = training.settings.batch_size
-    if training.stage == "train-diffusion" and batch // accumulate > SMALL_MICRO_BATCH:
+    if (
+        training.stage == "train-diffusion"
+        and batch // gradient_accumulation_steps > SMALL_MICRO_BATCH
+    ):
         yield training.measure_fitting(config, plan, batch // SMALL_MICRO_BATCH)
 
 
@@ -218,7 +228,7 @@ def _row(
     speed: Speed,
     *,
     what: str = "",
-    accumulate: int = 1,
+    gradient_accumulation_steps: int = 1,
     training: Training | None = None,
 ) -> Row:
     sizes = {"cache": config.cache.batch_size, "segment": config.segment.batch_size}
@@ -234,7 +244,7 @@ def _row(
         channels=stage_work.num_channels(config),
         precision=_precision(config, stage),
         batch_size=batch,
-        micro_batch=batch // accumulate,
+        micro_batch=batch // gradient_accumulation_steps,
         rounds=speed.num_rounds,
         unit_ms=1000 * speed.seconds,
         unit_min_ms=1000 * speed.fastest,
@@ -253,7 +263,7 @@ def _units(config: Config, stage: str, train_slices: int, batch: int) -> int:
     """Steps of a training; batches of the cache and of `segment`, by the shares of the patients."""
     steps = {
         "train-diffusion": config.diffusion.fit.steps,
-        "tune-labels": config.label_tuning.fit.steps,
+        "tune-label-embedding": config.label_tuning.fit.steps,
         "train-classifier": config.classifier.fit.steps,
         "train-cam": config.cam.fit.steps,
         "train-patch-classifier": config.patch_classifier.fit.steps,
@@ -277,10 +287,10 @@ def _precision(config: Config, stage: str) -> str:
     """Of the nets: fit's autocast, or that of the features alone; float32 or TF32 elsewhere."""
     device = accelerator().device
     single = "tf32" if device.type == "cuda" else "fp32"
-    if stage in TRAININGS and stage != "tune-labels":  # whose task runs without autocast
+    if stage in TRAININGS and stage != "tune-label-embedding":  # whose task runs without autocast
         dtype = autocast_dtype(config.mixed_precision, device)
         return str(dtype).removeprefix("torch.") if dtype else single
-    if stage in ("tune-labels", "train-decoder"):
+    if stage in ("tune-label-embedding", "train-decoder"):
         return single
     half = features_dtype(config.features, device) is torch.bfloat16
     return f"features bfloat16, else {single}" if half else single
@@ -288,7 +298,7 @@ def _precision(config: Config, stage: str) -> str:
 
 def _cache_mb(config: Config) -> float:
     net = train_setup.meta_net(config)
-    return bytes_per_slice(row_shapes(net, config)) / 1e6
+    return bytes_per_slice(slice_shapes(net, config)) / 1e6
 
 
 def _print(row: Row) -> None:

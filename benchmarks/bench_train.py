@@ -211,7 +211,7 @@ def _speed_row(row: Row, speed: train_ladder.Speed, plan: train_ladder.Plan, pea
         peak_gb=speed.peak_gb,
         data_sheet_utilisation=flop / peaks.stated if peaks.stated else None,
         measured_utilisation=flop / peaks.measured,
-        data_wait_share=speed.data_wait_share,
+        data_wait_fraction=speed.data_wait_fraction,
     )
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cldf_dist.config import Config
-from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.pixels import ACTIVATIONS, PixelsPerItem, SeedPixels, TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.stream import Stream
+from cldf_dist.inference.seed_sources import SeedLabels
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.tasks.contrast import Contrast
@@ -35,7 +36,7 @@ class Speed:
     steps_per_second: float
     cpu_ms: float  # a step
     wall_ms: float
-    loader_share: float  # of the wall time; naive: of the whole maps
+    loader_fraction: float  # of the wall time; naive: of the whole maps
     first_loss: float
 
 
@@ -106,7 +107,7 @@ class _Training:
             cache, config.features.taps, labels, rows, count_labels(labels, rows)
         )
         numbers = PixelsPerItem(
-            contrast.foreground_pixels // batch,
+            contrast.object_pixels // batch,
             contrast.background_pixels // batch,
             0.5 if name == HARD else 0.0,
             contrast.hard_pool,
@@ -163,7 +164,7 @@ class _Training:
                     embedded.append(self.task.net(maps)[places[:, 0], places[:, 1]])
                 number += 1
             labels = torch.zeros(batch_size, sum(map(len, embedded)) // batch_size)
-            labels[:, : items.numbers.num_foreground] = 1
+            labels[:, : items.numbers.num_object] = 1
             yield self.task.loss(torch.cat(embedded), labels.long().flatten())
 
     def _upsampled(self, row: int, size: tuple[int, int]) -> Tensor:
@@ -187,6 +188,6 @@ def _speed(clock: Clock, first_loss: float) -> Speed:
         steps_per_second=clock.steps / clock.wall,
         cpu_ms=1000 * clock.cpu / clock.steps,
         wall_ms=1000 * clock.wall / clock.steps,
-        loader_share=clock.loading / clock.wall,
+        loader_fraction=clock.loading / clock.wall,
         first_loss=first_loss,
     )

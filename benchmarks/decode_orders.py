@@ -13,10 +13,10 @@ from torch.nn import functional
 from train_setup import meta_net
 
 from cldf_dist.config import Config
+from cldf_dist.inference.score_maps import prototype_scores
 from cldf_dist.method.features import tap_shapes
 from cldf_dist.method.prototypes import prototype_score
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.stages.segment import score_maps
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ def _whole(work: Decoding) -> Tensor:
 
 
 def _tiled(work: Decoding, tile_pixels: int) -> Callable[[], Tensor]:
-    return lambda: score_maps(
+    return lambda: prototype_scores(
         work.decoder, work.prototypes, work.taps, work.size, tile_pixels=tile_pixels
     )

@@ -50,6 +50,7 @@ RENAMED: tuple[tuple[str, str], ...] = (
     (r"patch_logits$", "evidence"),
     (r"thresholds$", "cuts"),
     (r"^threshold$", "cut"),
+    (r"^heartbeat$", "beat"),
     (r"_wait_fraction$", "_wait_share"),
     (r":body_mask$", ":foreground"),
 )

@@ -44,7 +44,7 @@ class Training:
     parameters: int
     batch_size: int  # global
     seconds: Mapping[int, float]  # of a whole step of one process, by its slices
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     loader_rate: float = math.inf  # slices a second that the loaders of one process make
 
 
@@ -64,10 +64,10 @@ class Step:
 
 def step(training: Training, processes: int, network: Network) -> Step:
     """ValueError where the batch does not divide, as `fit` says."""
-    if training.batch_size % (processes * training.accumulate):
+    if training.batch_size % (processes * training.gradient_accumulation_steps):
         raise ValueError(
             f"fit.batch_size={training.batch_size} must be a multiple of {processes} processes x "
-            f"fit.accumulate={training.accumulate}"
+            f"fit.gradient_accumulation_steps={training.gradient_accumulation_steps}"
         )
     local = training.batch_size // processes
     compute = interpolated(training.seconds, local)
@@ -109,7 +109,7 @@ def exposed_seconds(
 ) -> float:
     """What the backward pass does not hide."""
     last_bucket = communication / num_buckets(training.parameters)
-    hideable = network.overlap * BACKWARD_SHARE * compute / training.accumulate
+    hideable = network.overlap * BACKWARD_SHARE * compute / training.gradient_accumulation_steps
     return max(communication - hideable, last_bucket if network.overlap else communication)
 
 
@@ -132,7 +132,7 @@ def checkpoint_bytes(parameters: int) -> int:
     return CHECKPOINT_BYTES * parameters
 
 
-def checkpoint_share(parameters: int, every: int, step_seconds: float, disk: float) -> float:
+def checkpoint_fraction(parameters: int, every: int, step_seconds: float, disk: float) -> float:
     """Share of a training's time in which all wait for the main process to save, at `disk` bytes a
     second (written, synced, and read again for the checksum)."""
     saving = checkpoint_bytes(parameters) / disk

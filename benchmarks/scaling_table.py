@@ -11,7 +11,7 @@ from train_setup import Case
 
 from cldf_dist.config import Config
 from cldf_dist.data.readers import datasets
-from cldf_dist.stages.cache import bytes_per_slice, row_shapes
+from cldf_dist.inference.feature_extraction import bytes_per_slice, slice_shapes
 
 GPUS = (1, 8, 64, 128, 256)
 SLOW_DISK = 1e9  # bytes a second, that the main process writes a checkpoint with
@@ -73,7 +73,7 @@ def _checkpoints(config: Config, parameters: int, seconds: dict[int, float]) -> 
     training = Training(parameters, fit.batch_size, seconds)
     gpus = max(number for number in GPUS if fit.batch_size % number == 0)
     step = scaling_model.step(training, gpus, network).seconds
-    share = scaling_model.checkpoint_share(parameters, fit.checkpoint_every, step, SLOW_DISK)
+    share = scaling_model.checkpoint_fraction(parameters, fit.checkpoint_every, step, SLOW_DISK)
     return (
         f"A checkpoint every {fit.checkpoint_every} steps at {SLOW_DISK / 1e9:g} GB/s takes "
         f"{share:.1%} of the time of {gpus} GPUs. All {fit.steps} steps: "
@@ -86,7 +86,7 @@ def _disks(config: Config, rates: dict[str, float]) -> Iterator[str]:
     side = config.data.image_size
     slice_bytes = 2 * len(datasets.channels(config.data)) * side**2
     net = train_setup.meta_net(config)
-    shapes = row_shapes(net, config)
+    shapes = slice_shapes(net, config)
     size = bytes_per_slice(shapes)
     ranks = {name: 1 + len(shape) for name, (shape, _) in shapes.items()} | {"key": 2, "done": 1}
     store = Store(ranks, config.cache.slices_per_shard)

@@ -19,7 +19,8 @@ from stage_work import MadeUp, num_channels
 
 from cldf_dist.config import Config
 from cldf_dist.runs.run import Run
-from cldf_dist.system.distributed import accelerator, end_process, processes, wait_for_everyone
+from cldf_dist.system.distributed import accelerator, processes, wait_for_everyone
+from cldf_dist.system.process_end import end_process
 from cldf_dist.training.checkpoint import save_checkpoint
 from cldf_dist.training.fit import Batch, fit
 
@@ -116,7 +117,7 @@ def _checkpoint_seconds(config: Config, folder: Path) -> Seconds:
 
     def save() -> None:
         state = {"step": next(numbers)}
-        save_checkpoint(folder / "checkpoints", "none", state, tensors, keep=2)
+        save_checkpoint(folder / "checkpoints", "none", state, tensors, keep_checkpoints=2)
 
     return _laps(save, 3, torch.device("cpu"))
 

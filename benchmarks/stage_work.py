@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from cache_decoder import write_store
-from cldf_dist.inference.patch_logits import PATCH_TAP, plus_taps
 from stage_pace import Enough, Pace, Plan, Speed, measure, start_of_peak
 from torch import nn
 from train_setup import make_task
 
 from cldf_dist.config import Config, Fit
-from cldf_dist.data.features.pixel_labels import SeedLabels, count_labels
+from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.readers import datasets
@@ -30,18 +29,20 @@ from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import Stream
+from cldf_dist.inference.feature_extraction import Slices, cached_slices, compute_shard
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.loading import noise_schedule, place
+from cldf_dist.inference.patch_maps import PATCH_TAP, plus_taps
 from cldf_dist.inference.seed_cam import FALLBACK, with_map
+from cldf_dist.inference.seed_sources import SeedLabels
+from cldf_dist.inference.segmenter import Segmenter
 from cldf_dist.method.features import tap_shapes
+from cldf_dist.methods import CLDF_PLUS
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
-from cldf_dist.scoring.masks import PLUS
-from cldf_dist.stages.cache import Slices, cached_slices, compute_shard
-from cldf_dist.stages.segment import Segmenter
 from cldf_dist.stages.tune_label_embedding import tell_apart
 from cldf_dist.system.distributed import accelerator
 from cldf_dist.tasks.classify import Classify, NoiseRange
@@ -61,12 +62,12 @@ class Training:
     make_task: Callable[[], nn.Module]
     stream: Batches
 
-    def measure(self, config: Config, plan: Plan, accumulate: int = 1) -> Speed:
+    def measure(self, config: Config, plan: Plan, gradient_accumulation_steps: int = 1) -> Speed:
         """One optimizer step of the whole batch."""
         settings = replace(
             self.settings,
             steps=ENDLESS,
-            accumulate=accumulate,
+            gradient_accumulation_steps=gradient_accumulation_steps,
             checkpoint_every=0,
             validate_every=0,
             preview_every=0,
@@ -77,25 +78,34 @@ class Training:
         pace = Pace(plan, WARMUP_STEPS)
         try:
             with suppress(Enough):
-                fit(self.make_task(), _Timed(self.stream, pace, accumulate), settings, run)
+                fit(
+                    self.make_task(),
+                    _Timed(self.stream, pace, gradient_accumulation_steps),
+                    settings,
+                    run,
+                )
         finally:
             run.close()
         return pace.speed()
 
-    def measure_fitting(self, config: Config, plan: Plan, accumulate: int = 1) -> tuple[int, Speed]:
+    def measure_fitting(
+        self, config: Config, plan: Plan, gradient_accumulation_steps: int = 1
+    ) -> tuple[int, Speed]:
         """With the fewest micro-batches that the GPU's memory allows, and their number."""
-        speed = self._if_it_fits(config, plan, accumulate)
+        speed = self._if_it_fits(config, plan, gradient_accumulation_steps)
         while speed is None:
-            accumulate *= 2
-            if self.settings.batch_size % accumulate:
+            gradient_accumulation_steps *= 2
+            if self.settings.batch_size % gradient_accumulation_steps:
                 raise RuntimeError(f"{self.stage}: not even single slices fit this GPU")
             start_of_peak(plan.device)
-            speed = self._if_it_fits(config, plan, accumulate)
-        return accumulate, speed
+            speed = self._if_it_fits(config, plan, gradient_accumulation_steps)
+        return gradient_accumulation_steps, speed
 
-    def _if_it_fits(self, config: Config, plan: Plan, accumulate: int) -> Speed | None:
+    def _if_it_fits(
+        self, config: Config, plan: Plan, gradient_accumulation_steps: int
+    ) -> Speed | None:
         with suppress(torch.OutOfMemoryError):
-            return self.measure(config, plan, accumulate)
+            return self.measure(config, plan, gradient_accumulation_steps)
         return None
 
 
@@ -106,7 +116,7 @@ def trainings_of_slices(config: Config) -> tuple[Training, ...]:
     trainings = [
         Training("train-diffusion", config.diffusion.fit, partial(make_task, config), stream),
         *(
-            [Training("tune-labels", labels.fit, partial(_labels, config), stream)]
+            [Training("tune-label-embedding", labels.fit, partial(_labels, config), stream)]
             if labels.enabled
             else []
         ),
@@ -145,7 +155,7 @@ def segmented_batch(config: Config, rows: tuple[str, ...] | None) -> Callable[[]
     prototypes = torch.eye(2, config.decoder.embedding, device=accelerator().device)
     taps = {"cldf": config.features.taps}
     if config.patch_classifier.enabled:
-        taps[PLUS] = plus_taps(config)
+        taps[CLDF_PLUS] = plus_taps(config)
     decoders: Any = {
         row: (place(_decoder(config, nets.diffusion, of_row)), prototypes)
         for row, of_row in taps.items()
@@ -168,7 +178,7 @@ def measure_batch(make: Callable[[], Callable[[], object]], plan: Plan) -> Speed
 
 def _classifier(config: Config) -> Classify:
     settings = config.classifier
-    noise = NoiseRange(noise_schedule(config), settings.max_noise_level, settings.clean_share)
+    noise = NoiseRange(noise_schedule(config), settings.max_timestep, settings.clean_fraction)
     net = NoisyClassifier(settings, num_channels(config))
     return Classify(net, label_smoothing=settings.label_smoothing, noise=noise, seed=config.seed)
 
@@ -219,7 +229,7 @@ def _pixels(config: Config, cache: FeatureCache) -> Stream:
     counts = count_labels(labels, rows)
     pixels = TrainingPixels(cache, config.features.taps, labels, rows, counts)
     numbers = PixelsPerItem(
-        contrast.foreground_pixels // batch,
+        contrast.object_pixels // batch,
         contrast.background_pixels // batch,
         contrast.hard_negatives,
         contrast.hard_pool,
@@ -285,8 +295,8 @@ class MadeUp:
 class _Timed:
     """A stream that ticks before the first micro-batch of every step."""
 
-    def __init__(self, stream: Batches, pace: Pace, accumulate: int) -> None:
-        self._stream, self._pace, self._accumulate = stream, pace, accumulate
+    def __init__(self, stream: Batches, pace: Pace, gradient_accumulation_steps: int) -> None:
+        self._stream, self._pace, self._accumulate = stream, pace, gradient_accumulation_steps
         self.fingerprint = stream.fingerprint
         self.fixed = stream.fixed
 

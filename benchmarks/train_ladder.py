@@ -74,7 +74,7 @@ class Speed:
 
     seconds: float
     peak_gb: float | None
-    data_wait_share: float | None = None
+    data_wait_fraction: float | None = None
 
 
 def measure_rung(rung: Rung, config: Config, plan: Plan) -> Speed | str:
@@ -131,7 +131,7 @@ def _from_log(lines: list[dict[str, Any]], batch_size: int, plan: Plan) -> Speed
     settled = [line for line in lines if line["step"] - plan.steps >= plan.warmup]
     rate, share, memory = (
         statistics.median(line[f"speed/{name}"] for line in settled)
-        for name in ("slices_per_second", "data_wait_share", "memory_gb")
+        for name in ("slices_per_second", "data_wait_fraction", "memory_gb")
     )
     return Speed(batch_size / rate, memory if plan.device.type == "cuda" else None, share)
 

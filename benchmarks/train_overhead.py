@@ -20,7 +20,8 @@ from torch import nn
 from train_setup import BareLoop, arithmetic, made_up_batches, make_task
 
 from cldf_dist.config import Config
-from cldf_dist.data.stream import Batch, Stream
+from cldf_dist.data.loader_workers import Batch
+from cldf_dist.data.stream import Stream
 from cldf_dist.inference.loading import shard_set, training_stream
 from cldf_dist.runs.run import Run
 from cldf_dist.training.ema import MovingAverage
@@ -86,7 +87,7 @@ def measure_parts(config: Config, calls: int) -> dict[str, float]:
     task = make_task(config).to(memory_format=torch.channels_last)
     source = torch.ones(sum(parameter.numel() for parameter in task.parameters()))
     target, one, moved = torch.ones_like(source), torch.ones(()), torch.tensor(True)
-    average = MovingAverage(task, config.diffusion.fit.average_decay)
+    average = MovingAverage(task, config.diffusion.fit.ema_decay)
     means, skipped = StepMeans(CPU), SkippedSteps(CPU, 1, config.run_folder)
 
     def keep_records() -> None:

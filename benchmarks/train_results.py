@@ -55,7 +55,7 @@ class Row(Circumstances):
     peak_gb: float | None = None  # on the device
     data_sheet_utilisation: float | None = None  # model FLOPs over the dense bf16 peak
     measured_utilisation: float | None = None  # over the matrix product measured in the same run
-    data_wait_share: float | None = None
+    data_wait_fraction: float | None = None
 
 
 def circumstances(

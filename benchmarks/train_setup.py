@@ -18,7 +18,7 @@ from cldf_dist.nets.unet import build_unet
 from cldf_dist.stages import stage_named
 from cldf_dist.tasks.denoise import Denoise
 from cldf_dist.training.engine import autocast
-from cldf_dist.training.fit import learning_rate
+from cldf_dist.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]
 

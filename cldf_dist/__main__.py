@@ -38,7 +38,7 @@ Later files override earlier ones, words override files. To resume, run the same
 
 def command() -> NoReturn:
     """The program, in a process of its own."""
-    from cldf_dist.system.distributed import end_process
+    from cldf_dist.system.process_end import end_process
 
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
         # slurm/stage.sbatch ignores it for the launcher's sake; we end, or save first in a training

@@ -1,67 +1,30 @@
 """Imports point down the floors of the design, read from the source: nothing is imported here."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# a module or package -> its floor, from the table in CONTRIBUTING.md
 FLOORS = {
-    "cldf_dist": 0,  # the version
-    "cldf_dist.config": 0,
-    "cldf_dist.system.seeding": 0,
-    "cldf_dist.system.distributed": 0,
-    "cldf_dist.system.locks": 0,
-    "cldf_dist.system.progress": 0,
-    "cldf_dist.system.signals": 0,
-    "cldf_dist.system.files": 0,
-    "cldf_kernels": 0,
-    "cldf_dist.data": 1,
-    "cldf_dist.nets": 1,
-    "cldf_dist.method": 1,
-    "cldf_dist.training.checkpoint": 2,
-    "cldf_dist.training.model_card": 2,
-    "cldf_dist.training.export": 2,
-    "cldf_dist.training.engine": 2,
-    "cldf_dist.training.ema": 2,
-    "cldf_dist.training.step_metrics": 2,
-    "cldf_dist.training.throughput": 2,
-    "cldf_dist.training.prefetch": 2,
-    "cldf_dist.system.memory_format": 2,
-    "cldf_dist.runs.run": 2,
-    "cldf_dist.runs.tracking": 2,
-    "cldf_dist.runs.tracking_store": 2,
-    "cldf_dist.tasks": 2,
-    "cldf_dist.training.fit": 2,
-    "cldf_dist.stages": 3,
-    "cldf_dist.cli.pipeline": 4,
-    "cldf_dist.cli.multi_object": 4,
-    "cldf_dist.cli.slurm": 4,
-    "cldf_dist.system.monai_import": 4,
-    "cldf_dist.runs.sync_tracking": 4,
-    "cldf_dist.doctor": 4,
-    "cldf_dist.study": 4,
-    "cldf_dist.__main__": 4,
-}
+    place.removeprefix("kernels/").removesuffix(".py").strip("/").replace("/", "."): int(floor)
+    for floor, places in re.findall(
+        r"^\| (\d+) \| ([^|]*) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    for place in re.findall(r"`([^`]+)`", places)
+} | {"cldf_dist": 0}  # the version
 SIBLINGS = ("cldf_dist.data", "cldf_dist.nets", "cldf_dist.method")
 FORBIDDEN = {
-    "cldf_dist.training.fit": (
-        "cldf_dist.tasks",
-        "cldf_dist.nets",
-        "cldf_dist.method",
-        "cldf_dist.data",
-    ),
-    "cldf_dist.training.checkpoint": (
-        "cldf_dist.tasks",
-        "cldf_dist.nets",
-        "cldf_dist.training.fit",
-    ),
-    "cldf_dist.tasks": ("cldf_dist.training.fit", "cldf_dist.runs.run", "cldf_dist.data"),
+    "cldf_dist.training": ("cldf_dist.tasks",),
+    "cldf_dist.tasks": ("cldf_dist.training", "cldf_dist.runs"),
 }
 # the package's own door: imported when it is asked for, tested in test_new_scans.py
-LAZY = {("cldf_dist", "cldf_dist.stages")}
+LAZY = {("cldf_dist", "cldf_dist.cli")}
 FOLDERS = {"cldf_dist": ROOT / "cldf_dist", "cldf_kernels": ROOT / "kernels" / "cldf_kernels"}
 MODULES = {
     ".".join((name, *path.relative_to(folder).with_suffix("").parts)).removesuffix(
@@ -113,7 +76,7 @@ def test_every_module_has_a_floor() -> None:
     homeless = [
         name for name in MODULES if name != "cldf_dist" and room(name) in (None, "cldf_dist")
     ]
-    assert not homeless, "say in FLOORS, and in the design, where they belong"
+    assert not homeless, "say in CONTRIBUTING.md's table where they belong"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -129,7 +92,7 @@ def test_imports_point_down(module: str) -> None:
         ("cldf_dist.method.noise", "def late():\n    import cldf_dist.nets.unet"),
         ("cldf_dist.training.fit", "from cldf_dist.tasks.denoise import Denoise"),
         ("cldf_dist.runs.run", "from cldf_dist.stages import STAGES"),
-        ("cldf_dist.stages.cache", "from cldf_dist import pipeline"),
+        ("cldf_dist.stages.cache", "from cldf_dist.cli import pipeline"),
         ("cldf_kernels.supcon", "import cldf_dist.data"),
     ],
 )
@@ -137,14 +100,41 @@ def test_an_import_upwards_is_found(module: str, line: str) -> None:
     assert offences(module, imported(MODULES[module], line))
 
 
-def test_no_two_modules_import_each_other() -> None:
-    pairs = set()
+def arrows() -> Iterator[tuple[str, str]]:
+    """(module, module that it imports), within this repository."""
     for module, path in MODULES.items():
         for name in imported(path):
-            for target in (name, name.rpartition(".")[0]):
-                if target in MODULES and target not in ("cldf_dist", module):
-                    pairs.add((module, target))
-    assert not {pair for pair in pairs if pair[::-1] in pairs}
+            target = name if name in MODULES else name.rpartition(".")[0]
+            if target in MODULES and target not in ("cldf_dist", module):
+                yield module, target
+
+
+@pytest.mark.parametrize("level", ["modules", "places of the table"])
+def test_no_import_runs_in_a_circle(level: str) -> None:
+    """A package's door, which hands on what its modules define, is no stop on the way."""
+    graph: dict[str, set[str]] = {}
+    for module, target in arrows():
+        if level != "modules":
+            module, target = room(module) or "", room(target) or ""
+        if module != target and MODULES.get(module, Path()).name != "__init__.py":
+            graph.setdefault(module, set()).add(target)
+    assert list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_the_root_of_the_package_holds_few_modules() -> None:
+    found = {path.stem for path in (ROOT / "cldf_dist").glob("*.py")}
+    assert found == {"__init__", "__main__", "methods", "labels"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_files_and_functions_stay_small(module: str) -> None:
+    """330 lines a file, 60 a function; in the kernels 120."""
+    text = MODULES[module].read_text()
+    assert len(text.splitlines()) <= 330
+    longest = 120 if module.startswith("cldf_kernels") else 60
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < longest, node.name
 
 
 def test_the_kernels_need_torch_and_triton_alone() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cldf_dist import load_segmenter
+from cldf_dist.cli.new_scans import load_segmenter
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import write_nifti
 

@@ -1,6 +1,6 @@
 """New scans, segmented by a finished run: from the command line, or from Python.
 
-from cldf_dist import load_segmenter
+
 
 segmenter = load_segmenter("runs/brats")
 result = segmenter.segment("scans/patient_7")

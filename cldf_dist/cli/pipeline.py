@@ -19,8 +19,9 @@ from cldf_dist.runs.tracking import store_uri
 from cldf_dist.stages import STAGES, Stage, part_folder, stage_named
 from cldf_dist.system.distributed import broadcast_object, processes, wait_for_everyone
 from cldf_dist.system.signals import Stopped
+from cldf_dist.training.schedule import check_batch
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
 
@@ -28,29 +29,22 @@ def run_all(config: Config) -> None:
     """All stages in order; finished ones are skipped."""
     _check_batches(config)
     for stage in STAGES:
-        asked = run_stage(config, stage)
-        if asked:
-            raise Stopped(asked, f"when {stage.name} was finished")
+        received_signal = run_stage(config, stage)
+        if received_signal:
+            raise Stopped(received_signal, f"when {stage.name} was finished")
     if processes().is_main:
         print(summary(config))
 
 
 def _check_batches(config: Config) -> None:
     """ValueError for a training, of those to come, whose batch these processes cannot share."""
-    num_processes = processes().world_size
     for stage in STAGES:
         if not stage.fit_section or broadcast_object(_run_of(config, stage).is_finished):
             continue
         name = stage.fit_section.removesuffix(".fit")
         section: Any = getattr(config, name)
-        parts = num_processes * section.fit.gradient_accumulation_steps
-        if getattr(section, "enabled", True) and section.fit.batch_size % parts:
-            raise ValueError(
-                f"{stage.fit_section}.batch_size ({section.fit.batch_size}, over all processes) "
-                f"must be a multiple of processes x {stage.fit_section}."
-                f"gradient_accumulation_steps = "
-                f"{num_processes} x {section.fit.gradient_accumulation_steps}"
-            )
+        if getattr(section, "enabled", True):
+            check_batch(stage.fit_section, section.fit, processes().world_size)
 
 
 def run_stage(config: Config, stage: Stage) -> int:
@@ -138,20 +132,22 @@ def _run_together(config: Config, stage: Stage, run: Run, again: bool) -> None:
 
 
 def _run_on_main(config: Config, stage: Stage, run: Run) -> None:
-    """Main works; the others watch its word in the folder, not a collective that times out."""
+    """Main works; the other ranks poll its heartbeat file, not a collective that times out."""
     attempt = broadcast_object(uuid.uuid4().hex)
-    word = run.folder / ".attempt.json"
+    heartbeat = run.folder / ".attempt.json"
     if not run.is_main:
-        _follow(run, word, attempt, config.run.heartbeat_seconds)
+        _follow(run, heartbeat, attempt, config.run.heartbeat_seconds)
         return
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _heartbeat(word, attempt):
+        with _heartbeat(heartbeat, attempt):
             run.open()
             if not run.is_finished:
                 _work(config, stage, run)
     except BaseException as error:
-        _write_word(word, attempt, failed=" ".join(str(error).split()) or type(error).__name__)
+        _write_heartbeat(
+            heartbeat, attempt, failed=" ".join(str(error).split()) or type(error).__name__
+        )
         raise
     finally:
         run.close()
@@ -162,11 +158,11 @@ def _work(config: Config, stage: Stage, run: Run) -> None:
         run.finish(stage.execute(config, run))
 
 
-def _follow(run: Run, word: Path, attempt: str, patience: float) -> None:
+def _follow(run: Run, heartbeat: Path, attempt: str, patience: float) -> None:
     last, heard = "", time.monotonic()
     while not run.is_finished:
         time.sleep(POLL_SECONDS)
-        text = word.read_text() if word.exists() else ""
+        text = heartbeat.read_text() if heartbeat.exists() else ""
         if text != last:
             last, heard = text, time.monotonic()
         said = json.loads(text) if text else {}
@@ -180,17 +176,17 @@ def _follow(run: Run, word: Path, attempt: str, patience: float) -> None:
 
 
 @contextmanager
-def _heartbeat(word: Path, attempt: str) -> Iterator[None]:
+def _heartbeat(path: Path, attempt: str) -> Iterator[None]:
     stop = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         number = 0
         while not stop.is_set():
-            _write_word(word, attempt, beat=number)
+            _write_heartbeat(path, attempt, heartbeat=number)
             number += 1
-            stop.wait(BEAT_SECONDS)
+            stop.wait(HEARTBEAT_SECONDS)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
@@ -199,9 +195,9 @@ def _heartbeat(word: Path, attempt: str) -> Iterator[None]:
         thread.join()
 
 
-def _write_word(word: Path, attempt: str, **said: Any) -> None:
+def _write_heartbeat(path: Path, attempt: str, **said: Any) -> None:
     with suppress(OSError):  # a hiccup of the file system: the next beat tries again
-        write_atomically(word, json.dumps({"attempt": attempt, **said}))
+        write_atomically(path, json.dumps({"attempt": attempt, **said}))
 
 
 @contextmanager

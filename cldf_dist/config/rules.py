@@ -1,7 +1,6 @@
-"""Rules between settings: each function yields a sentence (path, rule, value) for what is broken.
+"""Rules between settings: a function each, which yields a sentence (path, rule, value) if broken.
 
-What concerns one setting alone stands on its field. A rule may meet values that break their own
-bounds: all mistakes are told at once.
+A rule may meet values that break their own bounds: all mistakes are told at once.
 """
 
 from __future__ import annotations
@@ -265,10 +264,8 @@ def _part(config: Config) -> Iterator[str]:
 def _seeds(config: Config) -> Iterator[str]:
     low, high = config.seeds.background_threshold, config.seeds.object_threshold
     if not 0 <= low < high <= 1:
-        yield (
-            "seeds must keep 0 <= background_threshold < object_threshold <= 1, "
-            f"got {low} and {high}"
-        )
+        rule = "0 <= background_threshold < object_threshold <= 1"
+        yield f"seeds must keep {rule}, got {low} and {high}"
 
 
 def _contrast(config: Config) -> Iterator[str]:

@@ -4,19 +4,10 @@ Sample number n, counted over all ranks since the start of training, is the same
 same random changes for any number of ranks and workers, and after every resume.
 """
 
-import atexit
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,12 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cldf_dist.config import Augment
 from cldf_dist.data.augment import augment
+from cldf_dist.data.loader_workers import LoadedBatches, prepare_worker, stop_signals_wait
 from cldf_dist.data.shards.table import SliceTable
 from cldf_dist.system.seeding import sample_seed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Order = npt.NDArray[np.int64]
-Batch = dict[str, Tensor]
 
 
 class Items(Protocol):
@@ -92,7 +82,7 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-    ) -> "LoadedBatches":
+    ) -> LoadedBatches:
         """Endless batches for one rank, from sample number `consumed` on.
 
         `batch_size` is global: each rank gets every `world_size`-th sample, `batch_size /
@@ -110,7 +100,7 @@ class Stream:
 
     def fixed(
         self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> "LoadedBatches":
+    ) -> LoadedBatches:
         """This rank's share of samples 0 to num_samples - 1, always the same samples.
 
         Batches hold `batch_size` samples of one rank; the last one may be smaller.
@@ -118,7 +108,7 @@ class Stream:
         numbers = _Numbers(range(rank, num_samples, world_size))
         return self._load(numbers, batch_size, num_workers=0)
 
-    def _load(self, numbers: "_Numbers", batch_size: int, num_workers: int) -> "LoadedBatches":
+    def _load(self, numbers: "_Numbers", batch_size: int, num_workers: int) -> LoadedBatches:
         loader = DataLoader(
             _Samples(self),
             batch_size=batch_size,
@@ -127,11 +117,11 @@ class Stream:
             multiprocessing_context="spawn" if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # leaves the global state untouched
-            worker_init_fn=_prepare_worker if num_workers else None,
+            worker_init_fn=prepare_worker if num_workers else None,
         )
         if not num_workers:
             return LoadedBatches(iter(loader))
-        with _stop_signals_wait():  # while the workers start
+        with stop_signals_wait():  # while the workers start
             return LoadedBatches(iter(loader))
 
     def _order(self, epoch: int) -> Order:
@@ -141,37 +131,6 @@ class Stream:
         window_of = np.array([rank_of[int(shard)] // self.window for shard in self.groups])
         mixed = _shuffled(len(self.items), sample_seed(self.seed, epoch, "order of samples"))
         return mixed[np.argsort(window_of[mixed], kind="stable")]
-
-
-class LoadedBatches:
-    """Batches from a loader, whose worker processes end with `close`.
-
-    Dropping the iterator or leaving the program closes it too. A worker that dies while batches
-    are wanted is a RuntimeError, one that dies while it is stopped is not.
-    """
-
-    def __init__(self, loaded: Any) -> None:
-        self._loaded = loaded
-        self._workers = tuple(getattr(loaded, "_workers", ()))  # torch has no public name
-        self.close = weakref.finalize(self, _stop_workers, loaded, self._workers)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self.close.alive:
-            raise StopIteration
-        try:
-            batch: Batch = next(self._loaded)
-        except (RuntimeError, OSError, EOFError) as error:
-            dead = _dead(self._workers)
-            if not dead:
-                raise  # the items' own error
-            raise RuntimeError(
-                f"loader worker {', '.join(dead)} died while it loaded samples: {error}; is memory "
-                "short? fit.num_workers=0 loads without workers"
-            ) from error
-        return batch
 
 
 class LabelledSlices:
@@ -227,73 +186,6 @@ class _Numbers(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
-
-
-def _prepare_worker(_worker: int) -> None:
-    """Stopping is the parent's business: a scheduler or a Ctrl-C signals the whole group, and a
-    worker that died of it would take the last checkpoint with it. Workers end with their parent.
-
-    They leave before the interpreter is taken down: that aborts where the thread that sends
-    batches is inside C++ at the time.
-    """
-    # torch's own watch compares parents: where ours died before, that never changes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    atexit.register(os._exit, 0)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(0)
-
-
-def _dead(workers: Sequence[Any]) -> list[str]:
-    """Process numbers of dead workers; a broken pipe may be a moment ahead of its worker's end."""
-    if workers:
-        with suppress(RuntimeError):  # torch's handler of SIGCHLD raises
-            ended = wait([worker.sentinel for worker in workers], timeout=1)
-            for worker in workers:
-                if worker.sentinel in ended:
-                    worker.join()  # its pipes close before it can be asked how it ended
-    return [str(worker.pid) for worker in workers if not worker.is_alive()]
-
-
-def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
-    """End the worker processes, in peace where they answer. No worker is left afterwards."""
-    if not workers:
-        return
-    # torch's handler of SIGCHLD raises where a worker did not end in peace; it was to end anyway
-    with suppress(RuntimeError):
-        if all(worker.exitcode is None for worker in workers):
-            loaded._shutdown_workers()  # torch has no public name
-    if not loaded._shutdown:  # a dead one may hold for ever what torch would wait for
-        loaded._shutdown = True
-        if loaded._pin_memory:
-            loaded._pin_memory_thread_done_event.set()
-        for queue in loaded._index_queues:
-            queue.cancel_join_thread()
-            queue.close()
-    for worker in workers:
-        with suppress(RuntimeError):
-            worker.kill()  # SIGTERM is ignored there
-            worker.join()
-        worker.join()
-
-
-@contextmanager
-def _stop_signals_wait() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # may not touch signals
-        yield
-        return
-    resource_tracker.ensure_running()  # its start would let two of them through (Python 3.11)
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)  # what came meanwhile arrives now
 
 
 def _shuffled(length: int, seed: int) -> Order:

@@ -13,7 +13,8 @@ from pathlib import Path
 from cldf_dist.config import Config
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.doctor.findings import Finding, error, ok, warning
-from cldf_dist.stages.cache import bytes_to_come, cached_slices
+from cldf_dist.inference.feature_extraction import cached_slices
+from cldf_dist.stages.cache import bytes_to_come
 from cldf_dist.system.distributed import broadcast_object, gather_objects, processes
 from cldf_dist.system.locks import FolderLock
 

@@ -10,10 +10,8 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import shlex
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -24,6 +22,7 @@ from typing import IO, Any
 
 from cldf_dist import config as configuration
 from cldf_dist.config import Config, Mark, marked
+from cldf_dist.runs.provenance import devices, git_state, versions
 from cldf_dist.runs.tracking import Mirror
 from cldf_dist.system.distributed import processes
 from cldf_dist.system.files import atomic_write
@@ -213,12 +212,12 @@ class Run:
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
-            "git": _git_state(),
+            "git": git_state(),
             "host": socket.gethostname(),
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
             "processes": processes().world_size,
-            "versions": _versions(),
-            "devices": _devices(),
+            "versions": versions(),
+            "devices": devices(),
             "seed": self.config.seed,
             "inputs": self._digests_of_inputs(),
         }
@@ -308,48 +307,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1  # a line cut short by a kill
-
-
-def _devices() -> list[str]:
-    """The GPUs of this process, or its CPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [_cpu_name()]
-
-
-def _cpu_name() -> str:
-    """The model as Linux tells it; elsewhere what Python knows."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_state() -> dict[str, Any]:
-    if not (Path(__file__).parents[2] / ".git").exists():
-        return {"commit": "", "dirty": False}  # installed: the repository around is not ours
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except FileNotFoundError:
-        return {"commit": "", "dirty": False}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("cldf-dist", "torch", "accelerate", "deepspeed", "monai", "zarr", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

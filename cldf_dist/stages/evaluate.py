@@ -25,6 +25,9 @@ from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.inference.cache_parts import STORE
+from cldf_dist.inference.feature_extraction import cached_slices
+from cldf_dist.inference.run_store import check_same_slices
 from cldf_dist.inference.seed_sources import PatchLogitLabels, seed_report
 from cldf_dist.labels import SliceLabel
 from cldf_dist.method.metrics import CaseScore, auroc, score_case
@@ -55,7 +58,6 @@ from cldf_dist.scoring.slice_protocol import (
 )
 from cldf_dist.scoring.tables import results_table, slice_protocol_table
 from cldf_dist.scoring.weak_validation import weak_validation_of_methods
-from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.system.progress import progress
 
 # threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone

@@ -14,23 +14,29 @@ import dataclasses
 import sys
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cldf_dist.config import Config
-from cldf_dist.data.features.pixel_labels import PixelLabels, count_labels
-from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels, gather_pixels
+from cldf_dist.data.features.pixel_labels import PixelLabels
+from cldf_dist.data.features.pixels import PixelsPerItem, SeedPixels, TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
+from cldf_dist.inference.cache_parts import STORE
+from cldf_dist.inference.feature_extraction import cached_slices
 from cldf_dist.inference.loading import shard_set
 from cldf_dist.inference.patch_maps import PATCH_TAP, plus_taps
+from cldf_dist.inference.run_store import check_same_slices
 from cldf_dist.inference.seed_cam import patch_logit_agreement
 from cldf_dist.inference.seed_sources import MaskLabels, SeedLabels, patch_logit_labels
+from cldf_dist.inference.training_pixels import (
+    feature_statistics,
+    num_channels,
+    prototypes_of,
+    training_pixels,
+)
 from cldf_dist.labels import PixelLabel
 from cldf_dist.method.features import patch_size
-from cldf_dist.method.prototypes import class_prototypes
 from cldf_dist.methods import (
     CLDF_PLUS,
     PATCH_FEATURES,
@@ -40,24 +46,15 @@ from cldf_dist.methods import (
 )
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.runs.run import Run
-from cldf_dist.stages.cache import STORE, cached_slices, check_same_slices
 from cldf_dist.system.distributed import (
-    accelerator,
     broadcast_object,
-    fail_on_all_ranks,
-    gather_objects,
     processes,
     wait_for_everyone,
 )
-from cldf_dist.system.seeding import sample_seed
 from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 from cldf_dist.training.export import save_net
 from cldf_dist.training.fit import fit
 from cldf_dist.training.model_card import NetCard, load_with_package, write_card
-
-STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
-CONSTANT = 1e-4  # of a feature's mean: a smaller spread is that of float16's rounding
-PROTOTYPE_SLICES = 2048  # training slices of each class behind the prototypes, at most
 
 NET_CARD = NetCard(
     title="Pixel decoder",
@@ -108,7 +105,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     check_same_slices(cache, slices)
     table = slices.tables[0]
     taps = config.features.taps
-    pixels = _training_pixels(cache, taps, SeedLabels(cache), len(table))
+    pixels = training_pixels(cache, taps, SeedLabels(cache), len(table))
     result = _train(config, run, pixels)
     if run.is_main:
         write_card(run, shards, NET_CARD)
@@ -188,7 +185,7 @@ def _train_other(
     if broadcast_object(own.is_finished):
         return
     num_slices = len(cached_slices(shards).tables[0])
-    pixels = _training_pixels(cache, other.taps, other.labels, num_slices)
+    pixels = training_pixels(cache, other.taps, other.labels, num_slices)
     if other.method in (CLDF_PLUS, PATCH_FEATURES) and not len(pixels.rows_with(PixelLabel.OBJECT)):
         if run.is_main:
             print(
@@ -213,7 +210,7 @@ def _train_other(
 
 def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
     settings = config.decoder
-    tap_channels = {tap: _channels(pixels.cache, tap) for tap in pixels.taps}
+    tap_channels = {tap: num_channels(pixels.cache, tap) for tap in pixels.taps}
     torch.manual_seed(config.seed)  # the same initial weights on every process
     net = PixelDecoder(
         tap_channels, settings.hidden, settings.embedding, settings.dropout, settings.noise
@@ -232,7 +229,7 @@ def _train(config: Config, run: Run, pixels: TrainingPixels) -> dict[str, Any]:
         _task(config, net), Stream(items, items.shard_of, config.seed), settings.fit, run
     )
     if run.is_main:
-        prototypes = _prototypes(config, trained, pixels)
+        prototypes = prototypes_of(config, trained, pixels)
         about = {
             "kind": "pixel decoder",
             "tap_channels": tap_channels,
@@ -270,78 +267,6 @@ def _task(config: Config, net: PixelDecoder) -> Contrast | CrossEntropy:
     )
 
 
-def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each feature over a sample of the training slices; 0 where
-    it never changes."""
-    rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
-    rows = rng.permutation(pixels.rows)[:STATISTICS_SLICES]
-    means, spreads = [], []
-    for tap in pixels.taps:
-        count, total, squares = 0, np.zeros(_channels(pixels.cache, tap)), 0.0
-        for row in rows:
-            stored = pixels.cache.read(tap, int(row)).astype(np.float64)
-            scale = pixels.cache.scale(tap, int(row))
-            if scale is not None:
-                stored *= scale[:, None, None]
-            flat = stored.transpose(1, 2, 0, 3).reshape(-1, total.size)
-            count += len(flat)
-            total = total + flat.sum(0)
-            squares = squares + np.square(flat).sum(0)
-        mean = total / count
-        variance = squares / count - mean**2
-        # a feature that never changes has no spread: divided by its rounding it would be noise
-        constant = variance <= np.square(CONSTANT * mean)
-        means.append(mean)
-        spreads.append(np.where(constant, 0, np.sqrt(np.maximum(variance, 0))))
-    return (
-        torch.from_numpy(np.concatenate(means)).float(),
-        torch.from_numpy(np.concatenate(spreads)).float(),
-    )
-
-
-def _prototypes(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> torch.Tensor:
-    """Directions of a random choice of training seeds of each class, as `class_prototypes`."""
-    rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
-    embeddings, labels = [], []
-    for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
-        rows = pixels.rows_with(label)
-        if len(rows) > PROTOTYPE_SLICES:
-            rows = np.sort(rng.permutation(rows)[:PROTOTYPE_SLICES])
-        per_slice = -(-config.decoder.prototype_pixels // len(rows))
-        for row in rows:
-            features = _features_of(pixels, int(row), label, per_slice, rng)
-            with torch.no_grad():
-                embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
-            labels.append(torch.full((len(features),), label))
-    per_class = config.decoder.prototypes_per_class
-    seed = sample_seed(config.seed, 0, "k-means")
-    return class_prototypes(torch.cat(embeddings), torch.cat(labels), per_class, seed=seed)
-
-
-def _features_of(
-    pixels: TrainingPixels, row: int, label: int, limit: int, rng: np.random.Generator
-) -> npt.NDArray[np.float32]:
-    labels = pixels.labels.labels(row)
-    height, width = labels.shape
-    chosen = rng.permutation(np.flatnonzero(labels == label))[:limit]
-    places = np.stack(np.divmod(chosen, width), axis=1)
-    return gather_pixels(pixels.cache, pixels.taps, row, places, (height, width))
-
-
-def _training_pixels(
-    cache: FeatureCache, taps: tuple[str, ...], labels: PixelLabels, num_slices: int
-) -> TrainingPixels:
-    """The first `num_slices` rows of the cache; each process counts the labels of its share."""
-    rows, here = np.arange(num_slices), processes()
-    shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
-    with fail_on_all_ranks():
-        mine = count_labels(labels, rows[shares[here.rank]])
-    counts = np.zeros((num_slices, 2), np.int64)
-    for share, found in zip(shares, gather_objects(mine), strict=True):
-        counts[share] = found
-    return TrainingPixels(cache, taps, labels, rows, counts)
-
-
 def _has_masks(table: SliceTable) -> bool:
     """True where a training slice has a mask; says so where not all have one."""
     num_masks = int(table.has_mask.sum())
@@ -353,8 +278,3 @@ def _has_masks(table: SliceTable) -> bool:
             file=sys.stderr,
         )
     return num_masks > 0
-
-
-def _channels(cache: FeatureCache, tap: str) -> int:
-    levels, _, _, channels = cache.row_shape(tap)
-    return levels * channels

@@ -5,7 +5,6 @@ The launcher (accelerate, torchrun) tells through the environment; without one t
 
 from __future__ import annotations
 
-import atexit
 import functools
 import logging
 import os
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -197,23 +196,3 @@ def leave_group() -> None:
     ):
         control_group.cache_clear()
         torch.distributed.destroy_process_group()
-
-
-def end_process(code: int) -> NoReturn:
-    """The end of a program: out of the group after a success, then gone.
-
-    That is not left to the interpreter's end: where one of torch's threads wants the interpreter
-    in that moment, the process is aborted, and a job that was done has failed.
-    """
-    if code == 0:  # after an error others may still be in a collective with us
-        leave_group()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:  # as where a daemon starts us
-                stream.flush()
-        except BrokenPipeError:
-            pass  # nobody reads it any more
-        except OSError:
-            code = code or 1  # what was printed is lost
-    os._exit(code)

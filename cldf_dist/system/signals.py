@@ -15,6 +15,7 @@ from cldf_dist.system.distributed import control_group, processes
 # A launcher passes the first Ctrl-C on as SIGINT, to processes that the terminal may have told
 # already, and the second one as SIGTERM.
 SECONDS_OF_ONE_CTRL_C = 1.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -28,11 +29,11 @@ class Stopped(Exception):
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying; a second Ctrl-C kills."""
-    asked: list[int] = []
+    received_signals: list[int] = []
     first_ctrl_c: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received_signals.append(number)
         if not first_ctrl_c:
             if number == signal.SIGINT:
                 first_ctrl_c.append(time.monotonic())
@@ -46,10 +47,9 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, note) for number in numbers}
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
-        yield asked
+        yield received_signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -58,18 +58,18 @@ def stop_signals() -> Iterator[list[int]]:
 class StopVote:
     """The signal that any process received, known to all: the vote runs while a step does."""
 
-    def __init__(self, asked: list[int]) -> None:
-        self.asked = asked
+    def __init__(self, received_signals: list[int]) -> None:
+        self.received_signals = received_signals
         self._flag: Any = None
         self._work: Any = None
 
     def open(self) -> None:
-        """Say what this process was asked so far; every process must."""
+        """Share what this process has received so far; every process must."""
         if processes().world_size == 1:
             return
         import torch
 
-        self._flag = torch.tensor(max(self.asked, default=0))
+        self._flag = torch.tensor(max(self.received_signals, default=0))
         self._work = torch.distributed.all_reduce(
             self._flag,
             op=torch.distributed.ReduceOp.MAX,
@@ -80,6 +80,6 @@ class StopVote:
     def result(self) -> int:
         """The largest number of a signal that had reached any process; 0 where none did."""
         if processes().world_size == 1:
-            return max(self.asked, default=0)
+            return max(self.received_signals, default=0)
         self._work.wait()
         return int(self._flag)

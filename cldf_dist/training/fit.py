@@ -32,18 +32,17 @@ from cldf_dist.system.seeding import sample_seed
 from cldf_dist.system.signals import Stopped, StopVote, stop_signals
 from cldf_dist.training.checkpoint import (
     Checkpoint,
-    newest_checkpoint,
-    read_weights,
     save_checkpoint,
 )
 from cldf_dist.training.ema import MovingAverage
 from cldf_dist.training.engine import autocast, autocast_dtype, make_engine
 from cldf_dist.training.prefetch import DeviceBatches, to_device
+from cldf_dist.training.schedule import check_batch, learning_rate
+from cldf_dist.training.start import same_checkpoint, same_items, start_from
 from cldf_dist.training.step_metrics import SkippedSteps, StepMeans
 from cldf_dist.training.throughput import Throughput
 
 Batch = Mapping[str, Any]
-# the layout in which convolutions are fastest; torch's types do not know this form of `to`
 NUM_SAMPLES = "#samples"  # beside the names of losses
 VALIDATION = "validation/"  # how the names of its means begin
 
@@ -74,7 +73,7 @@ def fit(
     FloatingPointError after too many non-finite steps in a row, and `Stopped` after SIGTERM,
     SIGUSR1 or Ctrl-C, when everything is saved.
     """
-    with stop_signals() as asked:  # workers are starting soon, and end late
+    with stop_signals() as received_signals:  # workers are starting soon, and end late
         training = _Training(task, stream, settings, run)
         batches = DeviceBatches(
             stream.batches(
@@ -87,7 +86,7 @@ def fit(
             training.device,
         )
         try:
-            _train(training, batches, validation, asked)
+            _train(training, batches, validation, received_signals)
             return training.result()
         finally:
             batches.close()
@@ -95,14 +94,17 @@ def fit(
 
 
 def _train(
-    training: _Training, batches: DeviceBatches, validation: Batches | None, asked: list[int]
+    training: _Training,
+    batches: DeviceBatches,
+    validation: Batches | None,
+    received_signals: list[int],
 ) -> None:
     settings, run = training.settings, training.run
-    vote = StopVote(asked)
+    vote = StopVote(received_signals)
     with progress(run.stage, settings.steps, shown=run.is_main) as bar:
         bar.start_at(training.step)
         if not training.reported:  # it was stopped before it could
-            training.report(validation, asked)
+            training.report(validation, received_signals)
         while training.step < settings.steps:
             vote.open()
             training.advance(batches)
@@ -112,7 +114,7 @@ def _train(
             stop = vote.result()
             with training.throughput.pause():
                 if not stop:  # else the time to save may be short: it is done on resume
-                    stop = training.report(validation, asked)
+                    stop = training.report(validation, received_signals)
                 if stop or _is_due(step, settings.checkpoint_every, last):
                     training.save()
                 if last and not training.reported:  # all is safe now
@@ -133,18 +135,25 @@ class _Training:
     """The state between steps: weights, moving average, optimizer, counters."""
 
     def __init__(self, task: nn.Module, stream: Batches, settings: Fit, run: Run) -> None:
-        _check_batch(task, settings)
+        check_batch("fit", settings, processes().world_size)
+        parts = settings.gradient_accumulation_steps
+        if parts > 1 and not getattr(task, "accumulates", True):
+            raise ValueError(
+                f"{type(task).__name__} contrasts within the batch: "
+                f"fit.gradient_accumulation_steps must be 1, got {parts}"
+            )
         self.settings, self.run = settings, run
         self.device = accelerator().device
-        found = _same_checkpoint(run)
-        self.items = _same_items(stream, found)
+        found = same_checkpoint(run)
+        self.items = same_items(stream.fingerprint(), found)
         with fail_on_all_ranks():
             if found:
                 task.load_state_dict(found.tensors["task"])
             elif settings.start_from:
-                _start_from(task, Path(settings.start_from))
+                start_from(task, Path(settings.start_from))
         self.task: Any = task.to(self.device)
         if not zero_stage():  # DeepSpeed lays all weights in one row
+            # torch's types do not know this form of `to`
             layout: Any = {"memory_format": fast_memory_format(self.device, settings.channels_last)}
             self.task = self.task.to(**layout)
         self.average = MovingAverage(self.task, settings.ema_decay)
@@ -213,11 +222,11 @@ class _Training:
         self.throughput.count(self.average.task, batch, len(batch["sample_number"]))
         self.throughput.start(self.step, waited)
 
-    def report(self, validation: Batches | None, asked: list[int]) -> int:
+    def report(self, validation: Batches | None, received_signals: list[int]) -> int:
         """What is due after this step: validation and previews; a signal that stopped it, or 0."""
         settings, last = self.settings, self.step == self.settings.steps
         if validation and _is_due(self.step, settings.validate_every, last):
-            stop = self.validate(validation, asked)
+            stop = self.validate(validation, received_signals)
             if stop:
                 return stop
         if _is_due(self.step, settings.preview_every):
@@ -225,7 +234,7 @@ class _Training:
         self.reported = True
         return 0
 
-    def validate(self, validation: Batches, asked: list[int]) -> int:
+    def validate(self, validation: Batches, received_signals: list[int]) -> int:
         """Log mean losses of the averaged net over the same samples and noise each time.
 
         Gives the signal by which any process was asked to stop meanwhile; nothing is logged then.
@@ -238,14 +247,14 @@ class _Training:
         self.average.take_buffers_of_main()
         with torch.no_grad(), autocast(self.device, self.dtype):
             for batch in validation.fixed(self.settings.validation_samples, per_step, **place):
-                if asked:
+                if received_signals:
                     break
                 losses = self.average.task(to_device(batch, self.device))
                 size = len(batch["sample_number"])
                 for name, value in {**losses, NUM_SAMPLES: torch.ones(())}.items():
                     weighted = value.detach().float().to(self.device) * size
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + weighted
-        stop = int(max(gather_objects(max(asked, default=0))))
+        stop = int(max(gather_objects(max(received_signals, default=0))))
         if stop:
             return stop
         names = broadcast_object(sorted(sums))
@@ -308,73 +317,6 @@ class _Training:
         self.run.log(self.step, metrics)
 
 
-def learning_rate(step: int, settings: Fit) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak."""
-    peak, floor = settings.learning_rate, settings.final_learning_rate_fraction
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
-
-
-def _same_checkpoint(run: Run) -> Checkpoint | None:
-    """The newest valid checkpoint; the main process looks, the others take its word."""
-    with fail_on_all_ranks():
-        found = newest_checkpoint(run.folder / "checkpoints", run.id) if run.is_main else None
-    path = broadcast_object(found.path if found else None)
-    if path is None:
-        return None
-    with fail_on_all_ranks():
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"{path} is not there for this process, but for the main one; the run folder must "
-                "lie on a file system that all of them see"
-            )
-    return found or Checkpoint(path)
-
-
-def _same_items(stream: Batches, found: Checkpoint | None) -> str:
-    """What names the samples, the same on every process and at every start.
-
-    Raises ValueError where it differs: the order of samples would be another one.
-    """
-    mine = stream.fingerprint()
-    remedy = (
-        "data.on_damaged=skip leaves out what is damaged: prepare the data again, or delete the "
-        "copy in data.shard_cache where it is one"
-    )
-    if len(set(gather_objects(mine))) > 1:
-        raise ValueError(f"the processes would draw from other samples than each other; {remedy}")
-    if found and found.state["items"] != mine:
-        raise ValueError(f"{found.path} was made from other samples than there are now; {remedy}")
-    return mine
-
-
 def _finite_or_skipped(loss: Tensor) -> Tensor:
     """The loss; one that is not finite gives a gradient that is not, on all processes."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-
-
-def _start_from(task: nn.Module, path: Path) -> None:
-    net: Any = task.net
-    try:
-        net.load_state_dict(read_weights(path))
-    except RuntimeError as error:  # torch lists every name that differs
-        first = " ".join(str(error).splitlines()[1:2]).strip()
-        raise ValueError(f"fit.start_from={path} does not fit this net: {first}") from error
-
-
-def _check_batch(task: nn.Module, settings: Fit) -> None:
-    world_size = processes().world_size
-    if settings.batch_size % (world_size * settings.gradient_accumulation_steps):
-        raise ValueError(
-            f"fit.batch_size ({settings.batch_size}, over all processes) must be a multiple of "
-            f"processes x fit.gradient_accumulation_steps = {world_size} x "
-            f"{settings.gradient_accumulation_steps}"
-        )
-    if settings.gradient_accumulation_steps > 1 and not getattr(task, "accumulates", True):
-        raise ValueError(
-            f"{type(task).__name__} contrasts within the batch: "
-            "fit.gradient_accumulation_steps must be 1, "
-            f"got {settings.gradient_accumulation_steps}"
-        )

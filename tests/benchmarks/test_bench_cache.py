@@ -67,7 +67,7 @@ def _check_decoder(rows: Rows) -> None:
         "pixels gathered in the loader",
         "naive full maps",
     ]
-    assert all(0 < float(row["loader_share"]) < 1 for row in rows)
+    assert all(0 < float(row["loader_fraction"]) < 1 for row in rows)
     assert all(float(row["steps_per_second"]) > 0 for row in rows)
 
 

@@ -18,7 +18,7 @@ TINY = (
 MEASURED = {
     ("train-diffusion", "fit"): 6,
     ("train-diffusion", "fit, local batch 2"): 0,
-    ("tune-labels", "fit"): 6,
+    ("tune-label-embedding", "fit"): 6,
     ("train-classifier", "fit"): 6,
     ("train-cam", "fit"): 6,
     ("train-patch-classifier", "fit"): 6,
@@ -61,7 +61,7 @@ def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     with output.open() as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert rows["train-diffusion"]["precision"] == "bfloat16"
-    assert rows["tune-labels"]["precision"] == "tf32"
+    assert rows["tune-label-embedding"]["precision"] == "tf32"
     assert all(0 < float(row["peak_gb"]) < 10 for row in rows.values())
 
 
@@ -71,11 +71,11 @@ def test_batch_that_does_not_fit_is_split_until_it_does(modules, monkeypatch):
     training = work.trainings_of_slices(modules["train_setup"].DEBUG.config())[0]
     tried = []
 
-    def measured(config, plan, accumulate):
-        tried.append(accumulate)
-        if accumulate < 4:
+    def measured(config, plan, gradient_accumulation_steps):
+        tried.append(gradient_accumulation_steps)
+        if gradient_accumulation_steps < 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return accumulate
+        return gradient_accumulation_steps
 
     monkeypatch.setattr(work.Training, "measure", lambda _, *arguments: measured(*arguments))
     plan = pace.Plan(torch.device("cpu"), 1.0, 1)

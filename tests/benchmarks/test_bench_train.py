@@ -69,7 +69,7 @@ def test_ladder_runs_at_tiny_size_and_says_what_it_leaves_out(tmp_path, command,
         assert float(row["images_per_second"]) == pytest.approx(4 / seconds, rel=0.01)
         assert 0 < float(row["measured_utilisation"]) < 1
         assert row["data_sheet_utilisation"] == row["peak_gb"] == ""
-        assert bool(row["data_wait_share"]) == row["implementation"].startswith("fit")
+        assert bool(row["data_wait_fraction"]) == row["implementation"].startswith("fit")
     printed = capsys.readouterr().out
     assert "xformers: left out, xformers needs a CUDA device" in printed
     assert "CUDA graphs: left out, torch.compile and CUDA graphs are measured on CUDA" in printed

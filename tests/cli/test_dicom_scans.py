@@ -9,8 +9,8 @@ import pytest
 from chaos_files import chaos, organs, write_t1
 from dicom_files import change, write_series
 
-from cldf_dist import load_segmenter
 from cldf_dist.__main__ import main
+from cldf_dist.cli.new_scans import load_segmenter
 from cldf_dist.data.formats.dicom import dicom_files, read_series
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.chaos import read_patient

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import cldf_dist
-from cldf_dist import load_segmenter
 from cldf_dist.__main__ import main
-from cldf_dist.cli.new_scans import Segmentation
+from cldf_dist.cli.new_scans import Segmentation, load_segmenter
 from cldf_dist.config import Data
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.new_scans import ScanKind, find_scans

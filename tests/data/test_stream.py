@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from cldf_dist.config import Augment
+from cldf_dist.data.loader_workers import stop_signals_wait
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice
-from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
+from cldf_dist.data.stream import LabelledSlices, Stream
 
 NUM_ITEMS, NUM_SHARDS = 29, 8
 PINNED = [
@@ -60,7 +61,7 @@ PINNED = [
 ABANDONING = """
 import sys
 from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.stream import LabelledSlices, Stream, _stop_signals_wait
+from cldf_dist.data.stream import LabelledSlices, Stream
 if __name__ == "__main__":
     items = LabelledSlices(ShardSet(sys.argv[1]).split("train"), None, 0)
     batches = Stream(items, items.groups, 0).batches(0, batch_size=4, num_workers=1)
@@ -402,7 +403,7 @@ def test_a_signal_that_comes_while_workers_start_is_not_lost() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
     try:
-        with _stop_signals_wait():
+        with stop_signals_wait():
             os.kill(os.getpid(), signal.SIGUSR1)
         assert came == [signal.SIGUSR1]
     finally:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from finished_run import make_run, settings
 
-from cldf_dist import load_segmenter
 from cldf_dist.__main__ import main
 from cldf_dist.cli.multi_object import mask_method
+from cldf_dist.cli.new_scans import load_segmenter
 from cldf_dist.config import Config, load
 from cldf_dist.data.features.pixel_labels import count_labels
 from cldf_dist.data.features.store import FeatureCache

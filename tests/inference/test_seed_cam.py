@@ -13,12 +13,12 @@ from cldf_dist.config import Config, load
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.slices import body_mask
+from cldf_dist.inference.feature_extraction import cached_slices
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.saliency_agreement import saliency_of
 from cldf_dist.inference.seed_cam import FALLBACK, best_map, map_agreement, patch_logit_agreement
 from cldf_dist.method.cam import METHODS, class_activation_maps
 from cldf_dist.runs.run import Run
-from cldf_dist.stages.cache import cached_slices
 
 STORE = Path("cache") / "features.zarr"
 EARLIER = (

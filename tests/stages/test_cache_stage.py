@@ -15,10 +15,10 @@ from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
 from cldf_dist.inference.cache_parts import COUNT_FILE
+from cldf_dist.inference.feature_extraction import cached_slices, compute_shard
 from cldf_dist.inference.frozen_nets import FrozenNets
 from cldf_dist.inference.seed_cam import with_map
 from cldf_dist.runs.run import Run
-from cldf_dist.stages.cache import cached_slices, compute_shard
 from cldf_dist.system.locks import FolderLock
 
 STORE = Path("cache") / "features.zarr"

@@ -16,12 +16,13 @@ from cldf_dist.data.features.pixels import TrainingPixels
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import body_mask
+from cldf_dist.inference import training_pixels
 from cldf_dist.inference.loading import load_decoder
 from cldf_dist.inference.seed_sources import MaskLabels, SeedLabels
+from cldf_dist.inference.training_pixels import feature_statistics
 from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, SUPERVISED
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.stages import train_decoder
-from cldf_dist.stages.train_decoder import feature_statistics
 
 EARLIER = ("prepare", "cache")
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
@@ -96,7 +97,7 @@ def test_prototypes_of_many_slices_look_at_some_of_them(
     pixels: TrainingPixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both classes have more slices than are looked at; the seeds per class are as configured."""
-    monkeypatch.setattr(train_decoder, "PROTOTYPE_SLICES", 2)
+    monkeypatch.setattr(training_pixels, "PROTOTYPE_SLICES", 2)
     assert all(len(pixels.rows_with(label)) > 2 for label in (0, 1))
     gathered = []
     gather = train_decoder.gather_pixels
@@ -105,7 +106,7 @@ def test_prototypes_of_many_slices_look_at_some_of_them(
         gathered.append((row, len(places)))
         return gather(cache, taps, row, places, size)
 
-    monkeypatch.setattr(train_decoder, "gather_pixels", remembered)
+    monkeypatch.setattr(training_pixels, "gather_pixels", remembered)
     net = PixelDecoder(
         {tap: train_decoder._channels(pixels.cache, tap) for tap in pixels.taps}, 8, 4
     )

@@ -37,7 +37,7 @@ KILLER = """
         if child == 0:
             while True:
                 step += 1
-                save_checkpoint(folder, "run", {"step": step}, content(step), keep=2)
+                save_checkpoint(folder, "run", {"step": step}, content(step), keep_checkpoints=2)
                 os.write(writer, step.to_bytes(4, "big"))
         os.close(writer)
         time.sleep(chance.uniform(0.0, 0.12))

@@ -23,7 +23,8 @@ from cldf_dist.system.seeding import sample_seed
 from cldf_dist.system.signals import Stopped
 from cldf_dist.tasks.contrast import Contrast
 from cldf_dist.training.checkpoint import newest_checkpoint
-from cldf_dist.training.fit import fit, learning_rate
+from cldf_dist.training.fit import fit
+from cldf_dist.training.schedule import learning_rate
 
 SETTINGS = Fit(
     steps=9,

@@ -145,7 +145,6 @@ def test_plain_monai_loads_the_diffusion_model_and_gives_what_it_gives(
     program = f"""
 import sys, torch
 
-UPPER_BOUNDS = names_of(Role.UPPER_BOUND)
 {program_of(card(debug_run, "train-diffusion"))}
 x, timesteps, labels = torch.load({str(tmp_path / "inputs.pt")!r})
 with torch.no_grad():

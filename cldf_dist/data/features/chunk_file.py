@@ -7,14 +7,8 @@ and tensorstore read it; read through the page cache it costs a small part of wh
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import math
-import mmap
-import os
 import shutil
-import stat
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +18,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from cldf_dist.data.features.memory_map import map_file
 from cldf_dist.system.files import atomic_write
 
 Array = npt.NDArray[Any]
@@ -51,7 +46,7 @@ class MappedShard:
         self._shape, self._dtype = tuple(shape), dtype
         self._slices: dict[int, Array] = {}  # those whose checksum was verified
         with _problems_explained(path):
-            self._bytes = _map(path)
+            self._bytes = map_file(path)
         self._index = _index(self._bytes, num_chunks, path)
 
     def chunk(self, place: int) -> Array:
@@ -112,45 +107,6 @@ def _problems_explained(path: Path) -> Iterator[None]:
         raise DamagedShardError(f"{path} is a folder, and no file; {REPAIR}") from error
     except PermissionError as error:
         raise PermissionError(f"{path} cannot be read: {error.strerror}; chmod u+r it") from error
-
-
-def _map(path: Path) -> npt.NDArray[np.uint8]:
-    """The file's bytes as a read-only array on a private mapping, without an open descriptor.
-
-    Python's own mmap keeps one (until 3.13), and a process may often have 1024 of them only.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-        if not size:
-            return np.zeros(0, np.uint8)
-        address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, 0)
-        if address == _MAP_FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, f"cannot be mapped: {os.strerror(number)}", str(path))
-    finally:
-        os.close(descriptor)
-    memory = (ctypes.c_ubyte * size).from_address(address)
-    # when no array on it is left; at the end of the process the system does it
-    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
-    return np.frombuffer(memoryview(memory).toreadonly(), np.uint8)
-
-
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None, use_errno=True)
-    number = ctypes.c_int
-    library.mmap.restype = ctypes.c_void_p
-    library.mmap.argtypes = [
-        ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_ssize_t,
-    ]  # fmt: skip
-    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return library
-
-
-_LIBC = _libc()
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def _index(content: npt.NDArray[np.uint8], num_chunks: int, path: Path) -> list[tuple[int, int]]:

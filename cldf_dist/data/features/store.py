@@ -6,13 +6,8 @@ per slice, 1 + the crc32c of all its arrays' bytes, and is written after they ar
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,6 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec
 
 from cldf_dist.data.features.chunk_file import (
     REPAIR,
@@ -31,15 +25,17 @@ from cldf_dist.data.features.chunk_file import (
     remove,
     write_shard_file,
 )  # fmt: skip
+from cldf_dist.data.features.store_creation import (
+    FORMAT,
+    KEY_BYTES,
+    OWN,
+    VERSION,
+    create_store,
+)
 
 Array = npt.NDArray[Any]
-KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
-FORMAT = "cldf-features"
-VERSION = 2
 SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
-OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}
 MOST_MAPPED = 32768  # files; the system's own limit is 65530 mappings a process
-STALE_SECONDS = 3600.0  # an unfinished store untouched for so long has lost its maker
 
 Stamp = tuple[int, int, int]
 
@@ -76,11 +72,8 @@ class FeatureCache:
         self._mapped: dict[tuple[str, int], tuple[Stamp, MappedShard]] = {}
         self._known_done: set[int] = set()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]  # opened anew there
+    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
+        return FeatureCache, (self.folder,)  # opened anew there
 
     @classmethod
     def create(
@@ -92,55 +85,11 @@ class FeatureCache:
         slices_per_shard: int,
         attributes: Mapping[str, Any],
     ) -> FeatureCache:
-        """An empty cache of `num_slices` rows; `arrays` gives shape and dtype of one row each.
-
-        Several processes may do so at once: all get the store of the first.
-        """
-        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
-            with suppress(OSError):
-                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(stale)
-        # a process's number is not its own where containers share a disk
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-        try:
-            group = zarr.create_group(partial, zarr_format=3, attributes={
-                "format": FORMAT, "version": VERSION, "num_slices": num_slices,
-                "slices_per_shard": slices_per_shard, "arrays": list(arrays), **attributes,
-            })  # fmt: skip
-            for name, (shape, dtype) in {**arrays, **OWN}.items():
-                group.create_array(
-                    name,
-                    shape=(num_slices, *shape),
-                    chunks=(1, *shape),
-                    shards=(slices_per_shard, *shape),
-                    dtype=dtype,
-                    compressors=[Crc32cCodec()],
-                    fill_value=0,
-                    config={"write_empty_chunks": True},  # no file stands for zeros
-                )
-            if not (folder / "zarr.json").exists():
-                _rename_unless_there(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        """The store that `create_store` makes, opened."""
+        create_store(
+            folder, num_slices, arrays, slices_per_shard=slices_per_shard, attributes=attributes
+        )
         return cls(folder)
-
-    @staticmethod
-    def repair_metadata(folder: Path, fresh: Path) -> list[str]:
-        """Take over each zarr.json of the empty store `fresh` that is not in `folder` as it is
-        there; of the group's own only where it cannot be read. The names of those files."""
-        repaired = []
-        for right in sorted(fresh.rglob("zarr.json")):
-            name = right.relative_to(fresh)
-            there = folder / name
-            if there.is_file():
-                content = there.read_bytes()
-                if content == right.read_bytes() or (name.parent == Path() and _is_ours(content)):
-                    continue
-            remove(there)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(right, there)
-            repaired.append(str(name))
-        return repaired
 
     def __len__(self) -> int:
         return int(self._attributes["num_slices"])
@@ -363,22 +312,6 @@ def _stamp(path: str) -> Stamp | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _is_ours(content: bytes) -> bool:
-    try:
-        about = json.loads(content)["attributes"]
-        return bool(about["format"] == FORMAT and about["version"] == VERSION and about["arrays"])
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _rename_unless_there(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)  # with all its arrays, or not there
-    except OSError:
-        if not (folder / "zarr.json").exists():  # else another process was faster
-            raise
 
 
 def encoded_key(key: str) -> npt.NDArray[np.uint8]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cldf_dist.config import Data, Mark, marked, to_plain
-from cldf_dist.data.shards.remote import ShardCache, read_remote
-from cldf_dist.data.shards.table import MANIFEST, DamagedShardError, Record, parse_manifest
+from cldf_dist.data.shards.remote import Record, ShardCache, read_remote
+from cldf_dist.data.shards.table import MANIFEST, DamagedShardError, parse_manifest
 from cldf_dist.data.slices import KEY_PATTERN
 from cldf_dist.data.splits import SPLITS, read_splits
 from cldf_dist.system.files import atomic_write

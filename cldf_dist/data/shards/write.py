@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from cldf_dist.data.shards.table import FORMAT, IMAGE, MANIFEST, MASK, META, VERSION, Record
+from cldf_dist.data.shards.remote import Record
+from cldf_dist.data.shards.table import FORMAT, IMAGE, MANIFEST, MASK, META, VERSION
 from cldf_dist.data.slices import Geometry, Slice, quantise
 from cldf_dist.system.files import atomic_write
 

@@ -11,7 +11,8 @@ import pytest
 import zarr
 
 from cldf_dist.data.features.chunk_file import DamagedShardError
-from cldf_dist.data.features.store import KEY_BYTES, FeatureCache
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.features.store_creation import KEY_BYTES, repair_metadata
 
 NUM_SLICES, PER_SHARD = 7, 3  # the last shard is not full
 ARRAYS = {
@@ -381,10 +382,10 @@ def test_damaged_descriptions_are_named_and_repaired(
         cache.folder.parent / "fresh", NUM_SLICES, ARRAYS, slices_per_shard=PER_SHARD,
         attributes={"taps": ["up0.1"]},
     )  # fmt: skip
-    found = FeatureCache.repair_metadata(cache.folder, fresh.folder)
+    found = repair_metadata(cache.folder, fresh.folder)
     assert found == [str(about.relative_to(cache.folder))]
     assert about.read_bytes() == before
-    assert not FeatureCache.repair_metadata(cache.folder, fresh.folder)
+    assert not repair_metadata(cache.folder, fresh.folder)
     assert all(FeatureCache(cache.folder).verify(row) for row in range(NUM_SLICES))
 
 

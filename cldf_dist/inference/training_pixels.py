@@ -1,0 +1,99 @@
+"""Labelled pixels that a decoder trains on, the statistics of their features, and prototypes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cldf_dist.config import Config
+from cldf_dist.data.features.pixel_labels import PixelLabels, count_labels
+from cldf_dist.data.features.pixels import TrainingPixels, gather_pixels
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.labels import PixelLabel
+from cldf_dist.method.prototypes import class_prototypes
+from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, gather_objects, processes
+from cldf_dist.system.seeding import sample_seed
+
+STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
+CONSTANT = 1e-4  # of a feature's mean: a smaller spread is that of float16's rounding
+PROTOTYPE_SLICES = 2048  # training slices of each class behind the prototypes, at most
+
+
+def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each feature over a sample of the training slices; 0 where
+    it never changes."""
+    rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
+    rows = rng.permutation(pixels.rows)[:STATISTICS_SLICES]
+    means, spreads = [], []
+    for tap in pixels.taps:
+        count, total, squares = 0, np.zeros(num_channels(pixels.cache, tap)), 0.0
+        for row in rows:
+            stored = pixels.cache.read(tap, int(row)).astype(np.float64)
+            scale = pixels.cache.scale(tap, int(row))
+            if scale is not None:
+                stored *= scale[:, None, None]
+            flat = stored.transpose(1, 2, 0, 3).reshape(-1, total.size)
+            count += len(flat)
+            total = total + flat.sum(0)
+            squares = squares + np.square(flat).sum(0)
+        mean = total / count
+        variance = squares / count - mean**2
+        # a feature that never changes has no spread: divided by its rounding it would be noise
+        constant = variance <= np.square(CONSTANT * mean)
+        means.append(mean)
+        spreads.append(np.where(constant, 0, np.sqrt(np.maximum(variance, 0))))
+    return (
+        torch.from_numpy(np.concatenate(means)).float(),
+        torch.from_numpy(np.concatenate(spreads)).float(),
+    )
+
+
+def prototypes_of(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> torch.Tensor:
+    """Directions of a random choice of training seeds of each class, as `class_prototypes`."""
+    rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
+    embeddings, labels = [], []
+    for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
+        rows = pixels.rows_with(label)
+        if len(rows) > PROTOTYPE_SLICES:
+            rows = np.sort(rng.permutation(rows)[:PROTOTYPE_SLICES])
+        per_slice = -(-config.decoder.prototype_pixels // len(rows))
+        for row in rows:
+            features = _features_of(pixels, int(row), label, per_slice, rng)
+            with torch.no_grad():
+                embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
+            labels.append(torch.full((len(features),), label))
+    per_class = config.decoder.prototypes_per_class
+    seed = sample_seed(config.seed, 0, "k-means")
+    return class_prototypes(torch.cat(embeddings), torch.cat(labels), per_class, seed=seed)
+
+
+def _features_of(
+    pixels: TrainingPixels, row: int, label: int, limit: int, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    labels = pixels.labels.labels(row)
+    height, width = labels.shape
+    chosen = rng.permutation(np.flatnonzero(labels == label))[:limit]
+    places = np.stack(np.divmod(chosen, width), axis=1)
+    return gather_pixels(pixels.cache, pixels.taps, row, places, (height, width))
+
+
+def training_pixels(
+    cache: FeatureCache, taps: tuple[str, ...], labels: PixelLabels, num_slices: int
+) -> TrainingPixels:
+    """The first `num_slices` rows of the cache; each process counts the labels of its share."""
+    rows, here = np.arange(num_slices), processes()
+    shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
+    with fail_on_all_ranks():
+        mine = count_labels(labels, rows[shares[here.rank]])
+    counts = np.zeros((num_slices, 2), np.int64)
+    for share, found in zip(shares, gather_objects(mine), strict=True):
+        counts[share] = found
+    return TrainingPixels(cache, taps, labels, rows, counts)
+
+
+def num_channels(cache: FeatureCache, tap: str) -> int:
+    """The features of a pixel that a tap of the store has, over all its timesteps."""
+    levels, _, _, channels = cache.row_shape(tap)
+    return levels * channels
