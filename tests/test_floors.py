@@ -137,8 +137,8 @@ def test_files_and_functions_stay_small(module: str) -> None:
             assert (node.end_lineno or 0) - node.lineno < longest, node.name
 
 
-def test_the_kernels_need_torch_and_triton_alone() -> None:
-    allowed = {"torch", "triton", "cldf_kernels", *sys.stdlib_module_names}
+def test_the_kernels_need_torch_triton_and_jaxtyping_alone() -> None:
+    allowed = {"torch", "triton", "jaxtyping", "cldf_kernels", *sys.stdlib_module_names}
     for module, path in MODULES.items():
         if module.startswith("cldf_kernels"):
             assert {name.split(".")[0] for name in imported(path)} <= allowed, module

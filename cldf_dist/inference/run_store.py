@@ -107,12 +107,7 @@ def as_begun(config: Config, cache: FeatureCache) -> Config:
     features = replace(config.features, precision=cache.attributes["precision"])
     config = replace(config, features=features)
     if config.seeds.cam == "auto":
-        chosen = cache.attributes.get("seed_cam")
-        if chosen is None:
-            raise ValueError(
-                f"{cache.folder} was begun by an earlier version, without a choice of the map that "
-                f"makes seeds; delete {cache.folder} and run: cldf cache"
-            )
+        chosen = cache.attributes["seed_cam"]
         config = with_map(config, chosen["map"])
     return config
 

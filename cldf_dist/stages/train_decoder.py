@@ -146,24 +146,23 @@ def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherMethod]:
 def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
     """False, and said, where evidence and activation map, two views that should show one object,
     show different things."""
-    seed_cam, least = cache.attributes.get("seed_cam", {}), config.plus.min_agreement
+    seed_cam, least = cache.attributes["seed_cam"], config.plus.min_agreement
     found = patch_logit_agreement(seed_cam)
     if config.plus.cam_threshold == 0 or least == -1 or (found is not None and found >= least):
         return True
     if found is None:
         if processes().is_main:
             print(
-                f"train-decoder: plus.min_agreement={least} is not asked: the cache was made "
-                "before it knew how patch logits and activation map agree; delete its folder to "
-                "make it anew",
+                f"train-decoder: plus.min_agreement={least} cannot be checked: no positive "
+                "training slice tells how patch logits and activation map agree",
                 file=sys.stderr,
             )
         return True
     if processes().is_main:
         print(
             f"train-decoder: {CLDF_PLUS} is left out: on positive training slices the patch "
-            f"classifier's evidence and {seed_cam['map']} have a correlation of {found:.2f}, less "
-            f"than plus.min_agreement={least}: one of them does not show the object. "
+            f"probability and {seed_cam['map']} have a correlation of {found:.2f}, less than "
+            f"plus.min_agreement={least}: one of them does not show the object. "
             "plus.min_agreement=-1 trains it nevertheless",
             file=sys.stderr,
         )

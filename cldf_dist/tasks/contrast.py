@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from cldf_kernels import SupConLoss
+from cldf_kernels import Backend, Precision, supcon_loss
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
@@ -31,26 +29,31 @@ class Contrast(nn.Module):
         *,
         temperature: float,
         seed: int = 0,
-        backend: str = "auto",
-        precision: str = "auto",
+        backend: Backend = "auto",
+        precision: Precision = "auto",
         deterministic: bool = False,
     ) -> None:
         super().__init__()
         _check_temperature(temperature)
         self.net = net
-        options: Any = {
-            "temperature": temperature,
-            "backend": backend,
-            "precision": precision,
-            "deterministic": deterministic,
-        }
-        self.loss = SupConLoss(**options)
+        self.temperature = temperature
         self.seed = seed
+        self.backend = backend
+        self.precision = precision
+        self.deterministic = deterministic
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         embeddings, labels = embedded_pixels(self.net, batch, self.seed, training=self.training)
         group = distributed.group.WORLD if _has_group() else None
-        loss: Tensor = self.loss(embeddings, labels, process_group=group)
+        loss = supcon_loss(
+            embeddings,
+            labels,
+            temperature=self.temperature,
+            process_group=group,
+            precision=self.precision,
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
         return {"loss": loss}
 
 

@@ -1,10 +1,12 @@
-"""Checks of what a caller hands to the loss; every message has value, rule and remedy."""
+"""The arguments of the loss and their rules; every message has value, rule and remedy."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Negatives = Literal["all", "other"]
@@ -13,7 +15,8 @@ Precision = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 MAX_FEATURES = 256
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_TYPES = (torch.float16, torch.bfloat16)
+FLOAT_TYPES = (*HALF_TYPES, torch.float32, torch.float64)
 INTEGER_TYPES = (torch.int32, torch.int64)
 
 
@@ -38,78 +41,53 @@ def check_settings(
             "supcon_loss: process_group must be a torch.distributed.ProcessGroup that holds this "
             f"rank, or None, got {process_group!r}"
         )
-
-
-def check_temperature(temperature: float | Tensor) -> float:
-    """The temperature as a number; raises TypeError or ValueError unless it is one above 0."""
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or temperature.dtype not in FLOAT_TYPES:
-            raise TypeError(
-                "supcon_loss: a temperature tensor must hold one floating point number, got "
-                f"{temperature.dtype} of shape {tuple(temperature.shape)}"
-            )
-        value = float(temperature.detach())
-    elif isinstance(temperature, bool) or not isinstance(temperature, (float, int)):
-        raise TypeError(
-            "supcon_loss: temperature must be a float, or a tensor of one number to be learnt, "
-            f"got {type(temperature).__name__}"
-        )
-    else:
-        value = float(temperature)
-    if not (value > 0 and math.isfinite(value)):
+    if backend == "reference" and process_group is not None:
         raise ValueError(
-            f"supcon_loss: temperature must be finite and > 0, got {value}; learn its logarithm "
-            "where an optimizer moves it: temperature=log_temperature.exp()"
+            'supcon_loss: backend="reference" knows one process only, got a process_group; '
+            'use backend="auto"'
         )
-    return value
 
 
-def check_pixels(z: Tensor, labels: Tensor, weight: Tensor | None, group: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the per-pixel tensors fit together.
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one loss."""
+
+    embeddings: Float[Tensor, "pixels features"]
+    labels: Int[Tensor, " pixels"]
+    weight: Float[Tensor, " pixels"] | None
+    group: Int[Tensor, " pixels"] | None
+    bank: Float[Tensor, "entries features"] | None
+    bank_labels: Int[Tensor, " entries"] | None
+
+
+def check_batch(batch: Batch) -> None:
+    """Raise TypeError or ValueError unless the tensors fit together.
 
     Nothing is read from the device: the values of `weight` are for `weight_breaks_rule`.
     """
-    _check_tensor("z", z)
-    if z.dtype not in FLOAT_TYPES:
-        raise TypeError(f"supcon_loss: z must be floating point, got {z.dtype}; use z.float()")
-    if z.ndim != 2 or not 1 <= z.shape[1] <= MAX_FEATURES:
-        raise ValueError(
-            f"supcon_loss: z must be (pixels, features) with 1 to {MAX_FEATURES} features, "
-            f"got shape {tuple(z.shape)}; flatten the pixels, project the features"
-        )
-    _check_ids("labels", labels, z)
-    if group is not None:
-        _check_ids("group", group, z)
-    if weight is not None:
-        _check_weight(weight, z)
-
-
-def check_bank(z: Tensor, bank: Tensor | None, bank_labels: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the bank is absent or complete and constant."""
-    if bank is None and bank_labels is None:
-        return
-    if bank is None or bank_labels is None:
-        missing = "bank" if bank is None else "bank_labels"
-        raise ValueError(f"supcon_loss: {missing} is missing; give bank and bank_labels together")
-    _check_tensor("bank", bank)
-    if bank.dtype != z.dtype:
+    embeddings = batch.embeddings
+    _check_tensor("embeddings", embeddings)
+    if embeddings.dtype not in FLOAT_TYPES:
         raise TypeError(
-            f"supcon_loss: bank must have the dtype of z, got {bank.dtype} and {z.dtype}; "
-            "use bank.to(z.dtype)"
+            f"supcon_loss: embeddings must be floating point, got {embeddings.dtype}; use "
+            "embeddings.float()"
         )
-    if bank.ndim != 2 or bank.shape[1] != z.shape[1]:
+    if embeddings.ndim != 2 or not 1 <= embeddings.shape[1] <= MAX_FEATURES:
         raise ValueError(
-            f"supcon_loss: bank must be (entries, {z.shape[1]}) like z, "
-            f"got shape {tuple(bank.shape)}"
+            f"supcon_loss: embeddings must be (pixels, features) with 1 to {MAX_FEATURES} "
+            f"features, got shape {tuple(embeddings.shape)}; flatten the pixels, project the "
+            "features"
         )
-    if bank.requires_grad:
-        raise ValueError("supcon_loss: bank gets no gradient; pass bank.detach()")
-    _check_ids("bank_labels", bank_labels, bank)
-    _check_device("bank", bank, z)
+    _check_ids("labels", batch.labels, embeddings)
+    if batch.group is not None:
+        _check_ids("group", batch.group, embeddings)
+    if batch.weight is not None:
+        _check_weight(batch.weight, embeddings)
+    _check_bank(embeddings, batch.bank, batch.bank_labels)
 
 
-def weight_breaks_rule(weight: Tensor) -> Tensor:
-    """Which weights are negative or not finite: true or false, on the device."""
+def weight_breaks_rule(weight: Float[Tensor, " pixels"]) -> Bool[Tensor, " pixels"]:
+    """Return true for each weight that is negative or not finite; nothing is read by the host."""
     return ~((weight >= 0) & (weight < math.inf))  # NaN too
 
 
@@ -145,16 +123,39 @@ def _check_ids(name: str, ids: Tensor, rows: Tensor) -> None:
     _check_device(name, ids, rows)
 
 
-def _check_weight(weight: Tensor, z: Tensor) -> None:
+def _check_weight(weight: Tensor, embeddings: Tensor) -> None:
     _check_tensor("weight", weight)
     if weight.dtype not in FLOAT_TYPES:
         raise TypeError(
             f"supcon_loss: weight must be floating point, got {weight.dtype}; use weight.float()"
         )
-    _check_length("weight", weight, z)
-    _check_device("weight", weight, z)
+    _check_length("weight", weight, embeddings)
+    _check_device("weight", weight, embeddings)
     if weight.requires_grad:
         raise ValueError("supcon_loss: weight gets no gradient; pass weight.detach()")
+
+
+def _check_bank(embeddings: Tensor, bank: Tensor | None, bank_labels: Tensor | None) -> None:
+    if bank is None and bank_labels is None:
+        return
+    if bank is None or bank_labels is None:
+        missing = "bank" if bank is None else "bank_labels"
+        raise ValueError(f"supcon_loss: {missing} is missing; give bank and bank_labels together")
+    _check_tensor("bank", bank)
+    if bank.dtype != embeddings.dtype:
+        raise TypeError(
+            f"supcon_loss: bank must have the dtype of embeddings, got {bank.dtype} and "
+            f"{embeddings.dtype}; use bank.to(embeddings.dtype)"
+        )
+    if bank.ndim != 2 or bank.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"supcon_loss: bank must be (entries, {embeddings.shape[1]}) like embeddings, "
+            f"got shape {tuple(bank.shape)}"
+        )
+    if bank.requires_grad:
+        raise ValueError("supcon_loss: bank gets no gradient; pass bank.detach()")
+    _check_ids("bank_labels", bank_labels, bank)
+    _check_device("bank", bank, embeddings)
 
 
 def _check_length(name: str, values: Tensor, rows: Tensor) -> None:
@@ -165,9 +166,9 @@ def _check_length(name: str, values: Tensor, rows: Tensor) -> None:
         )
 
 
-def _check_device(name: str, values: Tensor, z: Tensor) -> None:
-    if values.device != z.device:
+def _check_device(name: str, values: Tensor, rows: Tensor) -> None:
+    if values.device != rows.device:
         raise ValueError(
-            f"supcon_loss: {name} is on {values.device} but must be on {z.device} like its rows; "
-            f"use {name}.to(z.device)"
+            f"supcon_loss: {name} is on {values.device} but must be on {rows.device} like its "
+            f"rows; use {name}.to({str(rows.device)!r})"
         )

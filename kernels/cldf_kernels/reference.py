@@ -1,68 +1,38 @@
-"""The loss as its definition says it, with N x N matrices: the oracle of every test."""
+"""`supcon_reference`: the loss by its definition."""
 
-import torch
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from cldf_kernels.arguments import Negatives, Reduction
+from cldf_kernels.supcon import supcon_loss
 
 
-def naive_supcon(
-    z: Tensor,
-    labels: Tensor,
+def supcon_reference(
+    embeddings: Float[Tensor, "pixels features"],
+    labels: Int[Tensor, " pixels"],
     *,
-    temperature: float | Tensor,
-    negatives: Negatives,
-    weight: Tensor | None,
-    group: Tensor | None,
-    bank: Tensor | None,
-    bank_labels: Tensor | None,
-    reduction: Reduction,
-) -> Tensor:
-    """The loss by plain autograd, in the dtype of z, with O(N (N + M)) memory."""
-    kept = labels >= 0
-    z = torch.where(kept[:, None], z, 0)  # an unknown pixel may hold NaN
-    num_pixels = len(z)
-    keys, key_labels = z, labels
-    meets = torch.ones(num_pixels, num_pixels, dtype=torch.bool, device=z.device)
-    meets.fill_diagonal_(False)
-    if group is not None:
-        meets &= group[:, None] == group[None, :]
-    if bank is not None and bank_labels is not None:
-        keys = torch.cat([z, torch.where(bank_labels[:, None] >= 0, bank, 0)])
-        key_labels = torch.cat([labels, bank_labels])
-        meets = torch.cat([meets, meets.new_ones(num_pixels, len(bank))], dim=1)
-    meets = meets & kept[:, None] & (key_labels >= 0)[None, :]
+    temperature: float | Float[Tensor, "..."],
+    negatives: Negatives = "all",
+    weight: Float[Tensor, " pixels"] | None = None,
+    group: Int[Tensor, " pixels"] | None = None,
+    bank: Float[Tensor, "entries features"] | None = None,
+    bank_labels: Int[Tensor, " entries"] | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, " pixels"]:
+    """Return the same loss by its definition, N x N and differentiable any number of times.
 
-    if isinstance(temperature, Tensor):
-        temperature = temperature.reshape(())
-    scores = z @ keys.T / temperature
-    same = labels[:, None] == key_labels[None, :]
-    losses, valid = _anchor_losses(
-        scores, positive=meets & same, negative=meets & ~same, all_keys=negatives == "all"
+    Computes in the dtype of the embeddings; in float64 it is the oracle of the tests. Arguments
+    and errors are those of `supcon_loss`.
+    """
+    return supcon_loss(
+        embeddings,
+        labels,
+        temperature=temperature,
+        negatives=negatives,
+        weight=weight,
+        group=group,
+        bank=bank,
+        bank_labels=bank_labels,
+        reduction=reduction,
+        backend="reference",
     )
-    weights = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
-    losses = losses * weights
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = (weights * valid).sum()
-    return losses.sum() / torch.where(total > 0, total, 1)
-
-
-def _anchor_losses(
-    scores: Tensor, *, positive: Tensor, negative: Tensor, all_keys: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss of each anchor, and which anchors count; the others have loss 0."""
-    num_positives = positive.sum(1)
-    valid = num_positives > 0
-    denominator = positive | negative if all_keys else negative
-    if not all_keys:
-        valid = valid & negative.any(1)
-    # rows that do not count get a harmless denominator, so that no NaN enters the gradient
-    masked = scores.masked_fill(~denominator & valid[:, None], float("-inf"))
-    lse = masked.logsumexp(1, keepdim=True)
-    terms = lse - scores if all_keys else softplus(lse - scores, threshold=50)
-    means = torch.where(positive, terms, 0).sum(1) / num_positives.clamp_min(1)
-    return torch.where(valid, means, 0), valid

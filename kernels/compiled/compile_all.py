@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cldf_kernels.triton_kernels.tile_shapes import TileShape
 
 FOLDER = Path(__file__).parent
 ELEMENT = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
-INPUT_PRECISION = {"fp16": "ieee", "bf16": "ieee", "tf32": "tf32", "fp32": "ieee"}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # 80: that of 8.6, 8.9 and 12.0
 INSTRUCTIONS_LIMIT = 8.0  # per special-function instruction: 128 lanes against 16
@@ -63,24 +65,24 @@ class Row:
 
 
 def jobs() -> Iterator[Job]:
-    from cldf_kernels.triton_kernels.shapes import (
+    from cldf_kernels.triton_kernels.tile_shapes import (
         ARCHITECTURES,
         FEATURES,
         has_symmetric_forward,
     )
 
     variants = [
-        ("symmetric_sums", False),
-        ("row_sums", False),
-        ("row_sums", True),
-        ("softmax_keys", False),
-        ("softmax_keys", True),
-        ("positive_terms", False),
-        ("sigmoid_keys", False),
+        ("lse_forward_symmetric", False),
+        ("lse_forward", False),
+        ("lse_forward", True),
+        ("lse_backward", False),
+        ("lse_backward", True),
+        ("softplus_forward", False),
+        ("softplus_backward", False),
     ]
     for architecture in ARCHITECTURES:
         for kernel, online in variants:
-            if kernel == "symmetric_sums" and not has_symmetric_forward(architecture):
+            if kernel == "lse_forward_symmetric" and not has_symmetric_forward(architecture):
                 continue
             for precision in ELEMENT:
                 for features in FEATURES:
@@ -88,26 +90,17 @@ def jobs() -> Iterator[Job]:
 
 
 def compile_job(job: Job) -> Row | str:
-    """The row of one configuration, or why it does not compile."""
+    """Return the row of one configuration, or why it does not compile."""
     import importlib
 
     import triton
-    from cldf_kernels.triton_kernels.shapes import keys_shape, sums_shape
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = importlib.import_module(f"cldf_kernels.triton_kernels.{job.kernel}")
     kernel = getattr(module, f"{job.kernel}_kernel")
-    choose = keys_shape if job.kernel.endswith("keys") else sums_shape
-    shape = choose(job.architecture, job.precision, job.features)
-    constants = {
-        "FEATURES": job.features,
-        "RESULT_FEATURES": shape.result_features,
-        "ROWS": shape.rows,
-        "COLUMNS": shape.columns,
-        "ONLINE": job.online,
-        "PRECISION": INPUT_PRECISION[job.precision],
-    }
+    shape = _tile_shape(job)
+    constants = _constants(job, shape)
     names = kernel.arg_names
     types = {"queries": f"*{ELEMENT[job.precision]}", "keys": f"*{ELEMENT[job.precision]}"}
     types |= {"blocks": "*i32", "num_keys": "i32", "tiles_per_program": "i32"}
@@ -138,7 +131,7 @@ def compile_job(job: Job) -> Row | str:
         online=int(job.online),
         precision=job.precision,
         features=job.features,
-        tile=f"{shape.rows}x{shape.columns}x{shape.result_features}",
+        tile=f"{shape.block_queries}x{shape.block_keys}x{shape.block_features}",
         warps=shape.num_warps,
         stages=shape.num_stages,
         registers=_number(r"REG:(\d+)", usage),
@@ -151,6 +144,26 @@ def compile_job(job: Job) -> Row | str:
         loop_instructions=instructions,
         loop_special=special,
     )
+
+
+def _tile_shape(job: Job) -> "TileShape":
+    from cldf_kernels.triton_kernels.tile_shapes import backward_shape, forward_shape
+
+    choose = backward_shape if job.kernel.endswith("backward") else forward_shape
+    return choose(job.architecture, job.precision, job.features)
+
+
+def _constants(job: Job, shape: "TileShape") -> dict[str, int | str]:
+    from cldf_kernels.triton_kernels.tile_shapes import INPUT_PRECISION
+
+    return {
+        "FEATURES": job.features,
+        "BLOCK_FEATURES": shape.block_features,
+        "BLOCK_QUERIES": shape.block_queries,
+        "BLOCK_KEYS": shape.block_keys,
+        "ONLINE": job.online,
+        "PRECISION": INPUT_PRECISION[job.precision],
+    }
 
 
 def broken_rules(row: Row) -> list[str]:

@@ -121,36 +121,6 @@ def with_attributes(store: Path, **changed: Any) -> dict[str, Any]:
     return before
 
 
-def test_stores_of_earlier_versions_say_what_they_do_not_know(
-    debug_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = debug_run.copy_to(tmp_path, *EARLIER, "cache", "train-decoder", "segment")
-    store = run.folder / STORE
-    begun = FeatureCache(store).attributes["seed_cam"]
-    flat = begun["agreement"]["saliency"]
-    with_attributes(store, seed_cam={**begun, "agreement": flat})
-    done = run.folder / "cache" / "DONE"
-    about = json.loads(done.read_text())
-    del about["seed_cam"]
-    done.write_text(json.dumps(about))
-    assert main(["evaluate", *run.words]) == 0
-    summary = json.loads((run.folder / "evaluate" / "summary.json").read_text())
-    assert summary["seed_cam"] == begun["map"], "as the store says"
-    shutil.rmtree(run.folder / "train-decoder")
-    capsys.readouterr()
-    assert main(["train-decoder", *run.words, "plus.min_agreement=0.2"]) == 0
-    assert (
-        "plus.min_agreement=0.2 is not asked: the cache was made before" in capsys.readouterr().err
-    )
-    assert (run.folder / "train-decoder" / "cldf_plus" / "DONE").exists()
-    with_attributes(store, seed_cam=None)
-    done.unlink()
-    assert main(["cache", *run.words]) == 1
-    said = capsys.readouterr().err
-    assert f"{store} was begun by an earlier version" in said
-    assert f"delete {store} and run: cldf cache" in said
-
-
 def test_jobs_that_make_parts_take_the_map_that_the_first_began_with(
     debug_run: Any, config: Config, nets: FrozenNets, tmp_path: Path
 ) -> None:

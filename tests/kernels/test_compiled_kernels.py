@@ -87,7 +87,7 @@ def test_a_bad_configuration_is_found(compile_all, change, fault):
         row
         for row in compile_all.read_snapshot(path)
         if (row.architecture, row.kernel, row.precision, row.features)
-        == (90, "row_sums", "fp16", 64)
+        == (90, "lse_forward", "fp16", 64)
     )
     assert compile_all.broken_rules(row) == []
     (found, *_) = compile_all.broken_rules(dataclasses.replace(row, **change))

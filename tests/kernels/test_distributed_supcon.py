@@ -84,7 +84,7 @@ class Layer(torch.nn.Module):
 
 def loss_of(layer, pixels, case, rows=slice(None), process_group=None, **more):
     """The loss of some rows; per-pixel losses are returned and weighed into their own sum."""
-    options = ALL_OPTIONS[case] | more
+    options = {"temperature": 0.1} | ALL_OPTIONS[case] | more
     for name in ("weight", "group"):
         if options.get(name):
             options[name] = pixels[name][rows]

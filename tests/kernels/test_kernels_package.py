@@ -1,5 +1,6 @@
 """kernels/ installs cldf_kernels alone."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -19,7 +20,7 @@ from cldf_kernels import supcon_loss
 assert cldf_kernels.__file__.startswith({folder!r}), cldf_kernels.__file__
 z = torch.nn.functional.normalize(torch.randn(40, 5), dim=1).requires_grad_()
 labels = torch.arange(40) % 3
-losses = [supcon_loss(z, labels, backend=backend) for backend in {backends}]
+losses = [supcon_loss(z, labels, temperature=0.1, backend=backend) for backend in {backends}]
 sum(losses).backward()
 assert max(losses) - min(losses) < 1e-3, losses
 """
@@ -48,3 +49,16 @@ def test_the_package_installs_and_works_alone(tmp_path):
     program = PROGRAM.format(folder=str(folder), backends=backends)
     environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, **quiet)
+
+
+def names_in(path):
+    """Every identifier of a file, those of attributes and arguments included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        yield from (getattr(node, field, None) for field in ("id", "attr", "arg"))
+
+
+def test_the_temperature_goes_from_the_public_door_to_the_launch_of_a_kernel_in_two_files():
+    paths = (KERNELS / "cldf_kernels").rglob("*.py")
+    handle = {path.stem for path in paths if "temperature" in names_in(path)}
+    other_ways = {"torch_passes", "definition", "reference", "module"}
+    assert handle - other_ways == {"supcon", "triton_passes"}

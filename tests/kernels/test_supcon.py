@@ -1,16 +1,22 @@
 """The tiled loss equals the float64 definition in value and gradient, and keeps its promises."""
 
+import functools
 import importlib.util
 import itertools
 import math
 
+import cldf_kernels
 import hypothesis.strategies as st
 import pytest
 import torch
-from cldf_kernels import SupConLoss, supcon_loss, supcon_reference, tile_passes
+from cldf_kernels import SupConLoss, torch_passes
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import normalize
+
+# the temperature of a test that names none
+supcon_loss = functools.partial(cldf_kernels.supcon_loss, temperature=0.1)
+supcon_reference = functools.partial(cldf_kernels.supcon_reference, temperature=0.1)
 
 
 def make_pixels(
@@ -101,7 +107,7 @@ def test_every_combination_of_options_equals_the_definition(num_pixels, negative
 def test_the_result_does_not_depend_on_the_tile_shape(monkeypatch, negatives, tile):
     z, labels = make_pixels(45, 4)
     bank, bank_labels = make_pixels(10, 4, seed=5)
-    monkeypatch.setattr(tile_passes, "CPU_TILE", tile)
+    monkeypatch.setattr(torch_passes, "CPU_TILE", tile)
     for temperature in (0.1, 1e-3):
         options = {"temperature": temperature, "negatives": negatives}
         assert_equals_definition(
@@ -253,7 +259,7 @@ def test_autocast_does_not_lower_the_precision():
 @pytest.mark.parametrize("temperature", [0.5, 2e-3])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradient_passes_gradcheck(monkeypatch, negatives, temperature, reduction):
-    monkeypatch.setattr(tile_passes, "CPU_TILE", (4, 8))
+    monkeypatch.setattr(torch_passes, "CPU_TILE", (4, 8))
     generator = torch.Generator().manual_seed(3)
     z = 0.9 * torch.randn(14, 3, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, -1, 0, 0, 1, 1, 5, 2, -1])
@@ -458,7 +464,7 @@ def test_module_holds_the_keyword_arguments():
     assert module(z, labels, weight=weight) == expected
     assert "temperature=0.3" in repr(module)
     with pytest.raises(TypeError, match="temprature"):
-        SupConLoss(temprature=0.3)
+        SupConLoss(temperature=0.3, temprature=0.3)
 
 
 Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
@@ -467,10 +473,10 @@ Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"z": torch.ones(4, 2, 1)}, ValueError, r"\(4, 2, 1\)"),
-        ({"z": torch.ones(4, 257)}, ValueError, "1 to 256"),
-        ({"z": torch.ones(4, 0)}, ValueError, "1 to 256"),
-        ({"z": torch.ones(4, 2, dtype=torch.int64)}, TypeError, r"z\.float\(\)"),
+        ({"embeddings": torch.ones(4, 2, 1)}, ValueError, r"\(4, 2, 1\)"),
+        ({"embeddings": torch.ones(4, 257)}, ValueError, "1 to 256"),
+        ({"embeddings": torch.ones(4, 0)}, ValueError, "1 to 256"),
+        ({"embeddings": torch.ones(4, 2, dtype=torch.int64)}, TypeError, r"embeddings\.float\(\)"),
         ({"labels": LABELS[:3]}, ValueError, r"\(3,\)"),
         ({"labels": LABELS[:, None]}, ValueError, r"\(4, 1\)"),
         ({"labels": LABELS.float()}, TypeError, r"labels\.long\(\)"),
@@ -489,12 +495,12 @@ Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
         ({"process_group": -100}, TypeError, "-100"),  # what new_group gives to other ranks
         ({"labels": [0, 0, 1, 1]}, TypeError, r"torch\.as_tensor\(labels\)"),
         ({"weight": [1.0] * 4}, TypeError, "weight must be a tensor, got list"),
-        ({"z": Z.numpy()}, TypeError, "z must be a tensor, got ndarray"),
+        ({"embeddings": Z.numpy()}, TypeError, "embeddings must be a tensor, got ndarray"),
         ({"negatives": "some"}, ValueError, "'all', 'other'"),
         ({"reduction": "median"}, ValueError, "median"),
         ({"precision": "int8"}, ValueError, "int8"),
         ({"precision": "bf16"}, ValueError, 'precision="auto"'),
-        ({"precision": "fp32", "z": Z.double()}, ValueError, 'precision="auto"'),
+        ({"precision": "fp32", "embeddings": Z.double()}, ValueError, 'precision="auto"'),
         ({"backend": "cuda"}, ValueError, "cuda"),
         ({"weight": torch.ones(3)}, ValueError, "weight"),
         ({"weight": torch.ones(4).long()}, TypeError, "weight"),
@@ -512,7 +518,7 @@ Z, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
     ],
 )
 def test_a_wrong_argument_is_named_with_rule_and_remedy(changes, error, message):
-    arguments = {"z": Z, "labels": LABELS} | changes
+    arguments = {"embeddings": Z, "labels": LABELS} | changes
     with pytest.raises(error, match=message) as raised:
         supcon_loss(**arguments)
     assert str(raised.value).startswith("supcon_loss: ")

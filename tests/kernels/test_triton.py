@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 
+import cldf_kernels
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -15,15 +16,23 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("triton", reason="triton exists on Linux only")
 
-from cldf_kernels import SupConLoss, supcon_loss, supcon_reference, triton_passes
-from cldf_kernels.triton_kernels.shapes import has_symmetric_forward, keys_shape, sums_shape
+from cldf_kernels import SupConLoss, triton_passes
+from cldf_kernels.triton_kernels.tile_shapes import (
+    backward_shape,
+    forward_shape,
+    has_symmetric_forward,
+)
+
+# the temperature of a test that names none
+supcon_loss = functools.partial(cldf_kernels.supcon_loss, temperature=0.1)
+supcon_reference = functools.partial(cldf_kernels.supcon_reference, temperature=0.1)
 
 KERNELS = (
-    "symmetric_sums_kernel",
-    "row_sums_kernel",
-    "softmax_keys_kernel",
-    "positive_terms_kernel",
-    "sigmoid_keys_kernel",
+    "lse_forward_symmetric_kernel",
+    "lse_forward_kernel",
+    "lse_backward_kernel",
+    "softplus_forward_kernel",
+    "softplus_backward_kernel",
 )
 # 1 / (1 + 2^x) is 0 where 2^x overflows; NumPy, which interprets the kernels, tells about it
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -173,18 +182,20 @@ def test_every_precision_of_every_kernel(
         grad_tolerance=grad_tolerance * (2 if precision != "fp32" else widen),
         **options,
     )
-    expected = ["row_sums_kernel", "positive_terms_kernel", "softmax_keys_kernel"]
-    expected = [*expected, "sigmoid_keys_kernel"] if negatives == "other" else expected[::2]
-    architecture = triton_passes._architecture(z.device)
+    expected = ["lse_forward_kernel", "softplus_forward_kernel", "lse_backward_kernel"]
+    expected = [*expected, "softplus_backward_kernel"] if negatives == "other" else expected[::2]
+    architecture = triton_passes.architecture(z.device)
     if negatives == "all" and not online and has_symmetric_forward(architecture):
-        expected[0] = "symmetric_sums_kernel"
+        expected[0] = "lse_forward_symmetric_kernel"
     assert [name for name, _ in launches] == expected
     for name, constants in launches:
         assert constants["FEATURES"] == 64
         assert constants["PRECISION"] == triton_passes.INPUT_PRECISION[precision]
         assert constants.get("ONLINE", online) == online
-        shape = (keys_shape if "keys" in name else sums_shape)(architecture, precision, 64)
-        assert (constants["ROWS"], constants["COLUMNS"]) == (shape.rows, shape.columns)
+        shape_of = backward_shape if "backward" in name else forward_shape
+        shape = shape_of(architecture, precision, 64)
+        tile = (constants["BLOCK_QUERIES"], constants["BLOCK_KEYS"])
+        assert tile == (shape.block_queries, shape.block_keys)
 
 
 OPTIONS = list(itertools.product(["all", "other"], [False, True], [False, True], [0.1, 0.004]))
@@ -224,7 +235,7 @@ def test_blocks_may_divide_their_keys(monkeypatch, launches, negatives, grouped,
     if grouped:
         options["group"] = torch.arange(300) % 2
     expected, expected_grad = value_and_grad(triton_loss, z, labels, **options)
-    monkeypatch.setattr(triton_passes, "_num_processors", lambda _: 9)
+    monkeypatch.setattr(triton_passes, "num_processors", lambda _: 9)
     blocks = triton_passes.TritonPasses._blocks
     parts = []
 
@@ -248,7 +259,7 @@ def test_deterministic_owns_rows_and_repeats_to_the_last_bit(launches, temperatu
     second, second_grad = value_and_grad(triton_loss, z, labels, **options)
     assert torch.equal(first, second)
     assert torch.equal(first_grad, second_grad)
-    assert "symmetric_sums_kernel" not in {name for name, _ in launches}
+    assert "lse_forward_symmetric_kernel" not in {name for name, _ in launches}
 
 
 def test_deterministic_algorithms_of_torch_imply_it(launches):
@@ -258,7 +269,7 @@ def test_deterministic_algorithms_of_torch_imply_it(launches):
         triton_loss(z, labels)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [name for name, _ in launches] == ["row_sums_kernel"]
+    assert [name for name, _ in launches] == ["lse_forward_kernel"]
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.02, 0.03, 1.0, 1e4])

@@ -1,1 +1,1 @@
-"""The N x N passes as Triton kernels, one a file; `cldf_kernels.triton_passes` launches them."""
+"""The N x N work as Triton kernels, one a file; `cldf_kernels.triton_passes` launches them."""

@@ -1,9 +1,9 @@
-"""What every kernel does with a tile: load rows, take scores, walk the keys that a block meets.
+"""Steps that all kernels share: load rows, take scores, walk the keys that a block visits.
 
-A *block* is a run of consecutive queries, at most ROWS of them, and the ranges of keys that they
-meet: `BLOCK_FIELDS` int32 numbers. Two ranges lie left and right of a middle, which holds the
-queries themselves: query r of the block is key `self_start + r`. No query meets itself. Several
-blocks may share their queries and divide the keys; each then has results of its own.
+A *block* is a run of consecutive queries, at most BLOCK_QUERIES of them, and the ranges of keys
+that they visit: `BLOCK_FIELDS` int32 numbers. Two ranges lie left and right of a middle, which
+holds the queries themselves: query r of the block is key `self_start + r`. No query visits itself.
+Several blocks may share their queries and divide the keys; each then has results of its own.
 """
 
 import triton
@@ -16,7 +16,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b in float32; None stands for zeros.
+    """Return accumulator + a b in float32; None stands for zeros.
 
     The interpreter of Triton 3.7 multiplies the bit patterns of bfloat16: there both sides go
     through float32, in which products of halves are exact.
@@ -29,7 +29,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def log2_above_one(x):
-    """log2 x for 1 <= x, within 2^-22: one instruction (the interpreter knows no assembler)."""
+    """Return log2 x for 1 <= x within 2^-22, by one instruction; the interpreter knows none."""
     if INTERPRETED:
         return tl.math.log2(x)
     else:
@@ -40,7 +40,7 @@ def log2_above_one(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for 1 <= x, within one unit in the last place; 0 for infinity."""
+    """Return 1 / x for 1 <= x, within one unit in the last place; 0 for infinity."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -51,7 +51,7 @@ def reciprocal(x):
 
 @triton.jit
 def as_operand(weights, tile, PRECISION: tl.constexpr):
-    """Weights as a product with `tile` takes them; tf32 does not round to nearest by itself."""
+    """Return weights as a product with `tile` takes them; tf32 truncates: round to nearest here."""
     if PRECISION == "tf32":
         bits = weights.to(tl.int32, bitcast=True)
         return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -61,13 +61,13 @@ def as_operand(weights, tile, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(matrix, rows, stop, FEATURES: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a contiguous matrix of FEATURES columns; zeros from row `stop` on."""
+    """Return rows of a contiguous matrix of FEATURES columns; zeros from row `stop` on."""
     return load_part(matrix, rows, stop, FEATURES, FEATURES, MASKED)
 
 
 @triton.jit
 def load_part(matrix, rows, stop, FEATURES: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr):
-    """PART columns of rows of a contiguous matrix of FEATURES columns, from where it points on."""
+    """Return the first PART columns of rows of a contiguous matrix of FEATURES columns."""
     addresses = matrix + rows[:, None] * FEATURES + tl.arange(0, PART)[None, :]
     if MASKED:
         return tl.load(addresses, mask=rows[:, None] < stop, other=0.0)
@@ -76,17 +76,17 @@ def load_part(matrix, rows, stop, FEATURES: tl.constexpr, PART: tl.constexpr, MA
 
 
 @triton.jit
-def load_values(values, numbers, stop, OTHER: tl.constexpr, MASKED: tl.constexpr):
-    """One value for each number; OTHER from `stop` on."""
+def load_values(values, offsets, stop, OTHER: tl.constexpr, MASKED: tl.constexpr):
+    """Return one value for each offset; OTHER from `stop` on."""
     if MASKED:
-        return tl.load(values + numbers, mask=numbers < stop, other=OTHER)
+        return tl.load(values + offsets, mask=offsets < stop, other=OTHER)
     else:
-        return tl.load(values + numbers)
+        return tl.load(values + offsets)
 
 
 @triton.jit
 def load_block(blocks):
-    """The numbers of this program's block."""
+    """Return the numbers of this program's block."""
     block = blocks + tl.program_id(0) * BLOCK_FIELDS
     return (
         tl.load(block),  # first query
@@ -102,28 +102,30 @@ def load_block(blocks):
 
 
 @triton.jit
-def full_tile(tile, left_start, num_left, right_start, COLUMNS: tl.constexpr):
-    """First key of the `tile`-th tile that lies wholly in the left or the right range."""
+def full_tile(tile, left_start, num_left, right_start, BLOCK_KEYS: tl.constexpr):
+    """Return the first key of the `tile`-th tile wholly in the left or the right range."""
     return tl.where(
-        tile < num_left, left_start + tile * COLUMNS, right_start + (tile - num_left) * COLUMNS
+        tile < num_left,
+        left_start + tile * BLOCK_KEYS,
+        right_start + (tile - num_left) * BLOCK_KEYS,
     )
 
 
 @triton.jit
-def num_full_tiles(left_start, left_stop, right_start, right_stop, COLUMNS: tl.constexpr):
-    """Tiles wholly in the left range; wholly in the left or the right one."""
-    num_left = (left_stop - left_start) // COLUMNS
-    return num_left, num_left + (right_stop - right_start) // COLUMNS
+def num_full_tiles(left_start, left_stop, right_start, right_stop, BLOCK_KEYS: tl.constexpr):
+    """Return how many tiles lie wholly in the left range, and wholly in the left or right one."""
+    num_left = (left_stop - left_start) // BLOCK_KEYS
+    return num_left, num_left + (right_stop - right_start) // BLOCK_KEYS
 
 
 @triton.jit
 def num_partial_tiles(
-    left_start, left_stop, right_start, right_stop, self_start, self_stop, COLUMNS: tl.constexpr
+    left_start, left_stop, right_start, right_stop, self_start, self_stop, BLOCK_KEYS: tl.constexpr
 ):
-    """Tiles that need masks: the middle, then the rest of the left range, then of the right."""
-    rests = tl.where((left_stop - left_start) % COLUMNS > 0, 1, 0)
-    rests += tl.where((right_stop - right_start) % COLUMNS > 0, 1, 0)
-    return tl.cdiv(self_stop - self_start, COLUMNS) + rests
+    """Return how many tiles need masks: the middle, the rest of the left range, of the right."""
+    rests = tl.where((left_stop - left_start) % BLOCK_KEYS > 0, 1, 0)
+    rests += tl.where((right_stop - right_start) % BLOCK_KEYS > 0, 1, 0)
+    return tl.cdiv(self_stop - self_start, BLOCK_KEYS) + rests
 
 
 @triton.jit
@@ -135,15 +137,15 @@ def partial_tile(
     right_stop,
     self_start,
     self_stop,
-    COLUMNS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
-    """First key of the `tile`-th tile that needs masks, and the end of its keys."""
-    num_middle = tl.cdiv(self_stop - self_start, COLUMNS)
-    left_rest = (left_stop - left_start) % COLUMNS
-    right_rest = (right_stop - right_start) % COLUMNS
+    """Return the first key of the `tile`-th tile that needs masks, and the end of its keys."""
+    num_middle = tl.cdiv(self_stop - self_start, BLOCK_KEYS)
+    left_rest = (left_stop - left_start) % BLOCK_KEYS
+    right_rest = (right_stop - right_start) % BLOCK_KEYS
     in_middle = tile < num_middle
     in_left = (tile == num_middle) & (left_rest > 0)
     start = tl.where(in_left, left_stop - left_rest, right_stop - right_rest)
     stop = tl.where(in_left, left_stop, right_stop)
-    start = tl.where(in_middle, self_start + tile * COLUMNS, start)
+    start = tl.where(in_middle, self_start + tile * BLOCK_KEYS, start)
     return start, tl.where(in_middle, self_stop, stop)

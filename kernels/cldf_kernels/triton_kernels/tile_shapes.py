@@ -1,4 +1,4 @@
-"""Tile shapes by architecture, precision and features: a plain table, so that runs repeat.
+"""`TileShape`s by architecture, precision and features: a plain table, so that runs repeat.
 
 Chosen by compiling ahead of time (kernels/compiled): no spilled register, shared memory within
 the architecture's limit, few instructions per exponential. Not yet tuned on a device.
@@ -13,23 +13,24 @@ ARCHITECTURES = (80, 90, 100)  # others from 80 on take the shapes of 80: they f
 SYMMETRIC_FORWARD = (80, 90)
 
 
-class Shape(NamedTuple):
-    """One program's tile: queries, keys, features of the result; warps, pipeline stages."""
+class TileShape(NamedTuple):
+    """One program's tile."""
 
-    rows: int
-    columns: int
-    result_features: int
+    block_queries: int
+    block_keys: int
+    block_features: int  # of the result
     num_warps: int
     num_stages: int
 
 
 HALF = ("fp16", "bf16")
+INPUT_PRECISION = {"fp16": "ieee", "bf16": "ieee", "tf32": "tf32", "fp32": "ieee"}  # of tl.dot
 
-Sums = tuple[int, int, int, int]
-Keys = tuple[int, int, int, int, int]
+Forward = tuple[int, int, int, int]
+Backward = tuple[int, int, int, int, int]
 
-# rows, columns, warps, stages, for each of FEATURES
-SUMS: dict[int, dict[str, tuple[Sums, ...]]] = {
+# queries, keys, warps, stages, for each of FEATURES
+FORWARD: dict[int, dict[str, tuple[Forward, ...]]] = {
     80: {
         "half": ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
         "tf32": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
@@ -47,8 +48,8 @@ SUMS: dict[int, dict[str, tuple[Sums, ...]]] = {
     },
 }  # fmt: skip
 
-# rows, columns, features of the result, warps, stages, for each of FEATURES
-KEYS: dict[int, dict[str, tuple[Keys, ...]]] = {
+# queries, keys, features of the result, warps, stages, for each of FEATURES
+BACKWARD: dict[int, dict[str, tuple[Backward, ...]]] = {
     80: {
         "half": ((128, 64, 32, 8, 3), (128, 64, 64, 8, 2),
                  (64, 64, 128, 4, 2), (64, 64, 256, 4, 2)),
@@ -73,32 +74,36 @@ KEYS: dict[int, dict[str, tuple[Keys, ...]]] = {
 
 
 def has_symmetric_forward(architecture: int) -> bool:
+    """Return whether visiting each pair once is faster on this architecture."""
     return _table_of(architecture) in SYMMETRIC_FORWARD
 
 
 def padded_features(num_features: int) -> int:
-    """The smallest supported number of features that holds `num_features`."""
+    """Return the smallest supported number of features that holds `num_features`."""
     return next(width for width in FEATURES if num_features <= width)
 
 
-def sums_shape(architecture: int, precision: str, features: int) -> Shape:
-    """For the kernels whose result is one number a query."""
-    row = SUMS[_table_of(architecture)][_row_of(precision)]
-    rows, columns, warps, stages = row[FEATURES.index(features)]
-    return Shape(rows, columns, features, warps, stages)
+def forward_shape(architecture: int, precision: str, features: int) -> TileShape:
+    """Return the tile of the kernels whose result is one number a query."""
+    shapes = FORWARD[_table_of(architecture)][_precision_group(precision)]
+    queries, keys, warps, stages = shapes[FEATURES.index(features)]
+    return TileShape(queries, keys, features, warps, stages)
 
 
-def keys_shape(architecture: int, precision: str, features: int) -> Shape:
-    """For the kernels whose result is a weighted sum of keys."""
-    row = KEYS[_table_of(architecture)][_row_of(precision)]
-    return Shape(*row[FEATURES.index(features)])
+def backward_shape(architecture: int, precision: str, features: int) -> TileShape:
+    """Return the tile of the kernels whose result is a weighted sum of keys."""
+    shapes = BACKWARD[_table_of(architecture)][_precision_group(precision)]
+    return TileShape(*shapes[FEATURES.index(features)])
 
 
 def _table_of(architecture: int) -> int:
-    """90 and 100 stand for themselves and their variants, 8.x and 12.x have less shared memory."""
+    """Return the architecture whose table serves this one.
+
+    90 and 100 stand for themselves and their variants; 8.x and 12.x have less shared memory.
+    """
     family = architecture // 10 * 10
     return family if family in ARCHITECTURES else 80
 
 
-def _row_of(precision: str) -> str:
+def _precision_group(precision: str) -> str:
     return "half" if precision in HALF else precision
