@@ -100,7 +100,7 @@ def test_prototypes_of_many_slices_look_at_some_of_them(
     monkeypatch.setattr(training_pixels, "PROTOTYPE_SLICES", 2)
     assert all(len(pixels.rows_with(label)) > 2 for label in (0, 1))
     gathered = []
-    gather = train_decoder.gather_pixels
+    gather = training_pixels.gather_pixels
 
     def remembered(cache: Any, taps: Any, row: int, places: Any, size: Any) -> Any:
         gathered.append((row, len(places)))
@@ -229,7 +229,8 @@ def test_triton_kernels_train_the_same_decoder(
         words += ["decoder.fit.steps=2", "evaluate.upper_bound=false"]
         assert main(["train-decoder", *run.words, *words]) == 0
         weights[backend] = {row: net_of(run, row) for row in (".", CLDF_PLUS, PATCH_FEATURES)}
-        one = ["symmetric_sums_kernel", *["symmetric_sums_kernel", "softmax_keys_kernel"] * 2]
+        forward, backward = "lse_forward_symmetric_kernel", "lse_backward_kernel"
+        one = [forward, *[forward, backward] * 2]
         assert launched == ([] if backend == "torch" else one * 3)
     for row, of_row in weights["torch"].items():
         moved, start = 0.0, net_of(debug_run, row)
