@@ -108,10 +108,10 @@ def test_prototypes_of_many_slices_look_at_some_of_them(
 
     monkeypatch.setattr(training_pixels, "gather_pixels", remembered)
     net = PixelDecoder(
-        {tap: train_decoder._channels(pixels.cache, tap) for tap in pixels.taps}, 8, 4
+        {tap: training_pixels.num_channels(pixels.cache, tap) for tap in pixels.taps}, 8, 4
     )
     config = load([DEBUG], ["decoder.prototype_pixels=6"])
-    prototypes = train_decoder._prototypes(config, net, pixels)
+    prototypes = training_pixels.prototypes_of(config, net, pixels)
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(2))
     assert len(gathered) == 4
     assert sum(count for _, count in gathered) <= 12
