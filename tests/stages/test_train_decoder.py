@@ -22,7 +22,6 @@ from cldf_dist.inference.seed_sources import MaskLabels, SeedLabels
 from cldf_dist.inference.training_pixels import feature_statistics
 from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, SUPERVISED
 from cldf_dist.nets.decoder import PixelDecoder
-from cldf_dist.stages import train_decoder
 
 EARLIER = ("prepare", "cache")
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
