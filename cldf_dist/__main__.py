@@ -179,7 +179,7 @@ def _run_parts(config: Config, parts: Sequence[Config], stages: Sequence[Stage],
         return 0 if processes().world_size > 1 else 128 + stop.number
     if len(parts) > 1 and stage_named("segment") in stages and processes().is_main:
         folder = merge_runs(config, parts)
-        print(f"joint    {folder / 'masks'}/PATIENT.nii.gz, {folder / 'labels.json'}")
+        print(f"masks    {folder / 'masks'}/PATIENT.nii.gz, {folder / 'labels.json'}")
     return 0
 
 

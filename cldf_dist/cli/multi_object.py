@@ -1,7 +1,7 @@
 """Several objects by one command: a binary run for each, and their masks in one label map.
 
 `data.object=liver,spleen` (or `each`: all that the data set names) becomes the runs
-`<name>/liver` and `<name>/spleen`; what they found lies together in `<name>/joint`.
+`<name>/liver` and `<name>/spleen`; what they found lies together in `<name>/multi_object`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def merge_runs(config: Config, parts: Sequence[Config]) -> Path:
             *({file.name for file in (f / "probability").iterdir()} for f in folders.values())
         )
     )
-    target = config.run_folder / "joint"
+    target = config.run_folder / "multi_object"
     rows = {name: mask_method(folder) for name, folder in folders.items()}
     for file in files:
         found = {

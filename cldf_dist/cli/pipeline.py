@@ -196,7 +196,7 @@ def _heartbeat(path: Path, attempt: str) -> Iterator[None]:
 
 
 def _write_heartbeat(path: Path, attempt: str, **said: Any) -> None:
-    with suppress(OSError):  # a hiccup of the file system: the next beat tries again
+    with suppress(OSError):  # a hiccup of the file system: the next one tries again
         write_atomically(path, json.dumps({"attempt": attempt, **said}))
 
 
@@ -257,7 +257,7 @@ def summary(config: Config) -> str:
     table = folder / "evaluate" / "table.txt"
     if table.exists():
         lines += ["", table.read_text().rstrip()]
-    legacy = (
+    protocol = (
         "; as in papers: slice_protocol.txt"
         if (table.parent / "slice_protocol.txt").exists()
         else ""
@@ -265,7 +265,7 @@ def summary(config: Config) -> str:
     lines += [
         "",
         f"masks    {folder / 'segment' / 'masks'}/METHOD/PATIENT.nii.gz",
-        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv{legacy}",
+        f"scores   {folder / 'evaluate' / 'summary.json'} and cases.csv{protocol}",
         f"report   {folder / 'report' / 'report.html'}",
     ]
     if config.tracking.enabled:

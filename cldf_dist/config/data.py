@@ -40,7 +40,7 @@ class Data:
     root: Annotated[str, Mark.HOME_ALLOWED, Mark.NOT_IN_SHARDS] = ""
     # what is segmented: a name that the data set knows, or several joined by "+" into one object
     # (right_kidney+left_kidney); empty: the data set's usual or only one. Names with commas
-    # between them (liver,spleen), or "each": one run per object, see joint.py
+    # between them (liver,spleen), or "each": one run per object, see cli/multi_object.py
     object: Annotated[str, Mark.SELECTS_SOURCE] = ""
     modality: Annotated[Modality, Mark.SELECTS_SOURCE, CheckedWhere("data.dataset", "chaos")] = (
         "mr_t1"  # chaos only
@@ -67,7 +67,7 @@ class Data:
     slices_per_shard: Count = 256
     # what to do with a slice whose checksum is wrong
     on_damaged: Annotated[Literal["error", "skip"], Mark.NOT_IN_SHARDS] = "error"
-    # URL (s3://, gs://, https://, file:// ...) of a `prepare` folder made elsewhere, to be used as
+    # URL (s3://, gs://, https://, file:// ...) of a remote `prepare` folder, to be used as
     # it is; then data.root is not needed
     shards: Annotated[str, Mark.NOT_IN_SHARDS] = ""
     # where the shards of that URL are staged, one folder per node, best a disk of its own; empty:

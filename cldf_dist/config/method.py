@@ -136,8 +136,8 @@ class Segment:
     # headline rule: share of negative validation pixels above the threshold
     negative_fraction: ProperFraction = 0.01
     min_component_ml: NonNegative = 0.0  # smaller components are removed, for every method alike
-    # whose masks new scans and joint label maps get; auto: the one whose areas tell the validation
-    # slices apart better (weak validation)
+    # whose masks new scans and multi-object label maps get; auto: the one whose areas tell the
+    # validation slices apart better (weak validation)
     mask_method: Literal["auto", "cldf", "cldf_plus"] = "auto"
     # only these are scored and evaluated, of those that the run has; empty: all
     methods: tuple[str, ...] = ()

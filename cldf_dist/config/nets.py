@@ -145,12 +145,12 @@ class Cam:
 
 @dataclass(frozen=True)
 class PatchClassifier:
-    """The classifier of small windows, whose evidence makes the seeds of `cldf_plus`."""
+    """The classifier of small windows, whose patch logits make the seeds of `cldf_plus`."""
 
     # false leaves out the rows patch_classifier and cldf_plus
     enabled: Annotated[bool, Mark.DECIDES_CACHE] = True
     channels: Count = 32
-    layers: Count = 4  # 3x3 convolutions: a pixel's evidence depends on 2 layers + 1 pixels
+    layers: Count = 4  # 3x3 convolutions: a pixel's logit depends on 2 layers + 1 pixels
     downsample: Count = 1  # pixels of the slice per pixel of the net, in each direction
     # of the subject's pixels, the highest, make the slice's logit
     pooled_fraction: PositiveFraction = 0.02

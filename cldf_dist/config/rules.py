@@ -62,7 +62,7 @@ def _data(config: Config) -> Iterator[str]:
 
 
 def _shards(config: Config) -> Iterator[str]:
-    """The rules of shards that were prepared elsewhere."""
+    """The rules of remote shards."""
     data = config.data
     if not data.shards:
         return

@@ -1,4 +1,4 @@
-"""Train the classifier of small windows, whose evidence makes the seeds of `cldf_plus`."""
+"""Train the classifier of small windows, whose patch logits make the seeds of `cldf_plus`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NET_CARD = NetCard(
     title="Patch classifier",
     does=(
         "`net(x)` takes slices (batch, channels, height, width) and gives logits of no object and "
-        "object. `net.evidence(net.activations(x), x.shape[2:])` gives the logit of each pixel, "
-        "which depends on a small window around it alone."
+        "object. `net.patch_logits(net.activations(x), x.shape[2:])` gives the logit of each "
+        "pixel, which depends on a small window around it alone."
     ),
     learnt_from="labels of whole slices: object or not; no mask was read in the training",
     loading=load_with_package("load_patch_classifier"),

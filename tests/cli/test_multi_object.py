@@ -132,15 +132,15 @@ def test_one_command_segments_every_object_of_a_study(
         *("cg_diff.enabled=false", "cg_cdm.enabled=false"),
     ]
     assert main(["run", *words]) == 0
-    assert "joint" in capsys.readouterr().out
+    assert "multi_object" in capsys.readouterr().out
     study = tmp_path / "runs" / "heads"
-    assert json.loads((study / "joint" / "labels.json").read_text()) == {
+    assert json.loads((study / "multi_object" / "labels.json").read_text()) == {
         "background": 0,
         "lesion": 1,
         "block": 2,
     }
     splits = json.loads((study / "splits.json").read_text())
-    files = sorted((study / "joint" / "masks").iterdir())
+    files = sorted((study / "multi_object" / "masks").iterdir())
     assert [file.name for file in files] == [f"{name}.nii.gz" for name in splits["test"]]
     for file in files:
         labels, affine = read_nifti(file)
