@@ -14,13 +14,13 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
 
-from cldf_dist import __version__
 from cldf_dist.config import Config, check
 from cldf_dist.data.formats.nifti import Affine, Volume, check_affine, write_nifti
 from cldf_dist.data.readers.new_scans import Scan, ScanKind, find_scans
@@ -76,9 +76,10 @@ class Segmentation:
 
         path = folder / f"{self.name}_seg.dcm"
         label = object_title(self.config.data)[:LONGEST_LABEL]
+        software = version("cldf-dist")
         try:
             write_dicom_seg(
-                path, self.mask, self.dicom_files, label=label, software_version=__version__
+                path, self.mask, self.dicom_files, label=label, software_version=software
             )
         except ValueError as error:
             raise ValueError(
