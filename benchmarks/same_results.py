@@ -126,7 +126,7 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     elif path.suffix == ".tar":
         yield "", _tar(path)
     elif path.suffix == ".csv":
-        rows = list(csv.reader(path.open(newline="")))[1:]
+        rows = list(csv.reader(path.read_text().splitlines()))[1:]
         yield "", json.dumps([[_first_name(cell) for cell in row] for row in rows]).encode()
     elif path.name == "metrics.jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -185,7 +185,7 @@ def write_baseline(path: Path, found: dict[tuple[str, str], str]) -> None:
 
 def report(path: Path, found: dict[tuple[str, str], str]) -> int:
     """Print what differs from a baseline; 0 where nothing does, else 1."""
-    rows = [*csv.DictReader(path.open(newline=""))]
+    rows = [*csv.DictReader(path.read_text().splitlines())]
     made_on = f"{rows[0]['cpu']}, torch {rows[0]['torch']}"
     here = f"{_cpu()}, torch {torch.__version__}"
     if made_on != here:

@@ -57,8 +57,21 @@ def names_in(path):
         yield from (getattr(node, field, None) for field in ("id", "attr", "arg"))
 
 
-def test_the_temperature_goes_from_the_public_door_to_the_launch_of_a_kernel_in_two_files():
-    paths = (KERNELS / "cldf_kernels").rglob("*.py")
-    handle = {path.stem for path in paths if "temperature" in names_in(path)}
-    other_ways = {"torch_passes", "definition", "reference", "module"}
-    assert handle - other_ways == {"supcon", "triton_passes"}
+def test_the_temperature_goes_from_yaml_to_the_launch_of_a_kernel_through_five_files():
+    """One default, in the first of them. The kernels' other ways and the doctor's trial apart."""
+    root = KERNELS.parent
+    paths = [*(KERNELS / "cldf_kernels").rglob("*.py"), *(root / "cldf_dist").rglob("*.py")]
+    handle = {
+        path.relative_to(root).as_posix() for path in paths if "temperature" in names_in(path)
+    }
+    kernels = "kernels/cldf_kernels"
+    other_ways = {
+        f"{kernels}/{n}.py" for n in ("torch_passes", "definition", "reference", "module")
+    }
+    assert handle - other_ways - {"cldf_dist/doctor/machines.py"} == {
+        "cldf_dist/config/nets.py",
+        "cldf_dist/stages/train_decoder.py",
+        "cldf_dist/tasks/contrast.py",
+        f"{kernels}/supcon.py",
+        f"{kernels}/triton_passes.py",
+    }
