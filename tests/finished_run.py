@@ -52,7 +52,7 @@ def make_run(config: Config, *, with_truth: bool = True) -> None:
     prepare_stage(config, volumes, prepared, with_truth=with_truth)
     for stage in ("train-diffusion", "train-classifier", "train-decoder"):
         training_stage(config, stage)
-    finish(config, "cache", {"seeds": SEEDS})
+    finish(config, "cache", {"seeds": SEEDS, "seed_cam": "gradcam"})
     segment_stage(config, volumes, prepared)
 
 

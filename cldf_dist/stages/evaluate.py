@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cldf_dist.config import Config
 from cldf_dist.config import Evaluate as Settings
 from cldf_dist.data.features.store import FeatureCache
-from cldf_dist.data.formats.nifti import read_nifti
 from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.inference.cache_parts import STORE
 from cldf_dist.inference.feature_extraction import cached_slices
 from cldf_dist.inference.run_store import check_same_slices
 from cldf_dist.inference.seed_sources import PatchLogitLabels, seed_report
-from cldf_dist.labels import SliceLabel
-from cldf_dist.method.metrics import CaseScore, auroc, score_case
+from cldf_dist.method.metrics import CaseScore, score_case
 from cldf_dist.method.statistics import (
     bootstrap_interval,
     holm,
@@ -41,10 +38,11 @@ from cldf_dist.method.statistics import (
 from cldf_dist.method.threshold import OracleSearch, candidate_thresholds
 from cldf_dist.methods import CLDF, CLDF_PLUS, ORACLE_INTENSITY, method_named
 from cldf_dist.runs.run import DONE, Run, read_json, write_atomically
+from cldf_dist.scoring.gate import gate_quality
 from cldf_dist.scoring.intensity_threshold import oracle_intensity
+from cldf_dist.scoring.mask_files import HEADLINE, ORACLE, OTSU, mask_path, read_mask, truth_path
 from cldf_dist.scoring.masks import (
     FloatArray,
-    Mask,
     PatientScores,
     native_scores,
     open_slices,
@@ -60,8 +58,6 @@ from cldf_dist.scoring.tables import results_table, slice_protocol_table
 from cldf_dist.scoring.weak_validation import weak_validation_of_methods
 from cldf_dist.system.progress import progress
 
-# threshold rules with a row per patient in cases.csv; the last is for `oracle_intensity` alone
-HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
 METRICS = ("dice", "iou", "hd95_mm")
 SAMPLED_SCORES = 20_000  # per patient; they place the oracle's thresholds
 
@@ -132,9 +128,9 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
         "weak_validation": weak_validation_of_methods(
             shards, segment / "scores", rule["thresholds"]
         ),
-        "gate": _gate(config, shards, segment / "scores"),
+        "gate": gate_quality(config, shards, segment / "scores"),
         "seeds": cached.get("seeds") or {},
-        "seed_cam": _seed_cam(config, cached, cache / STORE),
+        "seed_cam": cached["seed_cam"],
         "seeds_plus": _seeds_of_plus(config, shards, cache / STORE, decoder),
         "mask_method": rule["mask_method"],
     }
@@ -148,14 +144,6 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
     return {"num_test_patients": len(patients), "dice": dice}
-
-
-def _seed_cam(config: Config, cached: Mapping[str, Any], store: Path) -> str:
-    """The activation map that made the seeds; of a cache that did not say so, as its store does."""
-    said = str(cached.get("seed_cam", config.seeds.cam))
-    if said == "auto" and store.is_dir():
-        said = str(FeatureCache(store).attributes.get("seed_cam", {}).get("map", said))
-    return said
 
 
 def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:
@@ -173,21 +161,6 @@ def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path)
     return seed_report(
         PatchLogitLabels(cache, threshold, config.plus.cam_threshold), slices.tables[0]
     )
-
-
-def truth_path(prepare: Path, patient: str) -> Path:
-    """Where `prepare` puts a test patient's mask, if there is one."""
-    return prepare / "truth" / f"{patient}.nii.gz"
-
-
-def mask_path(segment: Path, method: str, patient: str) -> Path:
-    """Where `segment` puts the mask of the headline rule."""
-    return segment / "masks" / method / f"{patient}.nii.gz"
-
-
-def read_mask(path: Path) -> Mask:
-    """A mask file as booleans (x, y, slices)."""
-    return np.asarray(read_nifti(path)[0] > 0)
 
 
 def _oracles(
@@ -307,43 +280,6 @@ def _difference(
 
 def _num_without_object(cases: Iterable[Case]) -> int:
     return len({case.patient for case in cases if case.score.truth_voxels == 0})
-
-
-def _gate(config: Config, shards: ShardSet, folder: Path) -> dict[str, dict[str, Any]]:
-    """How well the classifiers together tell labelled slices apart; without a gate, at threshold
-    0.5."""
-    threshold = config.segment.gate_probability or 0.5
-    result = {}
-    for split in ("validation", "test"):
-        labels, probabilities = _slice_probabilities(shards, split, folder)
-        right = (probabilities >= threshold) == labels
-        result[split] = {
-            "slice_accuracy": float(right.mean()) if right.size else None,
-            "slice_auroc": auroc(probabilities, labels) if right.size else None,
-            "num_slices": int(right.size),
-        }
-    return result
-
-
-def _slice_probabilities(
-    shards: ShardSet, split: str, folder: Path
-) -> tuple[Mask, npt.NDArray[np.float64]]:
-    """Per labelled slice of a split: is it positive, and the classifiers' probability of that."""
-    table = shards.split(split)
-    known: dict[tuple[str, int], float] = {}
-    for patient in sorted(set(table.patients)):
-        probability = PatientScores.load(folder, patient).probability.tolist()
-        indices = shards.geometry(patient).indices
-        known |= {(patient, index): p for index, p in zip(indices, probability, strict=True)}
-    labelled = [
-        (int(label) == SliceLabel.POSITIVE, known[patient, int(index)])
-        for patient, index, label in zip(table.patients, table.indices, table.labels)
-        if label >= 0
-    ]
-    return (
-        np.array([positive for positive, _ in labelled], dtype=bool),
-        np.array([probability for _, probability in labelled], dtype=np.float64),
-    )
 
 
 def _in_words(rule: Mapping[str, Any]) -> str:

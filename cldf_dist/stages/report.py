@@ -25,9 +25,9 @@ from cldf_dist.inference.seed_cam import with_map
 from cldf_dist.methods import METHODS, Role, mark, method_named, names_of
 from cldf_dist.runs.run import DONE, Run, read_json, seconds_of, write_atomically
 from cldf_dist.scoring.figures import PatientResult, write_overlay
+from cldf_dist.scoring.mask_files import HEADLINE, mask_path, read_mask, truth_path
 from cldf_dist.scoring.masks import PatientScores
 from cldf_dist.stages import STAGES
-from cldf_dist.stages.evaluate import HEADLINE, mask_path, read_mask, truth_path
 from cldf_dist.system.progress import progress
 
 TEMPLATE = "report_template.html"
@@ -49,7 +49,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     summary = read_json(evaluated / "summary.json")
     with (evaluated / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
-    drawn = with_map(config, summary.get("seed_cam", config.seeds.cam))
+    drawn = with_map(config, summary["seed_cam"])
     pictures = _draw_overlays(drawn, run, cases, summary["mask_method"])
     page = _page(config, run.folder.parent, summary, cases, pictures)
     write_atomically(run.folder / "report.html", page)

@@ -9,7 +9,7 @@ from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.runs.run import read_json
 from cldf_dist.scoring.figures import write_comparison
-from cldf_dist.stages.evaluate import mask_path, read_mask, truth_path
+from cldf_dist.scoring.mask_files import mask_path, read_mask, truth_path
 from cldf_dist.study.rows import KEY, read_rows
 from cldf_dist.study.scores import StrictScores, picked_patients
 

@@ -15,7 +15,7 @@ from cldf_dist.data.formats.dicom import dicom_files, read_series
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.chaos import read_patient
 from cldf_dist.data.readers.phantom import PhantomSettings, phantom_patient
-from cldf_dist.stages.evaluate import mask_path
+from cldf_dist.scoring.mask_files import mask_path
 
 DEBUG = str(Path(__file__).resolve().parents[2] / "configs" / "debug.yaml")
 QUICK = (

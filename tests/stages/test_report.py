@@ -19,9 +19,9 @@ from cldf_dist.inference.seed_cam import with_map
 from cldf_dist.runs.run import Run
 from cldf_dist.scoring import figures as overlays
 from cldf_dist.scoring.figures import PatientResult, drawn_slices, write_overlay
+from cldf_dist.scoring.mask_files import mask_path, read_mask, truth_path
 from cldf_dist.scoring.masks import PatientScores
 from cldf_dist.stages import evaluate, report
-from cldf_dist.stages.evaluate import mask_path, read_mask, truth_path
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
