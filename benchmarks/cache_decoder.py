@@ -62,7 +62,7 @@ def write_store(config: Config, folder: Path, num_slices: int) -> FeatureCache:
     )
     rng = np.random.default_rng(0)
     for shard in range(cache.num_shards):
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         values: dict[str, Any] = {
             name: rng.standard_normal((len(rows), *shape), np.float32)
             for name, (shape, _) in shapes.items()
@@ -114,7 +114,7 @@ class _Training:
         )
         items = SeedPixels(self.pixels, numbers, config.seed)
         stream = Stream(items, items.shard_of, config.seed)
-        channels = {tap: cache.row_shape(tap) for tap in config.features.taps}
+        channels = {tap: cache.slice_shape(tap) for tap in config.features.taps}
         torch.manual_seed(config.seed)
         net = PixelDecoder(
             {tap: shape[0] * shape[3] for tap, shape in channels.items()},
@@ -144,7 +144,7 @@ class _Training:
 
     def touch(self) -> None:
         """Verify every chunk of the store."""
-        for row in self.pixels.rows:
+        for row in self.pixels.slice_indices:
             for name in self.pixels.cache.names:
                 self.pixels.cache.read(name, int(row))
 

@@ -125,7 +125,7 @@ def _write_ours(folder: Path, values: Array, sizes: Sizes) -> None:
         attributes={},
     )
     for shard in range(cache.num_shards):
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         cache.write_shard(
             shard, [f"slice_{row}" for row in rows], {TAP: values[rows.start : rows.stop]}
         )

@@ -195,7 +195,7 @@ def _patch_classifier(config: Config) -> Classify:
 
 
 def _contrast(config: Config, cache: FeatureCache) -> Contrast:
-    shapes = {tap: cache.row_shape(tap) for tap in config.features.taps}
+    shapes = {tap: cache.slice_shape(tap) for tap in config.features.taps}
     settings, contrast = config.decoder, config.decoder.contrast
     channels = {tap: shape[0] * shape[3] for tap, shape in shapes.items()}
     return Contrast(

@@ -143,28 +143,28 @@ class LabelledSlices:
         self.table = table
         self.augment = augment
         self.seed = seed
-        self.rows = np.flatnonzero(table.labels >= 0)
+        self.slice_indices = np.flatnonzero(table.labels >= 0)
 
     @property
     def keys(self) -> list[str]:
         """The name of each item."""
-        return [self.table.keys[row] for row in self.rows]
+        return [self.table.keys[slice_index] for slice_index in self.slice_indices]
 
     @property
     def groups(self) -> npt.NDArray[np.int64]:
         """The shard number of each item."""
-        return self.table.shard_of[self.rows]
+        return self.table.shard_of[self.slice_indices]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.slice_indices)
 
     def get(self, position: int, sample_number: int) -> dict[str, Tensor | int]:
         """image (channels, height, width) in [-1, 1], label, sample_number."""
-        row = int(self.rows[position])
-        image = torch.from_numpy(self.table.read_image(row))
+        slice_index = int(self.slice_indices[position])
+        image = torch.from_numpy(self.table.read_image(slice_index))
         if self.augment is not None:
             image = augment(image, self.augment, self.seed, sample_number)
-        label = int(self.table.labels[row])
+        label = int(self.table.labels[slice_index])
         return {"image": image, "label": label, "sample_number": sample_number}
 
 

@@ -75,11 +75,15 @@ def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str
     again. `keys` name the slices; those of the damaged ones, for all processes."""
     with fail_on_all_ranks():
         shards = shards_of_this_rank(range(cache.num_shards))
-        mine = damaged_rows(cache.folder, shards, keys, config.cache.verify_processes)
+        mine = damaged_slices(cache.folder, shards, keys, config.cache.verify_processes)
         for shard in mine:
             cache.discard(shard)
-    found = {number: rows for part in gather_objects(mine) for number, rows in part.items()}
-    damaged = [keys[row] for shard in sorted(found) for row in found[shard]]
+    found = {
+        number: slice_indices
+        for part in gather_objects(mine)
+        for number, slice_indices in part.items()
+    }
+    damaged = [keys[slice_index] for shard in sorted(found) for slice_index in found[shard]]
     if processes().is_main:
         said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"
         shown = ", ".join(damaged[:SHOWN]) + (", ..." if len(damaged) > SHOWN else "")
@@ -88,7 +92,7 @@ def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str
     return damaged
 
 
-def damaged_rows(
+def damaged_slices(
     folder: Path, shards: range, keys: Sequence[str], num_processes: int
 ) -> dict[int, list[int]]:
     """{shard: rows} whose bytes are missing or not those that were signed, read by several
@@ -101,10 +105,10 @@ def damaged_rows(
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             parts = list(pool.map(_damaged, repeat(folder), pieces, repeat(keys)))
-    return {shard: rows for part in parts for shard, rows in part.items()}
+    return {shard: slice_indices for part in parts for shard, slice_indices in part.items()}
 
 
 def _damaged(folder: Path, shards: range, keys: Sequence[str]) -> dict[int, list[int]]:
     cache = FeatureCache(folder)
-    found = {shard: cache.damaged_rows(shard, keys) for shard in shards}
-    return {shard: rows for shard, rows in found.items() if rows}
+    found = {shard: cache.damaged_slices(shard, keys) for shard in shards}
+    return {shard: slice_indices for shard, slice_indices in found.items() if slice_indices}

@@ -36,12 +36,12 @@ class Slices:
     def __len__(self) -> int:
         return sum(len(table) for table in self.tables)
 
-    def place(self, row: int) -> tuple[SliceTable, int]:
+    def place(self, slice_index: int) -> tuple[SliceTable, int]:
         for table in self.tables:
-            if row < len(table):
-                return table, row
-            row -= len(table)
-        raise IndexError(row)
+            if slice_index < len(table):
+                return table, slice_index
+            slice_index -= len(table)
+        raise IndexError(slice_index)
 
     @property
     def keys(self) -> list[str]:
@@ -54,17 +54,17 @@ def cached_slices(shards: ShardSet) -> Slices:
 
 
 def compute_shard(
-    config: Config, nets: FrozenNets, slices: Slices, rows: range
+    config: Config, nets: FrozenNets, slices: Slices, slice_indices: range
 ) -> tuple[list[str], dict[str, Any]]:
     """Keys and arrays of the slices `rows`; batches never cross a shard."""
     keys: list[str] = []
     parts: list[dict[str, Tensor]] = []
-    for start in range(rows.start, rows.stop, config.cache.batch_size):
-        batch = range(start, min(start + config.cache.batch_size, rows.stop))
-        placed = [slices.place(row) for row in batch]
-        images = np.stack([table.read_image(row) for table, row in placed])
-        batch_keys = [table.keys[row] for table, row in placed]
-        labels = torch.tensor([int(table.labels[row]) for table, row in placed])
+    for start in range(slice_indices.start, slice_indices.stop, config.cache.batch_size):
+        batch = range(start, min(start + config.cache.batch_size, slice_indices.stop))
+        placed = [slices.place(slice_index) for slice_index in batch]
+        images = np.stack([table.read_image(slice_index) for table, slice_index in placed])
+        batch_keys = [table.keys[slice_index] for table, slice_index in placed]
+        labels = torch.tensor([int(table.labels[slice_index]) for table, slice_index in placed])
         parts.append(compute_batch(config, nets, images, batch_keys, labels))
         keys += batch_keys
     return keys, {

@@ -16,8 +16,8 @@ from torch import nn
 
 from cldf_dist.config import Config, Mark, flatten, marked
 from cldf_dist.data.features.chunk_file import DamagedShardError
-from cldf_dist.data.features.store import FeatureCache, encoded_key
-from cldf_dist.data.features.store_creation import repair_metadata
+from cldf_dist.data.features.store import FeatureCache
+from cldf_dist.data.features.store_creation import encoded_key, repair_metadata
 from cldf_dist.inference.cache_parts import store_folder
 from cldf_dist.inference.feature_extraction import Slices, slice_shapes
 from cldf_dist.inference.seed_cam import with_map

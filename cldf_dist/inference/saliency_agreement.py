@@ -36,27 +36,27 @@ def saliency_agreement(
     the work and get the same number; None where the slices have one label only.
     """
     known = np.flatnonzero(table.labels >= 0)
-    rows = evenly_spread(known, config.label_tuning.compared_slices)
-    mine = rows[processes().rank :: processes().world_size]
+    slice_indices = evenly_spread(known, config.label_tuning.compared_slices)
+    mine = slice_indices[processes().rank :: processes().world_size]
     with fail_on_all_ranks():
         own = _saliency(config, table, mine, diffusion, schedule)
     found = chain.from_iterable(gather_objects(own))
-    by_row = {row: (score, inside) for row, score, inside in found}
-    labels = table.labels[rows]
+    by_row = {slice_index: (score, inside) for slice_index, score, inside in found}
+    labels = table.labels[slice_indices]
     if not {SliceLabel.NEGATIVE, SliceLabel.POSITIVE} <= set(labels.tolist()):
         return None
-    scores = np.stack([by_row[row][0] for row in rows.tolist()])
-    subject = np.stack([by_row[row][1] for row in rows.tolist()])
+    scores = np.stack([by_row[slice_index][0] for slice_index in slice_indices.tolist()])
+    subject = np.stack([by_row[slice_index][1] for slice_index in slice_indices.tolist()])
     negative = labels == SliceLabel.NEGATIVE
     threshold = negative_threshold(scores[negative][subject[negative]], NEGATIVE_FRACTION)
     agreement = weak_validation(area_fractions(scores, subject, threshold), labels)["area_auroc"]
     return None if agreement is None else float(agreement)
 
 
-def evenly_spread(rows: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
+def evenly_spread(slice_indices: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
     """At most so many of these rows, evenly spread."""
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round()
-    return rows[places.astype(np.intp)]
+    places = np.linspace(0, len(slice_indices) - 1, min(most, len(slice_indices))).round()
+    return slice_indices[places.astype(np.intp)]
 
 
 def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[str]) -> Tensor:
@@ -76,19 +76,21 @@ def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[s
 def _saliency(
     config: Config,
     table: SliceTable,
-    rows: npt.NDArray[np.intp],
+    slice_indices: npt.NDArray[np.intp],
     diffusion: nn.Module,
     schedule: Schedule,
 ) -> list[tuple[int, Any, Any]]:
     """(row, saliency (height, width), subject (height, width)) of these slices."""
     device = accelerator().device
     found: list[tuple[int, Any, Any]] = []
-    for start in range(0, len(rows), config.cache.batch_size):
-        batch = rows[start : start + config.cache.batch_size]
+    for start in range(0, len(slice_indices), config.cache.batch_size):
+        batch = slice_indices[start : start + config.cache.batch_size]
         images = table.read_images(batch)
         pixels = (
             torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
         )
-        saliency = saliency_of(diffusion, schedule, pixels, [table.keys[row] for row in batch])
+        saliency = saliency_of(
+            diffusion, schedule, pixels, [table.keys[slice_index] for slice_index in batch]
+        )
         found += zip(batch.tolist(), saliency.cpu().numpy(), body_mask(images), strict=True)
     return found

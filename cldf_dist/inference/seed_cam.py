@@ -96,9 +96,11 @@ def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreem
     Saliency is asked where `seeds.cam=auto` needs it and the diffusion model has labels, evidence
     where there is a patch classifier.
     """
-    rows = evenly_spread(np.flatnonzero(table.labels == SliceLabel.POSITIVE), COMPARED_SLICES)
+    slice_indices = evenly_spread(
+        np.flatnonzero(table.labels == SliceLabel.POSITIVE), COMPARED_SLICES
+    )
     size = config.cache.batch_size
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    batches = [slice_indices[start : start + size] for start in range(0, len(slice_indices), size)]
     # whole batches to each process: with any number of them the same digits
     with fail_on_all_ranks():
         own = [
@@ -111,16 +113,16 @@ def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreem
 
 
 def _correlations(
-    config: Config, nets: FrozenNets, table: SliceTable, rows: npt.NDArray[np.intp]
+    config: Config, nets: FrozenNets, table: SliceTable, slice_indices: npt.NDArray[np.intp]
 ) -> dict[str, list[list[float]]]:
     """Of a batch of slices, for each view that there is: for each slice and each of `METHODS`."""
     device = accelerator().device
-    images = table.read_images(rows)
+    images = table.read_images(slice_indices)
     inside = torch.from_numpy(body_mask(images)).to(device)
     pixels = (
         torch.from_numpy(images).to(device).contiguous(memory_format=fast_memory_format(device))
     )
-    keys = [table.keys[row] for row in rows]
+    keys = [table.keys[slice_index] for slice_index in slice_indices]
     views = {"gradient_map": gradient_map_of(config, nets, pixels, keys)[0]}
     if config.seeds.cam == "auto" and config.diffusion.label_dropout < 1:
         views["saliency"] = saliency_of(nets.diffusion, nets.schedule, pixels, keys)

@@ -30,8 +30,8 @@ class SeedLabels:
 
     cache: FeatureCache
 
-    def labels(self, row: int) -> Labels:
-        return self.cache.read("seeds", row)
+    def labels(self, slice_index: int) -> Labels:
+        return self.cache.read("seeds", slice_index)
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class PatchLogitLabels:
     threshold: float  # logit
     cam_threshold: float  # of the map scaled to [0, 1] within the body; 0: it is not asked
 
-    def labels(self, row: int) -> Labels:
+    def labels(self, slice_index: int) -> Labels:
         logits, cam = (
-            torch.from_numpy(self.cache.read(name, row).astype(np.float32))
+            torch.from_numpy(self.cache.read(name, slice_index).astype(np.float32))
             for name in (PATCH_LOGITS, "cam")
         )
         seeds = patch_seed_labels(
             logits,
             cam,
-            int(self.cache.read("label", row)),
+            int(self.cache.read("label", slice_index)),
             object_threshold=self.threshold,
             cam_threshold=self.cam_threshold,
         )
@@ -68,9 +68,9 @@ class MaskLabels:
 
     table: SliceTable
 
-    def labels(self, row: int) -> Labels:
-        mask = self.table.read_mask(row)
-        inside = body_mask(self.table.read_image(row))
+    def labels(self, slice_index: int) -> Labels:
+        mask = self.table.read_mask(slice_index)
+        inside = body_mask(self.table.read_image(slice_index))
         if mask is None:
             return np.full(inside.shape, PixelLabel.UNKNOWN, np.int8)
         return np.where(inside, mask, PixelLabel.UNKNOWN).astype(np.int8)
@@ -93,7 +93,10 @@ def patch_logit_labels(
     spread = (
         np.linspace(0, len(negative) - 1, min(len(negative), THRESHOLD_SLICES)).round().astype(int)
     )
-    found = [cache.read(PATCH_LOGITS, int(row)).astype(np.float32) for row in negative[spread]]
+    found = [
+        cache.read(PATCH_LOGITS, int(slice_index)).astype(np.float32)
+        for slice_index in negative[spread]
+    ]
     scores = np.concatenate([patch_logits[np.isfinite(patch_logits)] for patch_logits in found])
     return PatchLogitLabels(
         cache, negative_threshold(scores, config.plus.negative_fraction), config.plus.cam_threshold
@@ -106,10 +109,10 @@ def seed_report(labels: PixelLabels, table: SliceTable) -> dict[str, float | int
     A diagnostic for the report: nothing of a run is trained or chosen by it.
     """
     count = SeedCount()
-    for row in np.flatnonzero(table.labels == SliceLabel.POSITIVE):
-        mask = table.read_mask(int(row))
+    for slice_index in np.flatnonzero(table.labels == SliceLabel.POSITIVE):
+        mask = table.read_mask(int(slice_index))
         if mask is not None:
-            seeds = labels.labels(int(row)).copy()  # torch wants it writable
+            seeds = labels.labels(int(slice_index)).copy()  # torch wants it writable
             count.add(torch.from_numpy(seeds), torch.from_numpy(mask))
     if not count.slices:
         return {}

@@ -25,13 +25,13 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
     """Mean and standard deviation of each feature over a sample of the training slices; 0 where
     it never changes."""
     rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
-    rows = rng.permutation(pixels.rows)[:STATISTICS_SLICES]
+    slice_indices = rng.permutation(pixels.slice_indices)[:STATISTICS_SLICES]
     means, spreads = [], []
     for tap in pixels.taps:
         count, total, squares = 0, np.zeros(num_channels(pixels.cache, tap)), 0.0
-        for row in rows:
-            stored = pixels.cache.read(tap, int(row)).astype(np.float64)
-            scale = pixels.cache.scale(tap, int(row))
+        for slice_index in slice_indices:
+            stored = pixels.cache.read(tap, int(slice_index)).astype(np.float64)
+            scale = pixels.cache.scale(tap, int(slice_index))
             if scale is not None:
                 stored *= scale[:, None, None]
             flat = stored.transpose(1, 2, 0, 3).reshape(-1, total.size)
@@ -55,12 +55,12 @@ def prototypes_of(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> 
     rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
     embeddings, labels = [], []
     for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
-        rows = pixels.rows_with(label)
-        if len(rows) > PROTOTYPE_SLICES:
-            rows = np.sort(rng.permutation(rows)[:PROTOTYPE_SLICES])
-        per_slice = -(-config.decoder.prototype_pixels // len(rows))
-        for row in rows:
-            features = _features_of(pixels, int(row), label, per_slice, rng)
+        slice_indices = pixels.slices_with(label)
+        if len(slice_indices) > PROTOTYPE_SLICES:
+            slice_indices = np.sort(rng.permutation(slice_indices)[:PROTOTYPE_SLICES])
+        per_slice = -(-config.decoder.prototype_pixels // len(slice_indices))
+        for slice_index in slice_indices:
+            features = _features_of(pixels, int(slice_index), label, per_slice, rng)
             with torch.no_grad():
                 embeddings.append(net(torch.from_numpy(features).to(accelerator().device)).cpu())
             labels.append(torch.full((len(features),), label))
@@ -70,30 +70,30 @@ def prototypes_of(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> 
 
 
 def _features_of(
-    pixels: TrainingPixels, row: int, label: int, limit: int, rng: np.random.Generator
+    pixels: TrainingPixels, slice_index: int, label: int, limit: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    labels = pixels.labels.labels(row)
+    labels = pixels.labels.labels(slice_index)
     height, width = labels.shape
     chosen = rng.permutation(np.flatnonzero(labels == label))[:limit]
     places = np.stack(np.divmod(chosen, width), axis=1)
-    return gather_pixels(pixels.cache, pixels.taps, row, places, (height, width))
+    return gather_pixels(pixels.cache, pixels.taps, slice_index, places, (height, width))
 
 
 def training_pixels(
     cache: FeatureCache, taps: tuple[str, ...], labels: PixelLabels, num_slices: int
 ) -> TrainingPixels:
     """The first `num_slices` rows of the cache; each process counts the labels of its share."""
-    rows, here = np.arange(num_slices), processes()
+    slice_indices, here = np.arange(num_slices), processes()
     shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
     with fail_on_all_ranks():
-        mine = count_labels(labels, rows[shares[here.rank]])
+        mine = count_labels(labels, slice_indices[shares[here.rank]])
     counts = np.zeros((num_slices, 2), np.int64)
     for share, found in zip(shares, gather_objects(mine), strict=True):
         counts[share] = found
-    return TrainingPixels(cache, taps, labels, rows, counts)
+    return TrainingPixels(cache, taps, labels, slice_indices, counts)
 
 
 def num_channels(cache: FeatureCache, tap: str) -> int:
     """The features of a pixel that a tap of the store has, over all its timesteps."""
-    levels, _, _, channels = cache.row_shape(tap)
+    levels, _, _, channels = cache.slice_shape(tap)
     return levels * channels

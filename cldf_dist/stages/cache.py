@@ -95,7 +95,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
         _extract(config, nets, slices, cache, scope)
     if not run.is_main:
         return {}
-    num_slices = sum(len(cache.rows_of(shard)) for shard in scope)
+    num_slices = sum(len(cache.slices_of(shard)) for shard in scope)
     result: dict[str, Any] = {"slices": num_slices, "seed_cam": config.seeds.cam}
     if config.cache.verify:
         result["damaged"] = damaged
@@ -109,7 +109,7 @@ def _extract(
 ) -> None:
     """Make the shards of `scope` that are not done; each process its own, in order."""
     mine = shards_of_this_rank(scope)
-    total = sum(len(cache.rows_of(shard)) for shard in scope)
+    total = sum(len(cache.slices_of(shard)) for shard in scope)
     main = processes().is_main
     with progress("cache", total, "slices", shown=main) as bar:
         bar.start_at(cache.num_done(scope))
@@ -119,7 +119,7 @@ def _extract(
             for shard in mine:
                 if cache.is_done(shard):
                     continue
-                keys, values = compute_shard(config, nets, slices, cache.rows_of(shard))
+                keys, values = compute_shard(config, nets, slices, cache.slices_of(shard))
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(cache.write_shard, shard, keys, values)

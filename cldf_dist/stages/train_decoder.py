@@ -185,7 +185,9 @@ def _train_other(
         return
     num_slices = len(cached_slices(shards).tables[0])
     pixels = training_pixels(cache, other.taps, other.labels, num_slices)
-    if other.method in (CLDF_PLUS, PATCH_FEATURES) and not len(pixels.rows_with(PixelLabel.OBJECT)):
+    if other.method in (CLDF_PLUS, PATCH_FEATURES) and not len(
+        pixels.slices_with(PixelLabel.OBJECT)
+    ):
         if run.is_main:
             print(
                 f"train-decoder: {other.method} is left out: no pixel of a positive training slice "

@@ -75,7 +75,7 @@ def test_batch_that_does_not_divide_is_refused(modules):
 def test_files_and_folders_of_the_store_are_those_on_the_disk(modules, debug_run):
     store = debug_run.folder / "cache" / "features.zarr"
     cache = FeatureCache(store)
-    ranks = {name: 1 + len(cache.row_shape(name)) for name in (*cache.names, *OWN)}
+    ranks = {name: 1 + len(cache.slice_shape(name)) for name in (*cache.names, *OWN)}
     predicted = modules["scaling_model"].Store(ranks, cache.slices_per_shard)
     below = [path for path in store.rglob("*") if "c" in path.relative_to(store).parts[:-1]]
     assert predicted.num_shards(len(cache)) == cache.num_shards

@@ -243,7 +243,7 @@ def test_labelled_slices_hold_image_and_label_of_usable_slices(tmp_path: Path) -
     table = ShardSet(tmp_path).split("train")
     items = LabelledSlices(table, None, 0)
     assert len(items) == 12
-    assert items.rows.tolist() == [row for row in range(24) if row % 4 < 2]
+    assert items.slice_indices.tolist() == [row for row in range(24) if row % 4 < 2]
     item = items.get(3, 99)
     assert set(item) == {"image", "label", "sample_number"}
     assert torch.equal(torch.as_tensor(item["image"]), torch.from_numpy(table.read_image(5)))

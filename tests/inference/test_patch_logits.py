@@ -213,7 +213,7 @@ def test_without_any_object_seed_cldf_plus_is_left_out_and_the_run_goes_on(
     run = debug_run.copy_to(tmp_path, *TRAINED, "cache")
     cache = FeatureCache(run.folder / STORE)
     for shard in range(cache.num_shards):
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         values = {n: np.stack([cache.read(n, row) for row in rows]) for n in cache.names}
         values["patch_logits"][values["label"] == 1] -= 100  # nothing speaks for the object
         keys = [cache.keys[row] for row in rows]

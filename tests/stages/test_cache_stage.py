@@ -82,12 +82,12 @@ def test_a_shard_computed_again_is_the_same_bit_by_bit(
     config = with_map(config, cache.attributes["seed_cam"]["map"])
     torch.set_flush_denormal(True)  # as in the stage
     try:
-        keys, values = compute_shard(config, nets, slices, cache.rows_of(1))
+        keys, values = compute_shard(config, nets, slices, cache.slices_of(1))
     finally:
         torch.set_flush_denormal(False)
-    assert keys == [cache.keys[row] for row in cache.rows_of(1)]
+    assert keys == [cache.keys[row] for row in cache.slices_of(1)]
     for name, value in values.items():
-        for place, row in enumerate(cache.rows_of(1)):
+        for place, row in enumerate(cache.slices_of(1)):
             np.testing.assert_array_equal(value[place], cache.read(name, row), err_msg=name)
 
 
@@ -294,7 +294,7 @@ def test_every_form_of_features_trains_and_segments(inputs: Any, words: list[str
         assert main([stage, *words]) == 0
     cache = FeatureCache(inputs.folder / STORE)
     is_int8 = "features.storage=int8" in words
-    assert cache.row_shape("up0.1")[0] == (2 if is_int8 else 1)
+    assert cache.slice_shape("up0.1")[0] == (2 if is_int8 else 1)
     assert cache.read("up0.1", 3).dtype == (np.int8 if is_int8 else np.float16)
     assert all(cache.verify(row) for row in range(len(cache)))
 

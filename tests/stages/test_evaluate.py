@@ -41,7 +41,7 @@ def strict(summary):
     return summary["strict"]
 
 
-def rows_of(evaluated):
+def slices_of(evaluated):
     with (evaluated / "cases.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -218,7 +218,7 @@ def test_seed_quality_is_taken_over_from_the_cache(summary):
 
 
 def test_cases_hold_one_row_per_patient_method_and_rule(evaluated):
-    rows = rows_of(evaluated)
+    rows = slices_of(evaluated)
     assert len(rows) == 8 * 5 * 2 + 8
     assert {row["method"] for row in rows if row["rule"] == "oracle"} == {"oracle_intensity"}
     keys = {(row["patient"], row["method"], row["rule"]) for row in rows}
@@ -265,7 +265,7 @@ def test_what_is_written_is_what_is_scored(tmp_path):
     numbers = evaluate.execute(config, run)
     run.close()
     assert numbers["dice"]["cldf"] == pytest.approx(4 / 7)
-    rows = rows_of(config.run_folder / "evaluate")
+    rows = slices_of(config.run_folder / "evaluate")
     found = {
         r["rule"]: r["outcome"] for r in rows if (r["patient"], r["method"]) == (FOUND[0], "cldf")
     }

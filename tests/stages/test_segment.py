@@ -108,7 +108,7 @@ def test_decoders_see_the_very_features_of_the_cache(debug_run: Any) -> None:
     cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
     segmenter = segmenter_of(debug_run)
     for shard in (0, cache.num_shards - 1):
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         keys, images = cached_slices_of(debug_run, rows)
         stored = cached_taps(debug_run, rows)
         found = decoder_taps(
@@ -137,7 +137,7 @@ def test_evidence_of_new_slices_is_that_of_the_cache(debug_run: Any) -> None:
     """Bit for bit in the cache's batch; the row `patch_classifier` is its probability."""
     cache = FeatureCache(debug_run.folder / "cache" / "features.zarr")
     segmenter = segmenter_of(debug_run)
-    rows = cache.rows_of(0)
+    rows = cache.slices_of(0)
     keys, images = cached_slices_of(debug_run, rows)
     stored = np.stack([cache.read("patch_logits", row) for row in rows])
     found = patches_of(segmenter, images).patch_logits
@@ -150,7 +150,7 @@ def test_evidence_of_new_slices_is_that_of_the_cache(debug_run: Any) -> None:
 
 def test_scores_are_those_of_cached_features_decoded_in_the_naive_order(debug_run: Any) -> None:
     segmenter = segmenter_of(debug_run, "segment.tile_pixels=300")
-    rows = FeatureCache(debug_run.folder / "cache" / "features.zarr").rows_of(0)
+    rows = FeatureCache(debug_run.folder / "cache" / "features.zarr").slices_of(0)
     keys, images = cached_slices_of(debug_run, rows)
     assert set(segmenter.decoders) == {"cldf", CLDF_PLUS, PATCH_FEATURES, *UPPER_BOUNDS}
     found = segmenter.score("someone", keys, images, methods=tuple(segmenter.decoders)).scores

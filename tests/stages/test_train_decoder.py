@@ -39,7 +39,7 @@ def test_statistics_are_those_of_the_training_slices(pixels: TrainingPixels) -> 
     mean, spread = feature_statistics(pixels, seed=0)
     expected = []
     for tap in pixels.taps:
-        stored = np.stack([pixels.cache.read(tap, int(row)) for row in pixels.rows])
+        stored = np.stack([pixels.cache.read(tap, int(row)) for row in pixels.slice_indices])
         flat = stored.astype(np.float64).transpose(0, 2, 3, 1, 4)
         expected.append(flat.reshape(-1, flat.shape[-2] * flat.shape[-1]))
     np.testing.assert_allclose(mean, np.concatenate([e.mean(0) for e in expected]), atol=1e-4)
@@ -97,7 +97,7 @@ def test_prototypes_of_many_slices_look_at_some_of_them(
 ) -> None:
     """Both classes have more slices than are looked at; the seeds per class are as configured."""
     monkeypatch.setattr(training_pixels, "PROTOTYPE_SLICES", 2)
-    assert all(len(pixels.rows_with(label)) > 2 for label in (0, 1))
+    assert all(len(pixels.slices_with(label)) > 2 for label in (0, 1))
     gathered = []
     gather = training_pixels.gather_pixels
 

@@ -25,7 +25,7 @@ TRAINED = (
 )  # fmt: skip
 
 
-def rows_of(folder: Path) -> torch.Tensor:
+def slices_of(folder: Path) -> torch.Tensor:
     """The embedding that a finished `tune-label-embedding` or `train-diffusion` wrote."""
     tensors = load_file(folder / "net.safetensors")
     return tensors["weight"] if "weight" in tensors else tensors[EMBEDDING]
@@ -48,7 +48,7 @@ def test_the_folder_holds_what_was_kept(debug_run: Any) -> None:
     folder = debug_run.folder / "tune-label-embedding"
     about = json.loads((folder / "net.json").read_text())
     assert about["kept"] == kept_embedding(about["area_auroc"])
-    changed = (rows_of(folder) != rows_of(debug_run.folder / "train-diffusion")).any(1).tolist()
+    changed = (slices_of(folder) != slices_of(debug_run.folder / "train-diffusion")).any(1).tolist()
     assert changed == ([True, True, False] if about["kept"] == "tuned" else [False] * 3)
     card = (folder / "README.md").read_text()
     assert ("does not hold what this training made" in card) == (about["kept"] == "trained")
@@ -58,7 +58,7 @@ def test_the_folder_holds_what_was_kept(debug_run: Any) -> None:
 def test_later_stages_take_the_embedding_of_the_folder(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, *TRAINED, "tune-label-embedding")
     path = run.folder / "tune-label-embedding" / "net.safetensors"
-    own = rows_of(run.folder / "train-diffusion")
+    own = slices_of(run.folder / "train-diffusion")
     save_file({"weight": own + 1}, path)
     config = load(run.words[:1], run.words[1:])
     for enabled, expected in ((True, own + 1), (False, own)):

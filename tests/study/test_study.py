@@ -315,7 +315,7 @@ def test_a_killed_study_stops_its_run_and_the_same_command_resumes(
     assert again.count("train-decoder: finished before") == 0
 
 
-def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
+def slices_of(folder: Path, name: str) -> list[dict[str, str]]:
     with (folder / "results" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -329,7 +329,7 @@ def test_a_run_that_fails_is_reported_beside_the_others(finished: FinishedStudy)
     (error,) = (line for line in said.splitlines() if line.startswith("cldf: error: phantom"))
     assert error.startswith("cldf: error: phantom/broken/seed0: exit code 1, its reason is above")
     assert "/not/there" in said, "the run's own words"
-    assert "broken" not in {row["variant"] for row in rows_of(finished.folder, "cases")}
+    assert "broken" not in {row["variant"] for row in slices_of(finished.folder, "cases")}
 
 
 def test_a_run_that_fails_stops_no_other_but_its_variants(
@@ -375,7 +375,7 @@ def test_a_variant_has_the_very_nets_of_its_base(finished: FinishedStudy) -> Non
 @pytest.mark.slow
 def test_every_number_of_a_run_is_in_the_results_once(finished: FinishedStudy) -> None:
     folder = finished.folder
-    cases = rows_of(folder, "cases")
+    cases = slices_of(folder, "cases")
     names = ("experiment", "seed", "variant", "patient", "method", "rule")
     keys = [tuple(row[name] for name in names) for row in cases]
     assert len(set(keys)) == len(keys)
@@ -385,17 +385,17 @@ def test_every_number_of_a_run_is_in_the_results_once(finished: FinishedStudy) -
     mine = [row for row in cases if (row["seed"], row["variant"]) == ("1", "base")]
     assert [row["dice"] for row in mine] == [row["dice"] for row in theirs]
     summary = json.loads((run / "summary.json").read_text())
-    weak = {r["method"]: r for r in rows_of(folder, "weak_validation") if r["seed"] == "1"}
+    weak = {r["method"]: r for r in slices_of(folder, "weak_validation") if r["seed"] == "1"}
     for method, row in summary["weak_validation"].items():
         assert weak[method]["false_area"] == str(row["false_area"])
         assert float(weak[method]["dice"]) == summary["strict"]["methods"][method]["dice"]["mean"]
-    provenance = rows_of(folder, "provenance")
+    provenance = slices_of(folder, "provenance")
     assert [(row["seed"], row["variant"]) for row in provenance] == [
         ("0", "base"), ("0", "warm"), ("1", "base"),
     ]  # fmt: skip
     assert all(float(row["seconds"]) > 0 and row["torch"] and row["device"] for row in provenance)
     for name in ("seeds", "slice_protocol", "oracle_intensity"):
-        assert len({(row["seed"], row["variant"]) for row in rows_of(folder, name)}) == 3
+        assert len({(row["seed"], row["variant"]) for row in slices_of(folder, name)}) == 3
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_a_finished_run_is_compared_with_what_is_asked_for(
 def test_pictures_of_another_evaluation_are_drawn_anew(finished: FinishedStudy) -> None:
     """As after a kill between a run's end and its pictures, or a run made anew by hand."""
     results = finished.folder / "results"
-    (shown,) = rows_of(finished.folder, "pictures")
+    (shown,) = slices_of(finished.folder, "pictures")
     assert (shown["seed"], shown["variant"]) == ("0", "base")
     pictures = sorted(results.glob("*.png"))
     right = [path.read_bytes() for path in pictures]

@@ -20,17 +20,17 @@ Numbers = npt.NDArray[np.int64]
 class PixelLabels(Protocol):
     """Where labels come from. It travels to the loader's processes by pickle."""
 
-    def labels(self, row: int) -> Labels:
+    def labels(self, slice_index: int) -> Labels:
         """(height, width) of the slice in that row of the cache: 1 object, 0 background, -1
         unknown. Read-only."""
         ...
 
 
-def count_labels(source: PixelLabels, rows: Numbers) -> Numbers:
+def count_labels(source: PixelLabels, slice_indices: Numbers) -> Numbers:
     """How many pixels of each row are background and object, (len(rows), 2); one at a time."""
-    counts = np.zeros((len(rows), 2), np.int64)
-    for place, row in enumerate(rows):
-        labels = source.labels(int(row))
+    counts = np.zeros((len(slice_indices), 2), np.int64)
+    for place, slice_index in enumerate(slice_indices):
+        labels = source.labels(int(slice_index))
         for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
             counts[place, label] = np.count_nonzero(labels == label)
     return counts

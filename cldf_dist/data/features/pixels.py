@@ -36,12 +36,12 @@ class TrainingPixels:
     cache: FeatureCache
     taps: tuple[str, ...]
     labels: PixelLabels
-    rows: IntArray
+    slice_indices: IntArray
     counts: IntArray
 
-    def rows_with(self, label: int) -> IntArray:
+    def slices_with(self, label: int) -> IntArray:
         """The rows that have a pixel of that label."""
-        return self.rows[self.counts[:, label] > 0]
+        return self.slice_indices[self.counts[:, label] > 0]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class SeedPixels:
     """
 
     def __init__(self, pixels: TrainingPixels, numbers: PixelsPerItem, seed: int) -> None:
-        self.positive = pixels.rows_with(PixelLabel.OBJECT)
-        self.with_background = pixels.rows_with(PixelLabel.BACKGROUND)
+        self.positive = pixels.slices_with(PixelLabel.OBJECT)
+        self.with_background = pixels.slices_with(PixelLabel.BACKGROUND)
         num_background, num_object = pixels.counts.T
-        self.negative = pixels.rows[(num_background > 0) & (num_object == 0)]
+        self.negative = pixels.slice_indices[(num_background > 0) & (num_object == 0)]
         if not len(self.positive):
             raise ValueError(
                 "no training slice has an object seed; lower seeds.object_threshold (cldf_plus: "
@@ -92,7 +92,10 @@ class SeedPixels:
         cache, taps = self.pixels.cache, self.pixels.taps
         parts = self.choose(position, sample_number)
         features = np.concatenate(
-            [gather_pixels(cache, taps, row, places, size) for row, places, size in parts]
+            [
+                gather_pixels(cache, taps, slice_index, places, size)
+                for slice_index, places, size in parts
+            ]
         )
         labels = np.zeros(len(features), dtype=np.int64)
         labels[: self.numbers.num_object] = 1
@@ -109,18 +112,18 @@ class SeedPixels:
         (pixels, 2) rows and columns of its image and the image's size; object pixels first."""
         rng = np.random.default_rng(sample_seed(self.seed, sample_number, "seed pixels"))
         num_background = self.numbers.num_background
-        row = int(self.positive[position])
-        labels = self.pixels.labels.labels(row)
+        slice_index = int(self.positive[position])
+        labels = self.pixels.labels.labels(slice_index)
         has_background = bool((labels == PixelLabel.BACKGROUND).any())
         if not len(self.negative) and has_background:
-            partner, here = row, num_background
+            partner, here = slice_index, num_background
         else:
             partners = self.negative if len(self.negative) else self.with_background
             partner = int(rng.choice(partners))
             here = num_background // 2 if has_background else 0
         objects = _draw(np.flatnonzero(labels == PixelLabel.OBJECT), self.numbers.num_object, rng)
-        chosen = np.concatenate([objects, self._background(row, labels, here, rng)])
-        parts = [(row, _places(chosen, labels), _size(labels))]
+        chosen = np.concatenate([objects, self._background(slice_index, labels, here, rng)])
+        parts = [(slice_index, _places(chosen, labels), _size(labels))]
         if there := num_background - here:
             labels = self.pixels.labels.labels(partner)
             chosen = self._background(partner, labels, there, rng)
@@ -128,7 +131,7 @@ class SeedPixels:
         return parts
 
     def _background(
-        self, row: int, labels: Labels, count: int, rng: np.random.Generator
+        self, slice_index: int, labels: Labels, count: int, rng: np.random.Generator
     ) -> IntArray:
         """Flat positions of background pixels; the first of them hard ones, where asked for."""
         if not count:
@@ -137,7 +140,7 @@ class SeedPixels:
         num_hard = round(self.numbers.hard_negatives * count)
         if not num_hard:
             return _draw(candidates, count, rng)
-        activation = strongest_activation(self.pixels.cache, row, labels)
+        activation = strongest_activation(self.pixels.cache, slice_index, labels)
         pool = candidates[_highest(activation.reshape(-1)[candidates], self.numbers.hard_pool)]
         hard = _draw(pool, num_hard, rng)
         is_left = labels.reshape(-1) == PixelLabel.BACKGROUND
@@ -146,7 +149,7 @@ class SeedPixels:
         return np.concatenate([hard, _draw(left, count - num_hard, rng)])
 
 
-def strongest_activation(cache: FeatureCache, row: int, labels: Labels) -> FloatArray:
+def strongest_activation(cache: FeatureCache, slice_index: int, labels: Labels) -> FloatArray:
     """How much a slice's maps speak for the object, (height, width) in [0, 1].
 
     The larger of activation and gradient map, each scaled to [0, 1] over the labelled pixels of
@@ -155,7 +158,7 @@ def strongest_activation(cache: FeatureCache, row: int, labels: Labels) -> Float
     known = np.flatnonzero(labels >= 0)
     strongest = np.zeros(len(known), np.float32)
     for name in ACTIVATIONS:
-        values = _float32(cache.read(name, row).reshape(-1)[known])
+        values = _float32(cache.read(name, slice_index).reshape(-1)[known])
         low, high = values.min(), values.max()
         if high > low:  # a constant map says nothing
             np.maximum(strongest, (values - low) / (high - low), out=strongest)
@@ -165,14 +168,18 @@ def strongest_activation(cache: FeatureCache, row: int, labels: Labels) -> Float
 
 
 def gather_pixels(
-    cache: FeatureCache, taps: Sequence[str], row: int, pixels: IntArray, size: tuple[int, int]
+    cache: FeatureCache,
+    taps: Sequence[str],
+    slice_index: int,
+    pixels: IntArray,
+    size: tuple[int, int],
 ) -> FloatArray:
     """Features (pixels, channels of all taps) of one slice at `pixels` (n, 2), rows and columns of
     an image of `size`: the same values as bilinear upsampling (half-pixel centres) and indexing."""
     parts = []
     for tap in taps:
-        values = interpolate_at(cache.read(tap, row), pixels, size)
-        scale = cache.scale(tap, row)
+        values = interpolate_at(cache.read(tap, slice_index), pixels, size)
+        scale = cache.scale(tap, slice_index)
         parts.append(values if scale is None else values * scale.reshape(-1))
     return np.concatenate(parts, axis=1)
 

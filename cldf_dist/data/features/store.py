@@ -27,10 +27,10 @@ from cldf_dist.data.features.chunk_file import (
 )  # fmt: skip
 from cldf_dist.data.features.store_creation import (
     FORMAT,
-    KEY_BYTES,
     OWN,
     VERSION,
     create_store,
+    encoded_key,
 )
 
 Array = npt.NDArray[Any]
@@ -110,11 +110,11 @@ class FeatureCache:
     def slices_per_shard(self) -> int:
         return int(self._attributes["slices_per_shard"])
 
-    def row_shape(self, name: str) -> tuple[int, ...]:
+    def slice_shape(self, name: str) -> tuple[int, ...]:
         """Shape of one slice of an array."""
         return tuple(self._array(name).shape[1:])
 
-    def rows_of(self, shard: int) -> range:
+    def slices_of(self, shard: int) -> range:
         first = shard * self.slices_per_shard
         return range(first, min(first + self.slices_per_shard, len(self)))
 
@@ -135,14 +135,14 @@ class FeatureCache:
         folder = self.folder / "done" / "c"
         begun = set(os.listdir(folder)) if folder.is_dir() else set()
         done = (s for s in shards if s in self._known_done or (str(s) in begun and self.is_done(s)))
-        return sum(len(self.rows_of(shard)) for shard in done)
+        return sum(len(self.slices_of(shard)) for shard in done)
 
     def write_shard(self, shard: int, keys: Sequence[str], values: Mapping[str, Array]) -> None:
         """Write one whole shard; the caller is its only writer. `done` comes last."""
-        rows = self.rows_of(shard)
-        if len(keys) != len(rows) or set(values) != set(self.names):
+        slice_indices = self.slices_of(shard)
+        if len(keys) != len(slice_indices) or set(values) != set(self.names):
             raise ValueError(
-                f"shard {shard} takes {len(rows)} slices of {self.names}, "
+                f"shard {shard} takes {len(slice_indices)} slices of {self.names}, "
                 f"got {len(keys)} of {sorted(values)}"
             )
         stored = {
@@ -153,7 +153,10 @@ class FeatureCache:
         for name, value in stored.items():
             self._write(name, shard, value)
         self._write("key", shard, np.stack([encoded_key(key) for key in keys]))
-        marks = [_checksum([stored[name][i] for name in self.names]) + 1 for i in range(len(rows))]
+        marks = [
+            _checksum([stored[name][i] for name in self.names]) + 1
+            for i in range(len(slice_indices))
+        ]
         self._write("done", shard, np.array(marks, dtype=np.uint64))
 
     def discard(self, shard: int) -> None:
@@ -163,65 +166,65 @@ class FeatureCache:
             self._mapped.pop((name, shard), None)
         self._known_done.discard(shard)
 
-    def read(self, name: str, row: int) -> Array:
+    def read(self, name: str, slice_index: int) -> Array:
         """One slice of an array, as stored, read-only.
 
         KeyError for an unknown array, RuntimeError where the slice was never written,
         DamagedShardError (a ValueError) where its bytes are lost or changed.
         """
-        shard, place = divmod(row, self.slices_per_shard)
+        shard, place = divmod(slice_index, self.slices_per_shard)
         stamped = self._mapped.get((name, shard))
         if stamped is None or _stamp(self._file(name, shard)[0]) != stamped[0]:
             return self._map(name, shard).chunk(place)
         return stamped[1].chunk(place)
 
-    def scale(self, tap: str, row: int) -> npt.NDArray[np.float32] | None:
+    def scale(self, tap: str, slice_index: int) -> npt.NDArray[np.float32] | None:
         """(levels, channels) by which a tap's stored whole numbers are multiplied; else None."""
-        return self.read(tap + SCALE, row) if tap + SCALE in self.names else None
+        return self.read(tap + SCALE, slice_index) if tap + SCALE in self.names else None
 
-    def damaged_rows(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
+    def damaged_slices(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
         """The rows of a shard whose bytes are lost or not those that were signed, or whose stored
         key is not that of `keys`, the keys of all rows."""
-        rows = self.rows_of(shard)
+        slice_indices = self.slices_of(shard)
         try:
             marks = self._own("done", shard)
             stored = self._own("key", shard)
         except (FileNotFoundError, DamagedShardError):
-            return list(rows)
+            return list(slice_indices)
         return [
-            row
-            for place, row in enumerate(rows)
-            if not self._is_intact(row, int(marks[place]))
-            or (keys is not None and bytes(stored[place]) != bytes(encoded_key(keys[row])))
+            slice_index
+            for place, slice_index in enumerate(slice_indices)
+            if not self._is_intact(slice_index, int(marks[place]))
+            or (keys is not None and bytes(stored[place]) != bytes(encoded_key(keys[slice_index])))
         ]
 
-    def _is_intact(self, row: int, mark: int) -> bool:
+    def _is_intact(self, slice_index: int, mark: int) -> bool:
         try:
-            return _checksum([self.read(name, row) for name in self.names]) + 1 == mark
+            return _checksum([self.read(name, slice_index) for name in self.names]) + 1 == mark
         except (DamagedShardError, RuntimeError):  # lost, changed, or never written
             return False
 
-    def verify(self, row: int) -> bool:
+    def verify(self, slice_index: int) -> bool:
         """True where the slice's bytes are those that were signed."""
-        return row not in self.damaged_rows(row // self.slices_per_shard)
+        return slice_index not in self.damaged_slices(slice_index // self.slices_per_shard)
 
     def column(self, name: str) -> Array:
         """A small array (labels, probabilities) whole; zeros for slices not yet written."""
-        shape, dtype = self.row_shape(name), self._array(name).dtype
+        shape, dtype = self.slice_shape(name), self._array(name).dtype
         result = np.zeros((len(self), *shape), dtype)
         for shard in filter(self.is_done, range(self.num_shards)):
-            rows = self.rows_of(shard)
+            slice_indices = self.slices_of(shard)
             if name in OWN:
-                result[rows.start : rows.stop] = self._own(name, shard)
+                result[slice_indices.start : slice_indices.stop] = self._own(name, shard)
             else:
-                for row in rows:
-                    result[row] = self.read(name, row)
+                for slice_index in slice_indices:
+                    result[slice_index] = self.read(name, slice_index)
         return result
 
     @property
     def keys(self) -> list[str]:
         """Of every slice; empty for those not yet written."""
-        return [bytes(row).rstrip(b"\0").decode() for row in self.column("key")]
+        return [bytes(slice_index).rstrip(b"\0").decode() for slice_index in self.column("key")]
 
     def sweep(self, shards: Iterable[int]) -> int:
         """Remove what killed writers of these shards left behind; the number of files."""
@@ -270,16 +273,16 @@ class FeatureCache:
     def _check_done(self, name: str, shard: int) -> None:
         self._array(name)
         if not self.is_done(shard):
-            rows = self.rows_of(shard)
+            first, last = self.slices_of(shard)[0], self.slices_of(shard)[-1]
             raise RuntimeError(
-                f"slices {rows.start} to {rows.stop - 1} of {self.folder} were never written; run: "
-                f"cldf cache CONFIG (and if the stage is finished, {REPAIR})"
+                f"slices {first} to {last} of {self.folder} were never written; run: cldf cache "
+                f"CONFIG (and if the stage is finished, {REPAIR})"
             )
 
     def _own(self, name: str, shard: int) -> Array:
         """`key` or `done` of a shard, whole. FileNotFoundError where it was not written."""
         array = self._array(name)
-        count = len(self.rows_of(shard))
+        count = len(self.slices_of(shard))
         try:
             return read_shard_file(
                 self._path(name, shard), self.slices_per_shard, count, array.shape[1:], array.dtype
@@ -312,13 +315,6 @@ def _stamp(path: str) -> Stamp | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def encoded_key(key: str) -> npt.NDArray[np.uint8]:
-    raw = key.encode()
-    if len(raw) > KEY_BYTES:
-        raise ValueError(f"slice key {key!r} has {len(raw)} bytes; the cache takes {KEY_BYTES}")
-    return np.frombuffer(raw.ljust(KEY_BYTES, b"\0"), dtype=np.uint8)
 
 
 def _checksum(parts: Sequence[Array]) -> int:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
@@ -95,3 +97,11 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
     except OSError:
         if not (folder / "zarr.json").exists():  # else another process was faster
             raise
+
+
+def encoded_key(key: str) -> npt.NDArray[np.uint8]:
+    """A slice's key as the store holds it; ValueError where it is too long."""
+    raw = key.encode()
+    if len(raw) > KEY_BYTES:
+        raise ValueError(f"slice key {key!r} has {len(raw)} bytes; the cache takes {KEY_BYTES}")
+    return np.frombuffer(raw.ljust(KEY_BYTES, b"\0"), dtype=np.uint8)

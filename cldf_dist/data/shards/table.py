@@ -137,55 +137,55 @@ class SliceTable:
         """True for each row that has a mask; nothing is read for it."""
         return np.asarray(self._masks[:, 0] >= 0)
 
-    def read_image(self, row: int) -> Floats:
+    def read_image(self, slice_index: int) -> Floats:
         """One slice, (channels, height, width) in [-1, 1]."""
-        return dequantise(self._read_array(row, self._images[row], IMAGE))
+        return dequantise(self._read_array(slice_index, self._images[slice_index], IMAGE))
 
-    def read_stored(self, row: int, out: Stored | None = None) -> Stored:
+    def read_stored(self, slice_index: int, out: Stored | None = None) -> Stored:
         """One slice as it is stored, (channels, height, width) int16.
 
         `out`, where given, takes it without a copy in between; it must be contiguous.
         """
-        span = self._images[row]
+        span = self._images[slice_index]
         if out is None:
-            return self._read_array(row, span, IMAGE).copy()
+            return self._read_array(slice_index, span, IMAGE).copy()
         header = np.empty(max(int(span[1]) - out.nbytes, 0), np.uint8)
         whole = len(header) > NPY_PREFIX and out.flags.c_contiguous
         if whole:
-            self._read(row, span, IMAGE, [header, out])
+            self._read(slice_index, span, IMAGE, [header, out])
             whole = _header_length(header) == len(header)
             whole = whole and (out.shape, out.dtype) == _npy_layout(header.tobytes())
         if not whole:
-            like = self._read_array(row, span, IMAGE)
+            like = self._read_array(slice_index, span, IMAGE)
             raise ValueError(
                 f"out must be a contiguous array of {like.shape} {like.dtype}, "
                 f"got {out.shape} {out.dtype}"
             )
         return out
 
-    def read_images(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
+    def read_images(self, slice_indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
         """Several slices, (num_rows, channels, height, width)."""
-        return np.stack([self.read_image(int(row)) for row in rows])
+        return np.stack([self.read_image(int(slice_index)) for slice_index in slice_indices])
 
-    def read_mask(self, row: int) -> Mask | None:
+    def read_mask(self, slice_index: int) -> Mask | None:
         """The mask, (height, width), or None where there is none.
 
         For reference rows, evaluation and diagnostics only: CLDF never trains on masks.
         """
-        if self._masks[row, 0] < 0:
+        if self._masks[slice_index, 0] < 0:
             return None
-        return np.asarray(self._read_array(row, self._masks[row], MASK) > 0)
+        return np.asarray(self._read_array(slice_index, self._masks[slice_index], MASK) > 0)
 
     def without_damaged(self) -> "SliceTable":
         """The rows whose images pass their checksum; warns with the number of the others."""
         intact, damaged = [], []
-        for row in range(len(self)):
+        for slice_index in range(len(self)):
             try:
-                self._read_array(row, self._images[row], IMAGE)
+                self._read_array(slice_index, self._images[slice_index], IMAGE)
             except DamagedShardError as error:
                 damaged.append(str(error))
             else:
-                intact.append(row)
+                intact.append(slice_index)
         if not damaged:
             return self
         warnings.warn(
@@ -193,30 +193,36 @@ class SliceTable:
             f"the first: {damaged[0]}",
             stacklevel=3,
         )
-        return self._rows(intact)
+        return self._selected(intact)
 
-    def _rows(self, rows: list[int]) -> "SliceTable":
+    def _selected(self, slice_indices: list[int]) -> "SliceTable":
         table = copy.copy(self)
-        table.keys = tuple(self.keys[row] for row in rows)
-        table.patients = tuple(self.patients[row] for row in rows)
-        table.indices, table.labels = self.indices[rows], self.labels[rows]
-        table.shard_of = self.shard_of[rows]
-        table._images, table._masks = self._images[rows], self._masks[rows]
+        table.keys = tuple(self.keys[slice_index] for slice_index in slice_indices)
+        table.patients = tuple(self.patients[slice_index] for slice_index in slice_indices)
+        table.indices, table.labels = self.indices[slice_indices], self.labels[slice_indices]
+        table.shard_of = self.shard_of[slice_indices]
+        table._images, table._masks = self._images[slice_indices], self._masks[slice_indices]
         return table
 
-    def _read_array(self, row: int, span: npt.NDArray[np.int64], member: str) -> npt.NDArray[Any]:
+    def _read_array(
+        self, slice_index: int, span: npt.NDArray[np.int64], member: str
+    ) -> npt.NDArray[Any]:
         """A view that the next reading overwrites."""
         content = self._files.scratch(int(span[1]))
-        self._read(row, span, member, [content])
+        self._read(slice_index, span, member, [content])
         start = _header_length(content)
         shape, dtype = _npy_layout(content[:start].tobytes())
         return content[start:].view(dtype).reshape(shape)
 
     def _read(
-        self, row: int, span: npt.NDArray[np.int64], member: str, buffers: list[npt.NDArray[Any]]
+        self,
+        slice_index: int,
+        span: npt.NDArray[np.int64],
+        member: str,
+        buffers: list[npt.NDArray[Any]],
     ) -> None:
         """Fill the buffers, one after the other, with a member whose checksum is right."""
-        shard = int(self.shard_of[row])
+        shard = int(self.shard_of[slice_index])
         offset, length, checksum = span.tolist()
         for _ in range(2):
             num_read, found = self._files.read(shard, offset, buffers), 0
@@ -226,7 +232,7 @@ class SliceTable:
                 return
             if not self._files.drop_copy(shard):  # a staged one is fetched again
                 break
-        path, name = self._files.path(shard), f"{self.keys[row]}.{member}"
+        path, name = self._files.path(shard), f"{self.keys[slice_index]}.{member}"
         if num_read != length:
             raise DamagedShardError(f"{path} is truncated: {name} is incomplete; {REMEDY}")
         raise DamagedShardError(f"{path} is damaged: {name} has a wrong crc32c; {REMEDY}")

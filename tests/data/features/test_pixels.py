@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     rng = np.random.default_rng(0)
     for shard in range(3):
         values = {name: rng.normal(size=(2, *shape)) for name, (shape, _) in SHAPES.items()}
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         values["seeds"] = make_seeds()[rows.start : rows.stop]
         for place, row in enumerate(rows):
             values["up1.1"][place, ..., 0] = row

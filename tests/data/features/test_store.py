@@ -59,7 +59,7 @@ def empty(folder: Path) -> FeatureCache:
 
 def write(cache: FeatureCache, *shards: int) -> None:
     for shard in shards:
-        rows = cache.rows_of(shard)
+        rows = cache.slices_of(shard)
         cache.write_shard(shard, keys(rows), values(rows))
 
 
@@ -86,7 +86,7 @@ def test_what_was_written_is_read(cache: FeatureCache) -> None:
     assert cache.num_shards == 3
     assert cache.names == list(ARRAYS)
     assert cache.attributes["taps"] == ["up0.1"]
-    assert cache.row_shape("up0.1") == (2, 4, 4, 3)
+    assert cache.slice_shape("up0.1") == (2, 4, 4, 3)
     expected = values(range(NUM_SLICES))
     for row in range(NUM_SLICES):
         for name, (shape, dtype) in ARRAYS.items():
@@ -234,7 +234,7 @@ def test_leftovers_of_killed_writers_of_these_shards_are_swept(cache: FeatureCac
 
 def test_a_key_has_a_longest_length(tmp_path: Path) -> None:
     cache = empty(tmp_path)
-    rows = cache.rows_of(2)
+    rows = cache.slices_of(2)
     longest = "é" * (KEY_BYTES // 2)
     cache.write_shard(2, [longest], values(rows))
     assert cache.keys[6] == longest
@@ -348,18 +348,18 @@ def test_a_folder_in_the_place_of_a_file_is_damage(cache: FeatureCache, name: st
     path.unlink()
     path.mkdir()
     fresh = FeatureCache(cache.folder)
-    assert fresh.damaged_rows(1) == [3, 4, 5]
+    assert fresh.damaged_slices(1) == [3, 4, 5]
     fresh.write_shard(1, keys(range(3, 6)), values(range(3, 6)))
-    assert not fresh.damaged_rows(1, keys(range(NUM_SLICES)))
+    assert not fresh.damaged_slices(1, keys(range(NUM_SLICES)))
 
 
 def test_a_key_of_another_slice_is_damage(cache: FeatureCache) -> None:
     expected = keys(range(NUM_SLICES))
-    assert not cache.damaged_rows(1, expected)
+    assert not cache.damaged_slices(1, expected)
     other = [*expected[:4], "somebody else", *expected[5:]]
-    assert cache.damaged_rows(1, other) == [4]
+    assert cache.damaged_slices(1, other) == [4]
     cache._path("key", 1).unlink()
-    assert cache.damaged_rows(1, expected) == [3, 4, 5]
+    assert cache.damaged_slices(1, expected) == [3, 4, 5]
     with pytest.raises(DamagedShardError, match=r"key/c/1/0 is lost; run: cldf cache CONFIG cache"):
         FeatureCache(cache.folder).keys  # noqa: B018
 
