@@ -18,10 +18,10 @@ import torch
 from train_setup import BareLoop, arithmetic, made_up_batches, make_task, meta_net
 
 from cldf_dist.config import Config
-from cldf_dist.inference.loading import shard_set, training_stream
 from cldf_dist.nets.attention import use_attention, xformers_fault
 from cldf_dist.runs.run import Run
 from cldf_dist.training.fit import fit
+from cldf_dist.training.on_slices import shard_set, training_stream
 
 NUM_BATCHES = 4  # in turn
 STAGE = "train-diffusion"

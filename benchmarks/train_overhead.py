@@ -22,10 +22,10 @@ from train_setup import BareLoop, arithmetic, made_up_batches, make_task
 from cldf_dist.config import Config
 from cldf_dist.data.loader_workers import Batch
 from cldf_dist.data.stream import Stream
-from cldf_dist.inference.loading import shard_set, training_stream
 from cldf_dist.runs.run import Run
 from cldf_dist.training.ema import MovingAverage
 from cldf_dist.training.fit import fit
+from cldf_dist.training.on_slices import shard_set, training_stream
 from cldf_dist.training.step_metrics import SkippedSteps, StepMeans
 
 CPU = torch.device("cpu")

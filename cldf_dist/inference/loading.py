@@ -1,4 +1,4 @@
-"""What several stages load: slices as a stream, and the trained nets with their noise schedule."""
+"""The trained nets of a run with their noise schedule, frozen, on this process's device."""
 
 from __future__ import annotations
 
@@ -9,37 +9,15 @@ import torch
 from torch import nn
 
 from cldf_dist import config as settings
-from cldf_dist.config import Augment, Config, build_section
-from cldf_dist.data.shards.remote import ShardCache
-from cldf_dist.data.shards.table import ShardSet
-from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.config import Config, build_section
 from cldf_dist.method.noise import Schedule
 from cldf_dist.nets.classifiers import CamClassifier, NoisyClassifier
 from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.nets.patch_classifier import PatchClassifier
 from cldf_dist.nets.unet import build_unet
-from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator
 from cldf_dist.system.memory_format import fast_memory_format
 from cldf_dist.training.export import load_net, read_description
-
-
-def shard_set(config: Config, run: Run) -> ShardSet:
-    """The prepared slices, wherever they lie."""
-    cache = ShardCache.of(config.data)
-    return ShardSet(run.needs("prepare"), on_damaged=config.data.on_damaged, cache=cache)
-
-
-def training_stream(config: Config, shards: ShardSet, augment: Augment) -> Stream:
-    """Labelled slices of the training patients, changed at random."""
-    items = LabelledSlices(shards.split("train"), augment, config.seed)
-    return Stream(items, items.groups, config.seed)
-
-
-def validation_stream(config: Config, shards: ShardSet) -> Stream:
-    """Labelled slices of the validation patients as they are."""
-    items = LabelledSlices(shards.split("validation"), None, config.seed)
-    return Stream(items, items.groups, config.seed)
 
 
 def noise_schedule(config: Config) -> Schedule:

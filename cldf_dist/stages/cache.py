@@ -37,7 +37,6 @@ from cldf_dist.inference.feature_extraction import (
     slice_shapes,
 )
 from cldf_dist.inference.frozen_nets import FrozenNets
-from cldf_dist.inference.loading import shard_set
 from cldf_dist.inference.run_store import (
     as_begun,
     check_count,
@@ -53,6 +52,7 @@ from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, processes
 from cldf_dist.system.progress import progress
+from cldf_dist.training.on_slices import shard_set
 from cldf_dist.training.time_estimate import in_words
 
 TIMED_SLICES = 4

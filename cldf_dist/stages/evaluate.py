@@ -94,13 +94,13 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     thresholds = {method: rule["thresholds"][method] for method in methods}
     oracles = _oracles(segment / "scores", patients, thresholds, config)
     cases: list[Case] = []
-    legacy: list[ProtocolSlice] = []
+    protocol: list[ProtocolSlice] = []
     with progress("evaluate", len(patients), "patients") as counter:
         for patient in patients:
             cases += _score_patient(config, shards, segment, patient, oracles)
             scores = PatientScores.load(segment / "scores", patient)
             truth = read_mask(truth_path(prepare, patient))
-            legacy += score_slices(scores, truth, shards.geometry(patient), methods)
+            protocol += score_slices(scores, truth, shards.geometry(patient), methods)
             counter.advance()
     intensity, of_intensity = oracle_intensity(
         shards,
@@ -112,19 +112,12 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     cached = read_json(cache / DONE)
     summary: dict[str, Any] = {
         "strict": {
-            "methods": _methods_under(cases, HEADLINE, methods, config),
-            "methods_otsu": _methods_under(cases, OTSU, methods, config),
-            "oracle_threshold": {method: oracles[method].best() for method in methods},
+            **_strict(config, cases, oracles, rule),
             ORACLE_INTENSITY: intensity,
-            "comparisons": _comparisons(cases, methods, config, CLDF),
-            "comparisons_plus": _comparisons(cases, methods, config, CLDF_PLUS),
-            "headline_rule": _in_words(rule),
-            "confidence": config.evaluate.confidence,
             "num_test_patients": len(patients),
-            "num_without_object": _num_without_object(cases),
             "num_without_truth": len(shards.patients["test"]) - len(patients),
         },
-        "slice_protocol": slice_protocol_summary(legacy, methods),
+        "slice_protocol": slice_protocol_summary(protocol, methods),
         "weak_validation": weak_validation_of_methods(
             shards, segment / "scores", rule["thresholds"]
         ),
@@ -135,15 +128,45 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
         "mask_method": rule["mask_method"],
     }
     cases += [Case(patient, ORACLE_INTENSITY, ORACLE, score) for patient, score in of_intensity]
-    write_atomically(run.folder / "cases.csv", _as_csv(cases))
-    write_atomically(run.folder / "table.txt", results_table(summary))
-    if patients:
-        write_atomically(run.folder / "slice_protocol.csv", slice_protocol_csv(legacy))
-        write_atomically(run.folder / "slice_protocol.txt", slice_protocol_table(summary))
-    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     dice = {method: row["dice"]["mean"] for method, row in summary["strict"]["methods"].items()}
+    _write(run.folder, summary, cases, protocol)
     run.log(0, {f"dice/{method}": mean for method, mean in dice.items() if mean is not None})
     return {"num_test_patients": len(patients), "dice": dice}
+
+
+def _strict(
+    config: Config,
+    cases: Sequence[Case],
+    oracles: Mapping[str, OracleSearch],
+    rule: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The block of whole patients in summary.json."""
+    methods = list(oracles)
+    return {
+        "methods": _methods_under(cases, HEADLINE, methods, config),
+        "methods_otsu": _methods_under(cases, OTSU, methods, config),
+        "oracle_threshold": {method: oracles[method].best() for method in methods},
+        "comparisons": _comparisons(cases, methods, config, CLDF),
+        "comparisons_plus": _comparisons(cases, methods, config, CLDF_PLUS),
+        "headline_rule": _in_words(rule),
+        "confidence": config.evaluate.confidence,
+        "num_without_object": _num_without_object(cases),
+    }
+
+
+def _write(
+    folder: Path,
+    summary: Mapping[str, Any],
+    cases: Iterable[Case],
+    protocol: Sequence[ProtocolSlice],
+) -> None:
+    """The files of the stage; the slice protocol's only where a patient has a truth mask."""
+    write_atomically(folder / "cases.csv", _as_csv(cases))
+    write_atomically(folder / "table.txt", results_table(summary))
+    if summary["strict"]["num_test_patients"]:
+        write_atomically(folder / "slice_protocol.csv", slice_protocol_csv(protocol))
+        write_atomically(folder / "slice_protocol.txt", slice_protocol_table(summary))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
 
 
 def _seeds_of_plus(config: Config, shards: ShardSet, store: Path, decoder: Path) -> dict[str, Any]:

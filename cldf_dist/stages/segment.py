@@ -18,7 +18,6 @@ from cldf_dist.config import Config
 from cldf_dist.data.formats.nifti import write_nifti
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import Geometry
-from cldf_dist.inference.loading import shard_set
 from cldf_dist.inference.segmenter import Segmenter
 from cldf_dist.labels import SliceLabel
 from cldf_dist.method.threshold import negative_threshold
@@ -34,6 +33,7 @@ from cldf_dist.scoring.weak_validation import weak_validation_of_methods
 from cldf_dist.system.distributed import broadcast_object, processes, wait_for_everyone
 from cldf_dist.system.files import remove_leftovers
 from cldf_dist.system.progress import progress
+from cldf_dist.training.on_slices import shard_set
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 
 from cldf_dist.config import Config, to_plain
-from cldf_dist.data.readers import datasets
-from cldf_dist.inference.loading import shard_set, training_stream, validation_stream
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.nets.classifiers import CamClassifier
 from cldf_dist.runs.run import Run
 from cldf_dist.tasks.classify import Classify
-from cldf_dist.training.export import save_net
-from cldf_dist.training.fit import fit
-from cldf_dist.training.model_card import NetCard, load_with_package, write_card
-from cldf_dist.training.time_estimate import training_time
+from cldf_dist.training.model_card import NetCard, load_with_package
+from cldf_dist.training.on_slices import estimate_on_slices, train_on_slices
 
 NET_CARD = NetCard(
     title="Classifier of clean slices",
@@ -33,28 +30,17 @@ NET_CARD = NetCard(
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
-    settings = config.cam
-    shards = shard_set(config, run)
-    num_channels = len(shards.manifest["channels"])
-    task = _task(config, num_channels)
-    stream = training_stream(config, shards, settings.augment)
-    net = fit(task, stream, settings.fit, run, validation_stream(config, shards))
-    if run.is_main:
-        about = {
-            "kind": "classifier of clean slices",
-            "net": to_plain(settings),
-            "num_channels": num_channels,
-        }
-        save_net(net, run.folder, about)
-        write_card(run, shards, NET_CARD)
-    return {"parameters": sum(p.numel() for p in net.parameters())}
+    """Train and save the net; returns what to keep with DONE."""
+
+    def describe(_shards: ShardSet) -> dict[str, Any]:
+        return {"kind": "classifier of clean slices", "net": to_plain(config.cam)}
+
+    return train_on_slices(config, run, _task, NET_CARD, describe)
 
 
-def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: size of the net, and time."""
-    num_channels = len(datasets.channels(config.data))
-    task = _task(config, num_channels)
-    return training_time(task, config.cam.fit, num_channels, config.data.image_size)
+def estimate(config: Config, _folder: Path) -> dict[str, str]:
+    """The size of the net and the time of its training, as `--dry-run` prints them."""
+    return estimate_on_slices(config, _task, "cam")
 
 
 def _task(config: Config, num_channels: int) -> Classify:

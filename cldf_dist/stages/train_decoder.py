@@ -24,7 +24,6 @@ from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.stream import Stream
 from cldf_dist.inference.cache_parts import STORE
 from cldf_dist.inference.feature_extraction import cached_slices
-from cldf_dist.inference.loading import shard_set
 from cldf_dist.inference.patch_maps import PATCH_TAP, plus_taps
 from cldf_dist.inference.run_store import check_same_slices
 from cldf_dist.inference.seed_cam import patch_logit_agreement
@@ -55,6 +54,7 @@ from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 from cldf_dist.training.export import save_net
 from cldf_dist.training.fit import fit
 from cldf_dist.training.model_card import NetCard, load_with_package, write_card
+from cldf_dist.training.on_slices import shard_set
 
 NET_CARD = NetCard(
     title="Pixel decoder",

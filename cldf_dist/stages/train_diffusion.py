@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,16 @@ import torch
 from torch import nn
 
 from cldf_dist.config import Config, to_plain
-from cldf_dist.data.readers import datasets
-from cldf_dist.inference.loading import (
-    noise_schedule,
-    shard_set,
-    training_stream,
-    validation_stream,
-)
+from cldf_dist.data.shards.table import ShardSet
+from cldf_dist.inference.loading import noise_schedule
 from cldf_dist.nets.attention import use_attention, xformers_fault
 from cldf_dist.nets.unet import build_unet, unet_arguments
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator, broadcast_object, processes
 from cldf_dist.tasks.denoise import Denoise
 from cldf_dist.training.engine import autocast_dtype
-from cldf_dist.training.export import save_net
-from cldf_dist.training.fit import fit
-from cldf_dist.training.model_card import LOAD_WITH_MONAI, NetCard, write_card
-from cldf_dist.training.time_estimate import training_time
+from cldf_dist.training.model_card import LOAD_WITH_MONAI, NetCard
+from cldf_dist.training.on_slices import estimate_on_slices, train_on_slices
 
 NET_CARD = NetCard(
     title="Class-conditional diffusion model of slices",
@@ -45,37 +39,32 @@ NET_CARD = NetCard(
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
+    """Train and save the net; returns what to keep with DONE."""
     settings = config.diffusion
-    shards = shard_set(config, run)
-    num_channels = len(shards.manifest["channels"])
-    task = _task(config, num_channels, config.mixed_precision)
-    stream = training_stream(config, shards, settings.augment)
-    net = fit(task, stream, settings.fit, run, validation_stream(config, shards))
-    if run.is_main:
-        about = {
+
+    def describe(shards: ShardSet) -> dict[str, Any]:
+        channels = shards.manifest["channels"]
+        return {
             "kind": "class-conditional diffusion model",
             "net": to_plain(settings.net),
-            "monai": unet_arguments(settings.net, num_channels),
-            "num_channels": num_channels,
-            "channels": shards.manifest["channels"],
+            "monai": unet_arguments(settings.net, len(channels)),
+            "channels": channels,
             "image_size": config.data.image_size,
             "num_timesteps": settings.num_timesteps,
             "schedule": settings.schedule,
             "prediction": settings.prediction,
         }
-        save_net(net, run.folder, about)
-        write_card(run, shards, NET_CARD)
-    return {"parameters": sum(p.numel() for p in net.parameters())}
+
+    make_task = partial(_task, mixed_precision=config.mixed_precision)
+    return train_on_slices(config, run, make_task, NET_CARD, describe)
 
 
-def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: size of the net, and time."""
-    num_channels = len(datasets.channels(config.data))
-    task = _task(config, num_channels, "no")
-    return training_time(task, config.diffusion.fit, num_channels, config.data.image_size)
+def estimate(config: Config, _folder: Path) -> dict[str, str]:
+    """The size of the net and the time of its training, as `--dry-run` prints them."""
+    return estimate_on_slices(config, _task, "diffusion")
 
 
-def _task(config: Config, num_channels: int, mixed_precision: str) -> Denoise:
+def _task(config: Config, num_channels: int, *, mixed_precision: str = "no") -> Denoise:
     settings = config.diffusion
     torch.manual_seed(config.seed)  # the same initial weights on every process
     net = build_unet(settings.net, num_channels)

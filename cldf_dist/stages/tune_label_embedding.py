@@ -16,14 +16,7 @@ from torch import nn
 
 from cldf_dist.config import Config
 from cldf_dist.data.readers import datasets
-from cldf_dist.inference.loading import (
-    load_diffusion,
-    noise_schedule,
-    place,
-    shard_set,
-    training_stream,
-    validation_stream,
-)
+from cldf_dist.inference.loading import load_diffusion, noise_schedule, place
 from cldf_dist.inference.saliency_agreement import saliency_agreement
 from cldf_dist.nets.unet import build_unet
 from cldf_dist.runs.run import Run
@@ -31,6 +24,7 @@ from cldf_dist.tasks.label_discrimination import LabelDiscrimination
 from cldf_dist.training.export import save_net
 from cldf_dist.training.fit import fit
 from cldf_dist.training.model_card import NetCard, write_card
+from cldf_dist.training.on_slices import shard_set, training_stream, validation_stream
 from cldf_dist.training.time_estimate import training_time
 
 LOAD_TOGETHER = """\
