@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from cldf_dist.config import Config, check
 from cldf_dist.data.formats.nifti import Affine, Volume, check_affine, write_nifti
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.new_scans import Scan, ScanKind, find_scans
 from cldf_dist.data.readers.objects import object_title
-from cldf_dist.data.readers.subject import rule_of, subject_of
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.slices import Geometry, prepare_volume
 from cldf_dist.inference.segmenter import Segmenter
@@ -135,7 +135,7 @@ class ScanSegmenter:
         if image.dtype.kind not in "iuf" or not np.isfinite(image).all():
             raise ValueError(f"{name}: the image must be finite numbers, got {image.dtype}")
         hounsfield = self.kind.hounsfield
-        inside = subject_of(image, rule_of(self.config.data), hounsfield=hounsfield)
+        inside = body_mask_of(image, body_mask_rule(self.config.data), hounsfield=hounsfield)
         affine = check_affine(np.asarray(affine, np.float64), name)
         return self.segment_volume(Volume(name, image, inside, None, affine, hounsfield=hounsfield))
 

@@ -12,9 +12,9 @@ from cldf_dist.__main__ import main
 from cldf_dist.cli.new_scans import Segmentation, load_segmenter
 from cldf_dist.config import Data
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
+from cldf_dist.data.readers.body_mask import body_mask_of
 from cldf_dist.data.readers.new_scans import ScanKind, find_scans
 from cldf_dist.data.readers.phantom import CHANNELS, PhantomSettings, phantom_patient
-from cldf_dist.data.readers.subject import subject_of
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 ONE_CHANNEL = ScanKind(Data(dataset="nnunet", root="gone"), ("t2",), hounsfield=False)
@@ -265,6 +265,6 @@ def test_an_output_that_cannot_be_kept_is_told_before_the_work(
 
 def test_the_subject_does_not_depend_on_the_scale_of_the_values() -> None:
     image, _ = phantom_image(33)
-    expected = subject_of(image, "tissue")
+    expected = body_mask_of(image, "tissue")
     for scale in (1e-5, 1 / 1200, 7.0):
-        np.testing.assert_array_equal(subject_of(image * np.float32(scale), "tissue"), expected)
+        np.testing.assert_array_equal(body_mask_of(image * np.float32(scale), "tissue"), expected)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cldf_dist.config import Data
 from cldf_dist.data.formats.nifti import Volume, check_same_grid, read_nifti, stack_channels
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_mask, object_values
-from cldf_dist.data.readers.subject import rule_of, subject_of
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 WHOLE_TUMOUR = USUAL_OBJECTS["brats"]
@@ -64,7 +64,7 @@ def listing_faults(settings: Data, patient: str) -> list[str]:
 def read_patient(settings: Data, patient: str) -> Volume:
     """One patient; channels in the order of CHANNELS."""
     folder = Path(settings.root) / patient
-    return read_scan(folder, object_name=settings.object, subject=rule_of(settings))
+    return read_scan(folder, object_name=settings.object, subject=body_mask_rule(settings))
 
 
 def brats_patients(root: str | Path) -> list[str]:
@@ -120,7 +120,7 @@ def read_scan(
     return Volume(
         patient=folder.name,
         image=image,
-        body_mask=subject_of(image, subject),
+        body_mask=body_mask_of(image, subject),
         mask=mask,
         affine=scans[reference][1],
         sources=tuple(str(paths[channel]) for channel in CHANNELS),

@@ -21,9 +21,9 @@ from cldf_dist.data.formats.chaos_masks import (
 )
 from cldf_dist.data.formats.dicom import Series, dicom_files, group_series, read_series
 from cldf_dist.data.formats.nifti import Volume, check_same_grid, stack_channels
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.chaos_phases import PHASE_FOLDERS, phases
 from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_parts
-from cldf_dist.data.readers.subject import rule_of, subject_of
 
 CHANNELS = {"mr_t1": ("in_phase", "out_phase"), "mr_t2": ("t2_spir",), "ct": ("ct",)}
 SEQUENCES = {"mr_t1": ("MR", "T1DUAL"), "mr_t2": ("MR", "T2SPIR"), "ct": ("CT", "")}
@@ -126,7 +126,7 @@ def _read(scan: _Scan, settings: Data) -> Volume:
     return Volume(
         patient=scan.patient,
         image=image,
-        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
         mask=mask,
         affine=series[0].affine,
         sources=tuple(str(_folder(one)) for one in series),

@@ -24,8 +24,8 @@ from cldf_dist.data.formats.dicom import Series, dicom_files, read_series
 from cldf_dist.data.formats.dicom_slice import quiet, read_dataset
 from cldf_dist.data.formats.label_table import LabelTable, axis_to_head, read_labels
 from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.objects import object_mask
-from cldf_dist.data.readers.subject import rule_of, subject_of
 
 MASKS = ("mask.nii.gz", "mask.nii")
 LAYOUT = "<root>/<patient>/<file> of one series, or <root>/<patient>/<channel>/<file> of several"
@@ -98,7 +98,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
     return Volume(
         patient=patient,
         image=image,
-        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
         mask=_mask(folder, sources[0], first),
         affine=series[0].affine,
         sources=tuple(str(source) for source in sources),

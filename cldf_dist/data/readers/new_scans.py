@@ -14,7 +14,7 @@ from cldf_dist.config import Data
 from cldf_dist.data.formats import dicom
 from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
 from cldf_dist.data.readers import brats
-from cldf_dist.data.readers.subject import rule_of, subject_of
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 # what lies beside scans but is none: masks as several tools name them, and what we write
@@ -153,7 +153,7 @@ def _parts_below(scan: Scan, top: Path) -> tuple[str, ...]:
 
 
 def _brats_scan(folder: Path, kind: ScanKind) -> Scan:
-    read = partial(brats.read_scan, folder, with_mask=False, subject=rule_of(kind.settings))
+    read = partial(brats.read_scan, folder, with_mask=False, subject=body_mask_rule(kind.settings))
     return Scan(folder.name, read, folder)
 
 
@@ -251,7 +251,7 @@ def _volume(
     return Volume(
         patient=name,
         image=image,
-        body_mask=subject_of(image, rule_of(kind.settings), hounsfield=kind.hounsfield),
+        body_mask=body_mask_of(image, body_mask_rule(kind.settings), hounsfield=kind.hounsfield),
         mask=None,
         affine=scans[0][1],
         sources=tuple(places),

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from cldf_dist.config import Data
 from cldf_dist.data.formats.label_table import axis_to_head, read_labels
 from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.objects import object_mask, object_parts
-from cldf_dist.data.readers.subject import rule_of, subject_of
 
 IMAGES, MASKS, DESCRIPTION = "imagesTr", "labelsTr", "dataset.json"
 LAYOUT = f"<root>/{DESCRIPTION}, <root>/{IMAGES}/<case>_0000.nii.gz, <root>/{MASKS}/<case>.nii.gz"
@@ -124,7 +124,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
     return Volume(
         patient=patient,
         image=image,
-        body_mask=subject_of(image, rule_of(settings), hounsfield=hounsfield),
+        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
         mask=_mask(settings, patient, description, paths[0], scans[0]),
         affine=affine,
         sources=tuple(str(path) for path in paths),

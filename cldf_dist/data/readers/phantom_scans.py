@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cldf_dist.config import Data
 from cldf_dist.data.formats.nifti import Volume
+from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
 from cldf_dist.data.readers.phantom import CHANNELS, PhantomSettings, phantom_patient
-from cldf_dist.data.readers.subject import rule_of, subject_of
 
 
 def channels(settings: Data) -> tuple[str, ...]:
@@ -41,5 +41,5 @@ def read_patient(settings: Data, patient: str) -> Volume:
         raise ValueError(f"the phantom has patients {names[0]} to {names[-1]}; got {patient!r}")
     made = PhantomSettings(**dataclasses.asdict(settings.phantom))
     image, mask, affine = phantom_patient(names.index(patient), made)
-    inside = subject_of(image, rule_of(settings))
+    inside = body_mask_of(image, body_mask_rule(settings))
     return Volume(patient, image, inside, mask > 0, affine)

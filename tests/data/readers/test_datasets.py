@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cldf_dist.config import Data, Phantom
+from cldf_dist.data.readers.body_mask import bright_body_mask
 from cldf_dist.data.readers.datasets import (
     channels,
     check_listing,
@@ -16,7 +17,6 @@ from cldf_dist.data.readers.datasets import (
     read_patient,
     source_fingerprint,
 )
-from cldf_dist.data.readers.subject import nonzero_mask
 from cldf_dist.data.slices import body_mask, prepare_volume
 
 PHANTOM = Data(
@@ -53,7 +53,7 @@ def test_subject_is_the_largest_part_without_holes() -> None:
     image[0, 5:30, 5:30] = 1000
     image[0, 12:20, 12:20] = 0
     image[0, 34:38, 34:38] = 1000
-    mask = nonzero_mask(image)
+    mask = bright_body_mask(image)
     assert mask[15, 15].all()
     assert not mask[34:38, 34:38].any()
     assert 25**2 <= mask[:, :, 1].sum() <= 27**2  # at most a pixel of blur around it
