@@ -36,9 +36,10 @@ class Method:
     section: str = ""  # of the settings that its scores alone depend on
     enabled: str = ""  # the setting that leaves it out where it is false
     is_bounded: bool = True  # scores lie in [0, 1]; others are scaled within the patient to be seen
-    in_variants: bool = False  # scored in every variant of a study, without being asked for
-    # whether the table of variants shows it; "asked": where a variant's `segment.methods` names it
-    in_ablations: Literal["always", "asked", "never"] = "asked"
+    in_variants: bool = False  # scored in every variant of a study, without being requested
+    # whether the table of variants shows it; "requested": where a variant's `segment.methods` names
+    # it
+    in_ablations: Literal["always", "requested", "never"] = "requested"
 
     @property
     def saw_masks(self) -> bool:

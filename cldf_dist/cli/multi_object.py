@@ -95,10 +95,10 @@ def merge_runs(config: Config, parts: Sequence[Config]) -> Path:
         )
     )
     target = config.run_folder / "multi_object"
-    rows = {name: mask_method(folder) for name, folder in folders.items()}
+    methods = {name: mask_method(folder) for name, folder in folders.items()}
     for file in files:
         found = {
-            name: _found(folder / "masks" / rows[name] / file, folder / "probability" / file)
+            name: _found(folder / "masks" / methods[name] / file, folder / "probability" / file)
             for name, folder in folders.items()
         }
         _write_label_map(target / "masks" / file, found)
@@ -107,7 +107,7 @@ def merge_runs(config: Config, parts: Sequence[Config]) -> Path:
 
 
 def mask_method(segment: Path) -> str:
-    """The row whose masks a finished run stands for."""
+    """The method whose masks a finished run stands for."""
     return str(read_json(segment / "thresholds.json")["mask_method"])
 
 

@@ -151,7 +151,7 @@ class ScanSegmenter:
         slices, geometry = prepare_volume(anonymous, config.data)
         if not slices:
             raise ValueError(
-                f"{volume.patient}: no slice shows enough of the subject (data.min_body_fraction)"
+                f"{volume.patient}: no slice shows enough of the body (data.min_body_fraction)"
             )
         images = np.stack([item.image for item in slices])
         keys = [item.key for item in slices]
@@ -207,7 +207,7 @@ def load_segmenter(
 
 
 def segment_new(config: Config, leave_out: Path) -> tuple[list[Path], list[str]]:
-    """Masks for this process's share of the new scans at config.input, written to config.output.
+    """Masks for this process's part of the new scans at config.input, written to config.output.
 
     The run's own settings count, those of the command line must not contradict them. Scans in
     `leave_out`, the folder of all outputs, are not looked at. Returns the masks written, and one

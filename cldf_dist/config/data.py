@@ -53,11 +53,11 @@ class Data:
     validation_fraction: Annotated[Positive, Mark.DRAWS_SPLIT] = 0.15  # of the patients
     test_fraction: Annotated[Positive, Mark.DRAWS_SPLIT] = 0.25  # of the patients
     split_seed: Annotated[int, Mark.DRAWS_SPLIT] = 0
-    # pixels; slices are cropped to the subject and resampled to a square
+    # pixels; slices are cropped to the body and resampled to a square
     image_size: Annotated[int, Interval(ge=16, le=LARGEST_IMAGE)] = 128
     min_object_pixels: Count = 50  # in-plane pixels of the original scan that make a slice positive
     min_body_fraction: float = 0.05  # of the square; emptier slices are not used
-    # how the subject is told from the air
+    # how the body is separated from the air
     subject: Annotated[Literal["auto", "nonzero", "tissue"], Mark.SELECTS_SOURCE] = "auto"
     # (low, high) of the stored values, mapped to [-1, 1] in place of the robust standardisation;
     # empty: the abdominal window for CT, the robust standardisation for everything else
@@ -85,6 +85,6 @@ class Augment:
     flip: bool = True  # left-right; switch off where sides differ (abdomen)
     rotate_degrees: float = 10.0  # uniform in +- this
     scale: float = 0.08  # uniform relative change of size in +- this
-    shift: float = 0.03  # uniform shift in +- this, as a share of the image size
+    shift: float = 0.03  # uniform shift in +- this, as a fraction of the image size
     intensity: float = 0.05  # standard deviation of the channel-wise gain
     probability: float = 0.8  # of the affine and intensity part

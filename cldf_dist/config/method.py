@@ -1,4 +1,4 @@
-"""Settings of what the frozen nets are asked: maps, features, seeds, scores and masks."""
+"""Settings of what the frozen nets make: maps, features, seeds, scores and masks."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -69,7 +69,7 @@ class Plus:
     # scaled to [0, 1] within the slice, exceeds this; 0: the patch logits alone decide
     cam_threshold: FractionBelowOne = 0.3
     # least mean correlation of patch probability and activation map on positive training slices,
-    # else the method is left out: one of the two does not show the object; -1: it is not asked
+    # else the method is left out: one of the two does not show the object; -1: it is not checked
     min_agreement: Annotated[float, Interval(ge=-1, lt=1)] = 0.2
     # the patch classifier's activations are features too
     patch_tap: Annotated[bool, Mark.DECIDES_CACHE] = True
@@ -79,7 +79,7 @@ class Plus:
 class Cache:
     slices_per_shard: Count = 16  # every array is cut here: one file, one writer
     batch_size: Annotated[Count, Mark.HARMLESS] = 16  # slices per forward pass and process
-    # i/n: only this share of the slices, for one job of an array
+    # i/n: only this part of the slices, for one job of an array
     part: Annotated[str, Mark.HARMLESS] = ""
     # look for damage, and make again what is damaged
     verify: Annotated[bool, Mark.HARMLESS] = False
@@ -122,7 +122,7 @@ class CgCdm:
     timestep: int = 250
     steps: int = 10  # adjacent DDIM steps
     scale: NonNegative = 0.1  # of the classifier's gradient. 0: their CDM, without a classifier
-    tau: FractionBelowOne = 0.0  # share of f(object) in the second label. 0: "no object" itself
+    tau: FractionBelowOne = 0.0  # fraction of f(object) in the second label. 0: "no object" itself
     smooth_pixels: NonNegative = 1.0
 
 
@@ -133,7 +133,7 @@ class Segment:
     tile_pixels: Annotated[Count, Mark.HARMLESS] = 16_384
     # slices that the classifiers, on average, put below are emptied; 0: off
     gate_probability: FractionBelowOne = 0.5
-    # headline rule: share of negative validation pixels above the threshold
+    # headline rule: fraction of negative validation pixels above the threshold
     negative_fraction: ProperFraction = 0.01
     min_component_ml: NonNegative = 0.0  # smaller components are removed, for every method alike
     # whose masks new scans and multi-object label maps get; auto: the one whose areas tell the

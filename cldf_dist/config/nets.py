@@ -40,7 +40,7 @@ class Fit:
     gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step and process
     learning_rate: Positive = 2e-4
     warmup_steps: NaturalNumber = 200
-    final_learning_rate_fraction: float = 0.05  # share of `learning_rate` at the end of the cosine
+    final_learning_rate_fraction: float = 0.05  # of `learning_rate`, at the end of the cosine
     weight_decay: NonNegative = 1e-4
     clip_norm: NonNegative = 1.0  # gradient norm; 0 switches clipping off
     ema_decay: FractionBelowOne = 0.999  # of the moving average of the weights; 0: none
@@ -83,7 +83,7 @@ class Diffusion:
     schedule: NoiseSchedule = "cosine"
     prediction: Prediction = "v_prediction"
     min_snr_gamma: float = 5.0  # loss weight min(SNR, gamma); Hang et al. 2023; 0 switches it off
-    label_dropout: Fraction = 0.1  # share of samples trained without a label
+    label_dropout: Fraction = 0.1  # fraction of samples trained without a label
     augment: Augment = Augment()
     fit: Fit = Fit()
 
@@ -147,12 +147,12 @@ class Cam:
 class PatchClassifier:
     """The classifier of small windows, whose patch logits make the seeds of `cldf_plus`."""
 
-    # false leaves out the rows patch_classifier and cldf_plus
+    # false leaves out the methods patch_classifier and cldf_plus
     enabled: Annotated[bool, Mark.DECIDES_CACHE] = True
     channels: Count = 32
     layers: Count = 4  # 3x3 convolutions: a pixel's logit depends on 2 layers + 1 pixels
     downsample: Count = 1  # pixels of the slice per pixel of the net, in each direction
-    # of the subject's pixels, the highest, make the slice's logit
+    # of the body's pixels, the highest, make the slice's logit
     pooled_fraction: PositiveFraction = 0.02
     dropout: FractionBelowOne = 0.2  # of whole channels, before the linear layer
     label_smoothing: FractionBelowOne = 0.0
@@ -165,10 +165,10 @@ class Contrast:
     temperature: Positive = 0.1
     object_pixels: int = 256  # per step, over all processes
     background_pixels: int = 384  # per step, over all processes; half from negative slices
-    # share of a slice's background pixels that are drawn from its hardest: where the activation or
-    # the gradient map, scaled within the slice, speaks most for the object; 0: drawn at random
+    # fraction of a slice's background pixels that are drawn from its hardest: where the activation
+    # or the gradient map, scaled within the slice, speaks most for the object; 0: drawn at random
     hard_negatives: Fraction = 0.0
-    hard_pool: PositiveFraction = 0.1  # share of a slice's background that counts as its hardest
+    hard_pool: PositiveFraction = 0.1  # fraction of a slice's background that counts as its hardest
     # what computes the loss; auto: triton on a GPU
     backend: Literal["auto", "triton", "torch"] = "auto"
     # of the scores in Triton's kernels

@@ -1,4 +1,5 @@
-"""The folder of one stage of a run: lock, provenance, metrics, and the word that it is finished.
+"""The folder of one stage of a run: lock, provenance, metrics, and the file that says that it is
+finished.
 
 `runs/<name>/<stage>/` holds config.yaml, provenance.json, metrics.jsonl, checkpoints/, the stage's
 outputs and, last, DONE. metrics.jsonl is the truth about the numbers; MLflow mirrors it.

@@ -223,7 +223,7 @@ def store_uri(config: Config) -> str:
 
 
 def status_of(folder: Path, *, at_work: bool) -> str:
-    """MLflow's word for the state of a stage."""
+    """The state of a stage as MLflow names it."""
     if (folder / "DONE").is_file():
         return "FINISHED"
     return "RUNNING" if at_work else "KILLED"

@@ -74,7 +74,7 @@ def write_overlay(path: Path, result: PatientResult, table: SliceTable, config: 
 def write_comparison(
     path: Path, masks: Mapping[str, Mask], truth: Mask, geometry: Geometry, table: SliceTable
 ) -> None:
-    """Draw the slice with the largest truth into a PNG: the image, the truth, each row's mask.
+    """Draw the slice with the largest truth into a PNG: the image, the truth, each method's mask.
 
     `masks` (x, y, slices) by row and `truth` are in the orientation of the file; of a patient
     without object the slice with the largest mask is drawn. `table` is of the patient's split.
@@ -123,7 +123,7 @@ def drawn_slices(result: PatientResult, count: int) -> list[int]:
     chosen = set(np.searchsorted(np.cumsum(area) / area.sum(), shares).tolist())
     by_area = np.argsort(-area, kind="stable").tolist()
     spare = (position for position in by_area if position not in chosen)
-    while len(chosen) < count:  # one large slice can hold several shares
+    while len(chosen) < count:  # one large slice can hold several of the positions
         chosen.add(next(spare))
     return [int(kept[position]) for position in sorted(chosen)]
 
@@ -188,7 +188,7 @@ def _contour_panel(
 def _would_be_seeds(
     scores: PatientScores, rows: Sequence[int], config: Config
 ) -> npt.NDArray[np.int8]:
-    """Seeds by the rule of the cache, with the classifier's verdict in place of the slice label."""
+    """Seeds by the rule of the cache, the slice label replaced by the classifiers' decision."""
     settings: Seeds = config.seeds
     inside = torch.from_numpy(scores.body_mask[rows])
     threshold = config.segment.gate_probability or 0.5
@@ -247,7 +247,7 @@ def _turn(geometry: Geometry) -> npt.NDArray[Any]:
 def _pictures(
     volume: npt.NDArray[Any], geometry: Geometry, drawn: Sequence[int]
 ) -> npt.NDArray[Any]:
-    """The drawn slices of a volume, cropped to the subject: (height, width, slices)."""
+    """The drawn slices of a volume, cropped to the body: (height, width, slices)."""
     x0, x1, y0, y1 = (max(edge, 0) for edge in geometry.box)
     cropped = _upright(volume, geometry)[x0:x1, y0:y1, list(drawn)]
     return np.ascontiguousarray(cropped.transpose(1, 0, 2))

@@ -1,7 +1,7 @@
 """The lower bound `oracle_intensity`: one threshold on one channel, chosen with the test masks.
 
 What no method that looks at more than a pixel's brightness should stay below. It is searched among
-both sides of every channel, and of many quantiles of the subject's pixels in test slices.
+both sides of every channel, and of many quantiles of the body's pixels in test slices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAMPLED_PIXELS = 20_000  # per patient; they place the thresholds
 SIGNS = {True: 1.0, False: -1.0}  # object above the threshold, or below
 
 NUM_EVEN = 65  # thresholds at equal distances from the lowest to the highest pixel
-# shares of the pixels below a threshold: denser towards both ends, where small objects are
+# fractions of the pixels below a threshold: denser towards both ends, where small objects are
 TAILS = np.geomspace(0.5, 1e-4, 96)
 SHARES = np.unique([*np.linspace(0, 1, 65), *TAILS, *(1 - TAILS)])
 
@@ -38,7 +38,7 @@ def oracle_intensity(
 ) -> tuple[dict[str, Any], list[tuple[str, CaseScore]]]:
     """The best choice with its mean Dice, and each patient's score under it.
 
-    The gate, the grid and the mean are those of the other rows; `ungated` is the best choice on
+    The gate, the grid and the mean are those of the other methods; `ungated` is the best choice on
     all slices. `scores` is the folder of `PatientScores`.
     """
     if not patients:

@@ -34,7 +34,7 @@ class PatientScores:
     patient: str
     scores: dict[str, FloatArray]  # method -> (slices, height, width); higher means object
     probability: FloatArray  # (slices,) of the object: the mean of what the classifiers say
-    body_mask: Mask  # (slices, height, width) of the subject
+    body_mask: Mask  # (slices, height, width)
 
     def save(self, folder: Path) -> None:
         arrays: dict[str, Any] = {
@@ -112,7 +112,7 @@ def native_scores(
 ) -> tuple[FloatArray, Mask]:
     """Score (x, y, slices) on the scan's own grid, and where a mask may lie at all.
 
-    The second is False outside the subject, on slices that were not prepared, and on slices that
+    The second is False outside the body, on slices that were not prepared, and on slices that
     the classifier calls negative.
     """
     scores = to_native(patient.scores[method].astype(np.float32), geometry)

@@ -68,7 +68,8 @@ def score_slices(
 def slice_protocol_summary(
     slices: Sequence[ProtocolSlice], methods: Sequence[str]
 ) -> dict[str, Any]:
-    """`summary.json`'s legacy block: mean and standard deviation over slices; None without one."""
+    """The block `slice_protocol` of summary.json: mean and standard deviation over slices; None
+    without one."""
     plain: dict[str, list[SliceScore]] = {method: [] for method in methods}
     largest: dict[str, list[SliceScore]] = {method: [] for method in methods}
     for one in slices:
@@ -112,7 +113,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 def _native_maps(scores: PatientScores, method: str, geometry: Geometry) -> FloatArray:
     """Scores (x, y, slices) above the lowest of their slice, on the scan's grid, turned to LPS.
 
-    0 outside the subject, where the published images are black, and on slices that were not
+    0 outside the body, where the published images are black, and on slices that were not
     prepared. Otsu's threshold moves with the scale, so theirs, from 0 to 1 within the slice, would
     give the same mask.
     """

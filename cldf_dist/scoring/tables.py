@@ -50,21 +50,21 @@ def results_table(summary: Mapping[str, Any]) -> str:
 
 
 def slice_protocol_table(summary: Mapping[str, Any]) -> str:
-    """The legacy block of summary.json for slice_protocol.txt: means with their standard
+    """The block `slice_protocol` of summary.json for slice_protocol.txt: means with their standard
     deviations."""
-    legacy = summary["slice_protocol"]
+    protocol = summary["slice_protocol"]
     blocks = [
-        f"Legacy protocol, only to compare with papers: {legacy['rule']}.\n"
+        f"Slice protocol, only to compare with papers: {protocol['rule']}.\n"
         "These numbers must not stand beside those of table.txt: they leave out false alarms on "
         "other slices.",
-        "As thresholded\n" + _slices_block(legacy["methods"]),
+        "As thresholded\n" + _slices_block(protocol["methods"]),
         "Largest component of each slice alone\n"
-        + _slices_block(legacy["methods_largest_component"]),
+        + _slices_block(protocol["methods_largest_component"]),
         "Mean (standard deviation over slices). HD95 in pixels, both directions pooled: over all "
         "pixels of both\nmasks, as the published code computes it, and over the contours alone, as "
         "MedPy does on a 2-D slice.",
     ]
-    if set(UPPER_BOUNDS) & set(legacy["methods"]):
+    if set(UPPER_BOUNDS) & set(protocol["methods"]):
         blocks.append(f"* {SAW_MASKS}: a reference, not a competitor")
     return "\n\n".join(blocks) + "\n"
 

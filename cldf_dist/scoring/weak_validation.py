@@ -1,4 +1,4 @@
-"""What the slice labels of the validation patients say about each row, without any mask."""
+"""What the slice labels of the validation patients say about each method, without any mask."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cldf_dist.scoring.masks import PatientScores
 
 WEAK_RULE = (
     "pixels above the headline threshold on the slices of the validation patients, before the "
-    "gate: the area's AUROC for the slice label, and its share of the subject on negative slices, "
-    "which is near the threshold's own share unless a few slices hold most of it"
+    "gate: the area's AUROC for the slice label, and its fraction of the body on negative slices, "
+    "which is near the threshold's own fraction unless a few slices hold most of it"
 )
 
 
 def weak_validation_of_methods(
     shards: ShardSet, folder: Path, thresholds: Mapping[str, float]
 ) -> dict[str, dict[str, float | int | None]]:
-    """{row: area_auroc, false_area, num_slices} of the validation slices of known label."""
+    """{method: area_auroc, false_area, num_slices} of the validation slices of known label."""
     table = shards.split("validation")
-    shares: dict[str, list[Any]] = {row: [] for row in thresholds}
+    shares: dict[str, list[Any]] = {method: [] for method in thresholds}
     labels = []
     for patient in shards.patients["validation"]:
         scores = PatientScores.load(folder, patient)
@@ -32,8 +32,12 @@ def weak_validation_of_methods(
         prepared = list(shards.geometry(patient).indices)
         places = [prepared.index(int(index)) for index in table.indices[mine]]
         labels.append(table.labels[mine])
-        for row, threshold in thresholds.items():
-            found = area_fractions(scores.scores[row][places], scores.body_mask[places], threshold)
-            shares[row].append(found)
+        for method, threshold in thresholds.items():
+            found = area_fractions(
+                scores.scores[method][places], scores.body_mask[places], threshold
+            )
+            shares[method].append(found)
     known = np.concatenate(labels)
-    return {row: weak_validation(np.concatenate(parts), known) for row, parts in shares.items()}
+    return {
+        method: weak_validation(np.concatenate(parts), known) for method, parts in shares.items()
+    }

@@ -59,7 +59,7 @@ TIMED_SLICES = 4
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
-    """The whole cache, or with `cache.part` one job's share of it, or with `cache.verify` a look
+    """The whole cache, or with `cache.part` one job's part of it, or with `cache.verify` a look
     for damage first."""
     slices = cached_slices(shard_set(config, run))
     nets = FrozenNets.load(config, run)

@@ -251,26 +251,26 @@ def _summarise(scores: Sequence[CaseScore], metric: str, config: Config) -> dict
 
 
 def _comparisons(
-    cases: Sequence[Case], methods: Sequence[str], config: Config, row: str
+    cases: Sequence[Case], methods: Sequence[str], config: Config, ours: str
 ) -> dict[str, dict[str, Any]]:
-    """The Dice of `row` minus each other row's, over the patients that both score.
+    """The Dice of `ours` minus each other method's, over the patients that both score.
 
-    Holm's family are the rows without masks; upper bounds get a difference but no test.
+    Holm's family are the methods that saw no mask; upper bounds get a difference but no test.
     """
-    if row not in methods:
+    if ours not in methods:
         return {}
     dice = {method: _headline_dice(cases, method) for method in methods}
     rows = {}
     for method in methods:
-        if method == row:
+        if method == ours:
             continue
         pairs = [
-            (ours, other)
-            for ours, other in zip(dice[row], dice[method], strict=True)
-            if ours is not None and other is not None
+            (mine, theirs)
+            for mine, theirs in zip(dice[ours], dice[method], strict=True)
+            if mine is not None and theirs is not None
         ]
         rows[method] = _difference(pairs, config.evaluate, config.seed)
-        rows[method]["num_dropped"] = len(dice[row]) - len(pairs)
+        rows[method]["num_dropped"] = len(dice[ours]) - len(pairs)
         if pairs and not method_named(method).saw_masks:
             rows[method]["p"] = paired_permutation_test(*zip(*pairs), seed=config.seed)
     tested = {method: found["p"] for method, found in rows.items() if found["p"] is not None}
@@ -310,7 +310,7 @@ def _in_words(rule: Mapping[str, Any]) -> str:
         return str(rule["rule"])
     return (
         f"one threshold per method, below which lie all but "
-        f"{100 * rule['negative_fraction']:g} % of the subject's pixels in negative validation "
+        f"{100 * rule['negative_fraction']:g} % of the body's pixels in negative validation "
         "slices; no mask was used to set it"
     )
 

@@ -2,7 +2,7 @@
 
 Each patient is prepared once and spooled to disk; an interrupted run goes on with the patients that
 are missing or whose files have changed since. Masks give the slice labels here; after that only
-diagnostics and the reference rows, which say so, read them.
+diagnostics and the reference methods, which say so, read them.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _spool_patient(settings: Data, name: str, spool: Path, fingerprint: str) -> 
     slices, geometry = prepare_volume(volume, settings)
     if not slices:
         raise ValueError(
-            f"{name}: no slice is kept, its subject covers less than data.min_body_fraction="
+            f"{name}: no slice is kept, its body covers less than data.min_body_fraction="
             f"{settings.min_body_fraction} of every slice; lower that, or take the patient "
             "out of the data"
         )

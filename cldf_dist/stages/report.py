@@ -113,7 +113,7 @@ def _page(
         channels=ShardSet(folder / "prepare", on_damaged="skip").manifest["channels"],
         target=object_title(config.data),
         strict=summary["strict"],
-        legacy=summary["slice_protocol"],
+        protocol=summary["slice_protocol"],
         gate=summary["gate"],
         seeds=summary["seeds"],
         titles={method.name: method.title for method in METHODS},
@@ -146,10 +146,10 @@ def _caption(cases: Sequence[Row], patient: str, method: str) -> str:
     if case is None:
         return "no truth mask: not scored"
     truth, found = float(case["truth_ml"]), float(case["predicted_ml"])
-    verdict = OUTCOMES.get(case["outcome"])
-    if verdict is None:
-        verdict = f"Dice {float(case['dice']):.3f}, HD95 {float(case['hd95_mm']):.1f} mm"
-    return f"{verdict}; object {truth:.1f} ml, mask {found:.1f} ml"
+    outcome = OUTCOMES.get(case["outcome"])
+    if outcome is None:
+        outcome = f"Dice {float(case['dice']):.3f}, HD95 {float(case['hd95_mm']):.1f} mm"
+    return f"{outcome}; object {truth:.1f} ml, mask {found:.1f} ml"
 
 
 def _png(path: Path) -> str:

@@ -101,7 +101,7 @@ def _thresholds_without_masks(
     config: Config, shards: ShardSet, folder: Path, methods: tuple[str, ...]
 ) -> dict[str, Any]:
     """The headline rule: for each method the threshold that `segment.negative_fraction` of the
-    subject pixels of negative validation slices exceed. It uses image-level labels only."""
+    body pixels of negative validation slices exceed. It uses image-level labels only."""
     fraction = config.segment.negative_fraction
     table = shards.split("validation")
     pools: dict[str, list[npt.NDArray[np.float32]]] = {method: [] for method in methods}

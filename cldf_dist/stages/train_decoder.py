@@ -275,7 +275,7 @@ def _has_masks(table: SliceTable) -> bool:
         use = "is trained on those alone" if num_masks else "is left out"
         print(
             f"train-decoder: {num_masks} of {len(table)} training slices have a mask; the "
-            f"reference row {SUPERVISED} {use}",
+            f"reference methods {SUPERVISED} {use}",
             file=sys.stderr,
         )
     return num_masks > 0

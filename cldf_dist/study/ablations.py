@@ -24,7 +24,7 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
     varied = [row for row in cases if row["variant"] != BASE]
     methods = _shown("always", cases)
     ours = [method for method in methods if not method_named(method).saw_masks]
-    methods += _shown("asked", varied)
+    methods += _shown("requested", varied)
     header = [
         "variant", "seeds", *(f"Dice of {marked(method)}" for method in methods),
         *(cell for method in ours for cell in (f"{method} minus base [95 %]", "p")),
@@ -42,7 +42,7 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
                 ", ".join(seeds),
                 *(_dice_cell(scores, method) for method in methods),
                 *_differences(scores, _scores_of(cases, BASE, seeds), variant, ours),
-                *(seed_quality([row for row in quality if row["row"] == m]) for m in ours),
+                *(seed_quality([row for row in quality if row["method"] == m]) for m in ours),
             ]
         )
     said = (
@@ -54,7 +54,7 @@ def ablation_table(cases: Sequence[Row], seed_rows: Sequence[Row]) -> str:
 
 
 def _shown(when: str, rows: Sequence[Row]) -> list[str]:
-    """The methods of these rows that the table shows always, or because they were asked for."""
+    """The methods that the table shows always, or because a variant requests them."""
     found = methods_of(rows)
     return [m.name for m in METHODS if m.in_ablations == when and m.name in found]
 

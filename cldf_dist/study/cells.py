@@ -16,8 +16,8 @@ from cldf_dist.method.repeated_trainings import (
 
 
 def mean_cell(scores: Scores, digits: int = 3, *, exists: Sequence[bool]) -> str:
-    """The mean over trainings and patients with its interval; where not each training has the row,
-    the mean of those that do, and no claim about others."""
+    """The mean over trainings and patients with its interval; where not each training has the
+    method, the mean of those that do, and no claim about others."""
     if not all(exists):
         mean = number_cell(mean_of_trainings(scores[np.array(exists)]), digits)
         return f"{mean} ({sum(exists)} of {len(exists)} trainings)"
@@ -27,7 +27,7 @@ def mean_cell(scores: Scores, digits: int = 3, *, exists: Sequence[bool]) -> str
 
 
 def difference_cell(row: PairedDifference, exists: Sequence[bool] = ()) -> str:
-    """The difference with its interval; of the trainings that have both rows alone, without one."""
+    """The difference with its interval; without one where a training lacks a method."""
     mean = number_cell(row.difference, signed=True)
     if not all(exists):
         return f"{mean} ({sum(exists)} of {len(exists)} trainings)"

@@ -1,4 +1,4 @@
-"""The best, the median and the worst patient of an experiment: every row's mask side by side."""
+"""The best, the median and the worst patient of an experiment: every method's mask side by side."""
 
 from __future__ import annotations
 

@@ -16,14 +16,17 @@ from cldf_dist.stages import STAGES
 
 KEY = ("experiment", "seed", "variant")
 CASES = ("patient", "method", "rule", "dice", "iou", "hd95_mm", "outcome")
-COMPONENTS = {"all": "methods", "largest": "methods_largest_component"}  # of the legacy block
+COMPONENTS = {
+    "all": "methods",
+    "largest": "methods_largest_component",
+}  # of the block `slice_protocol`
 
 # the columns that the tables read, where a file has any row
 COLUMNS = {
     "cases": (*KEY, *CASES),
     "slice_protocol": (*KEY, "method", "components"),
     "weak_validation": (*KEY, "method", "area_auroc", "dice"),
-    "seeds": (*KEY, "row", "object_precision", "object_recall"),
+    "seeds": (*KEY, "method", "object_precision", "object_recall"),
     "oracle_intensity": KEY,
     "provenance": (*KEY, "commit", "torch", "device", "processes", "seconds"),
     "pictures": (*KEY, "evaluate"),
@@ -109,11 +112,11 @@ def _cases(path: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in CASES} for row in read_rows(path)]
 
 
-def _slice_protocol(legacy: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _slice_protocol(protocol: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"method": method, "components": components, **_means(row)}
         for components, block in COMPONENTS.items()
-        for method, row in legacy[block].items()
+        for method, row in protocol[block].items()
     ]
 
 
@@ -125,7 +128,7 @@ def _means(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What slice labels say about each row, and beside it the mean strict Dice."""
+    """What slice labels say about each method, and beside it the mean strict Dice."""
     strict = summary["strict"]["methods"]
     return [
         {"method": method, **row, "dice": strict[method]["dice"]["mean"]}
@@ -135,9 +138,9 @@ def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _seeds(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The quality of the seeds of each of our rows, where training masks are known."""
+    """The quality of the seeds of each of our methods, where training masks are known."""
     found = {"cldf": summary["seeds"], "cldf_plus": summary["seeds_plus"]}
-    return [{"row": row, **quality} for row, quality in found.items() if quality]
+    return [{"method": method, **quality} for method, quality in found.items() if quality]
 
 
 def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -166,5 +169,5 @@ def _as_text(row: Mapping[str, Any]) -> Row:
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
-    """The methods of these rows, in the order in which they come first."""
+    """The methods of these methods, in the order in which they come first."""
     return list(dict.fromkeys(row["method"] for row in rows))

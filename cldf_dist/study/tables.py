@@ -39,14 +39,14 @@ ABOUT = """\
 # Tables of the study
 
 Made by `cldf study` from the CSV files beside it. Strict protocol (docs/method.md): whole patients,
-all slices, one threshold per row set without masks. A mean is over the patients with a defined
+all slices, one threshold per method set without masks. A mean is over the patients with a defined
 score: a true negative (no object, none found) has no Dice and is left out, a miss and a false alarm
 have Dice 0. `*` saw training masks, `†` was chosen with the test masks: references, not
 competitors.
 
 Intervals are 95 % bootstrap intervals over trainings and patients, both drawn at once; few of
 either make them too narrow. p-values are over patients and hold for these trainings: a difference
-is established where its interval leaves zero out too."""
+is established where its interval excludes zero too."""
 
 Files = Mapping[str, list[Row]]
 
@@ -85,12 +85,15 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
         if base["oracle_intensity"]:
             blocks.append(_thresholds(base["oracle_intensity"]))
         for ours in scores.ours:
-            blocks += [f"### {ours} minus the other rows", _paired_table(scores, ours)]
+            blocks += [f"### {ours} minus the other methods", _paired_table(scores, ours)]
         blocks += _pictures(name, scores, results)
         if base["seeds"]:
             blocks += ["### Seeds", _seeds_table(base["seeds"])]
         blocks += ["### Without any mask", _weak_table(base["weak_validation"])]
-        blocks += ["### As papers score (legacy)", _slice_protocol_table(base["slice_protocol"])]
+        blocks += [
+            "### As papers score (slice protocol)",
+            _slice_protocol_table(base["slice_protocol"]),
+        ]
     else:
         blocks.append("No test patient has a truth mask: no mask is scored.")
     if any(row["variant"] != BASE for row in rows["cases"]):
@@ -99,17 +102,17 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
 
 
 def _seeds_table(rows: Sequence[Row]) -> str:
-    """How good the seeds of each of our rows are, by training."""
+    """How good the seeds of each of our methods are, by training."""
     seeds = tuple(dict.fromkeys(row["seed"] for row in rows))
     lines = [
         [
             method,
             *(
-                seed_quality([r for r in rows if (r["row"], r["seed"]) == (method, s)])
+                seed_quality([r for r in rows if (r["method"], r["seed"]) == (method, s)])
                 for s in seeds
             ),
         ]
-        for method in dict.fromkeys(row["row"] for row in rows)
+        for method in dict.fromkeys(row["method"] for row in rows)
     ]
     said = "Precision and recall of object seeds on training slices: diagnostics that see masks."
     return f"{said}\n\n{table(['row', *(f'seed {seed}' for seed in seeds)], lines)}"
@@ -129,7 +132,7 @@ def _made_by(provenance: Sequence[Row]) -> str:
 
 def _strict_table(scores: StrictScores) -> str:
     header = [
-        "row", *(f"seed {seed}" for seed in scores.seeds), "Dice [95 %]", "IoU [95 %]",
+        "method", *(f"seed {seed}" for seed in scores.seeds), "Dice [95 %]", "IoU [95 %]",
         "HD95, mm [95 %]", "misses", "false alarms",
     ]  # fmt: skip
     lines = []
@@ -196,7 +199,7 @@ def _paired_table(scores: StrictScores, ours: str) -> str:
     header = ["minus", "Dice [95 %]", "each seed", "p", "p (Holm)", "better", "worse", "patients"]
     said = (
         "Mean difference of Dice; two-sided permutation test of each patient's difference, "
-        "averaged over the seeds; Holm's adjustment over the rows that saw no mask; how many "
+        "averaged over the seeds; Holm's adjustment over the methods that saw no mask; how many "
         "patients are better and worse in each seed."
     )
     return f"{said}\n\n{table(header, lines)}"
@@ -227,7 +230,7 @@ def _weak_table(rows: Sequence[Row]) -> str:
         ]  # fmt: skip
         lines.append([seed, number_cell(rank_correlation(pairs), signed=True), str(len(pairs))])
     said = (
-        "Spearman's rank correlation, over the rows that used no mask, between the AUROC of a "
+        "Spearman's rank correlation, over the methods that used no mask, between the AUROC of a "
         "slice's marked area for its label (validation patients) and strict Dice (test patients)."
     )
     return f"{said}\n\n{table(['seed', 'rank correlation', 'rows'], lines)}"

@@ -78,7 +78,7 @@ def test_page_holds_the_table_of_the_summary(config, page):
 
 
 def test_legacy_protocol_has_a_section_of_its_own_behind_the_strict_tables(config, page):
-    before, section = page.split("<h2>Legacy protocol (for comparison with papers)</h2>")
+    before, section = page.split("<h2>Slice protocol (for comparison with papers)</h2>")
     section, after = section.split("<h2>", 1)
     assert "under Otsu's threshold" in before.replace("&#39;", "'")
     assert "must not stand beside" in section
@@ -136,7 +136,7 @@ def test_rows_are_those_of_the_thresholds_whatever_they_are(tmp_path):
         legacy[block]["new_row"]["dice"]["mean"]
         for block in ("methods", "methods_largest_component")
     )
-    shown = page.split("<h2>Legacy protocol")[1].split("<h3>")[1:3]
+    shown = page.split("<h2>Slice protocol")[1].split("<h3>")[1:3]
     assert with_blob < without
     for dice, table in zip((with_blob, without), shown, strict=True):
         assert f"<td>{dice:.3f} <span" in table

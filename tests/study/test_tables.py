@@ -46,7 +46,7 @@ def results(tmp_path: Path) -> Path:
         rows += [{**key, **case(p, "oracle_intensity", 0.3, rule="oracle")} for p in "ab"]
         merge_rows(tmp_path / "cases.csv", key, rows)
         recall = "0.5" if variant == "base" else "1"
-        quality = {"row": "cldf", "object_precision": "0.75", "object_recall": recall}
+        quality = {"method": "cldf", "object_precision": "0.75", "object_recall": recall}
         merge_rows(tmp_path / "seeds.csv", key, [{**key, **quality}])
         weak = {"gradcam": "0.6", "cldf": "0.7", "cldf_plus": "0.9", "supervised_decoder": "0.1"}
         merge_rows(
@@ -84,7 +84,7 @@ def test_each_seed_and_the_mean_over_seeds_are_in_the_strict_table(results: Path
 
 def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> None:
     text = write_tables(results).read_text()
-    plus = cells(text, "cldf_plus minus the other rows")
+    plus = cells(text, "cldf_plus minus the other methods")
     # a: 0.4 and 0.2, b: 0.4 and 0.4 in the two trainings
     gradcam = plus["gradcam"]
     assert gradcam["Dice [95 %]"] == "+0.350 [+0.200, +0.400]"
@@ -98,7 +98,7 @@ def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> Non
     assert (plus["cldf"]["better"], plus["cldf"]["p (Holm)"]) == ("2/2, 1/2", "1.0000")
     assert plus["supervised_decoder *"]["p"] == plus["oracle_intensity †"]["p"] == "-"
     assert plus["supervised_decoder *"]["Dice [95 %]"].startswith("-0.150")
-    assert set(cells(text, "cldf minus the other rows")) >= {"gradcam", "cldf_plus"}
+    assert set(cells(text, "cldf minus the other methods")) >= {"gradcam", "cldf_plus"}
 
 
 def test_a_row_that_a_training_left_out_is_compared_with_no_claim(results: Path) -> None:
@@ -113,10 +113,10 @@ def test_a_row_that_a_training_left_out_is_compared_with_no_claim(results: Path)
     assert (strict["seed 0"], strict["seed 1"]) == ("0.700", "-")
     assert strict["Dice [95 %]"] == "0.700 (1 of 2 trainings)"
     assert (strict["misses"], strict["false alarms"]) == ("0, -", "0, -")
-    plus = cells(text, "cldf_plus minus the other rows")["gradcam"]
+    plus = cells(text, "cldf_plus minus the other methods")["gradcam"]
     assert plus["Dice [95 %]"] == "+0.400 (1 of 2 trainings)"
     assert (plus["p"], plus["p (Holm)"]) == ("-", "-")
-    assert cells(text, "cldf minus the other rows")["cldf_plus"]["p"] == "-"
+    assert cells(text, "cldf minus the other methods")["cldf_plus"]["p"] == "-"
 
 
 def test_without_any_truth_mask_the_tables_say_so(results: Path) -> None:

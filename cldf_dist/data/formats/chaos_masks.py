@@ -72,7 +72,7 @@ def write_chaos_masks(folder: Path, mask: Mask, geometry: Geometry, *, object_na
     """Write a mask (x, y, slices) as PNG files under `folder`, in the data set's own layout.
 
     `geometry` is that of the scan, as `prepare_volume` gives it: it holds the files' names. Of the
-    joined kidneys, what lies to the patient's right of the subject's middle becomes right kidney.
+    joined kidneys, what lies to the patient's right of the body's middle becomes right kidney.
     Each file appears whole or not at all. Raises ValueError for any other union of organs.
     """
     if mask.shape != geometry.shape or len(geometry.mask_names) != mask.shape[2]:
@@ -104,7 +104,7 @@ def _written_values(
 
 
 def _right_side(geometry: Geometry) -> Mask:
-    """Where voxels lie to the patient's right of the subject's middle; has the file's number of
+    """Where voxels lie to the patient's right of the body's middle; has the file's number of
     axes and is as long as the file along the one from right to left."""
     axis = next(number for number, letter in enumerate(geometry.axes) if letter in "LR")
     length = geometry.shape[axis]

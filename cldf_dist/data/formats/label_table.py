@@ -68,7 +68,7 @@ class LabelTable:
         """Per slice: 1 if any part of the object is there, 0 if none is, -2 if that is unknown.
 
         `slices` is how many there are, called 0, 1, ..., or all the names that each goes by.
-        Raises ValueError, with the line, for a row that names no slice or one that has a row.
+        Raises ValueError, with the line, for a method that names no slice or one that has a row.
         """
         columns = [self.objects.index(part) for part in self.parts(object_name)]
         names = [{str(number)} for number in range(slices)] if isinstance(slices, int) else slices
@@ -93,7 +93,7 @@ class LabelTable:
         return labels
 
     def check_patients(self, known: Collection[str]) -> None:
-        """Raise ValueError for rows that name patients whom the data set does not have."""
+        """Raise ValueError for methods that name patients whom the data set does not have."""
         strange = [
             f"{name!r} (line {min(row.line for row in rows.values())})"
             for name, rows in self.rows.items()
@@ -112,7 +112,7 @@ def read_labels(path: str | Path) -> LabelTable:
     """The table of a CSV file.
 
     Raises ValueError, with the line, for a header without `patient` or an object, values other
-    than 0, 1 and empty, and rows that say something twice.
+    than 0, 1 and empty, and methods that say something twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -144,7 +144,7 @@ def _read(path: Path, size: int, changed: int) -> LabelTable:
         name = "" if slice_column is None else cells[slice_column]
         if not patient or (slice_column is not None and not name):
             missing = SLICE if patient else PATIENT
-            raise ValueError(f"{where}: {missing} is empty; every row must name one")
+            raise ValueError(f"{where}: {missing} is empty; every method must name one")
         for column in object_columns:
             if cells[column] not in VALUES:
                 raise ValueError(
@@ -173,7 +173,7 @@ def _text(path: Path) -> str:
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row that is not empty."""
+    """Line number and cells of every method that is not empty."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(DELIMITERS, key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

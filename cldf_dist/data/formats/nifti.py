@@ -36,7 +36,7 @@ class Volume:
 
     patient: str
     image: npt.NDArray[Any]  # (channels, x, y, slices), float32 or int16
-    body_mask: npt.NDArray[np.bool_]  # (x, y, slices): where the subject is
+    body_mask: npt.NDArray[np.bool_]  # (x, y, slices): where the body is
     mask: npt.NDArray[np.bool_] | None  # (x, y, slices): the object; None where nobody drew it
     affine: Affine  # (4, 4), voxel index to mm
     sources: tuple[str, ...] = ()  # per channel the file or folder it was read from, for messages

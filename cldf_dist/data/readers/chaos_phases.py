@@ -14,7 +14,7 @@ USUAL_FIELD_STRENGTH = 1.5  # T, the scanner of CHAOS, where a header does not s
 
 
 def phases(series: Sequence[Series]) -> tuple[Series, Series]:
-    """The in-phase and the out-of-phase one of two T1 series, told by their echo times.
+    """The in-phase and the out-of-phase one of two T1 series, distinguished by their echo times.
 
     Fat and water turn apart by 3.4 ppm of the field's frequency (217 Hz at 1.5 T): they are in
     phase after whole turns and out of phase after halves. Without echo times in both headers the
