@@ -128,7 +128,7 @@ def test_processes_that_would_train_apart_are_an_error(
     process = start(*LAUNCH, "train-cam", *run.words)
     _, errors = process.communicate()
     assert process.returncode != 0
-    assert "started 2 processes, but accelerate would train each apart; on CPUs set" in errors
+    assert "started 2 processes, but accelerate would train each alone; on CPUs set" in errors
     assert not (run.folder / "train-cam" / "DONE").exists()
     assert not (run.folder / "train-cam" / "checkpoints").exists()
 

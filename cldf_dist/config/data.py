@@ -35,6 +35,8 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Data:
+    """The data set, what is segmented in it, and how its scans become prepared slices."""
+
     dataset: Annotated[Dataset, Mark.SELECTS_SOURCE] = "brats"
     # folder of the native data set; unused by the phantom
     root: Annotated[str, Mark.HOME_ALLOWED, Mark.NOT_IN_SHARDS] = ""

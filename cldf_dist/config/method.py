@@ -21,6 +21,8 @@ SeedRule = Literal["both", "cam", "gradient"]
 
 @dataclass(frozen=True)
 class GradientMap:
+    """The gradient map of the external classifier."""
+
     timesteps: tuple[int, ...] = (50, 100, 150, 200, 250)
     num_noise_samples: Count = 2  # per timestep
     smooth_pixels: NonNegative = 1.0  # standard deviation of the Gaussian, in prepared pixels
@@ -77,6 +79,8 @@ class Plus:
 
 @dataclass(frozen=True)
 class Cache:
+    """The feature cache: its shards, and the work of its processes."""
+
     slices_per_shard: Count = 16  # every array is cut here: one file, one writer
     batch_size: Annotated[Count, Mark.HARMLESS] = 16  # slices per forward pass and process
     # i/n: only this part of the slices, for one job of an array
@@ -128,6 +132,8 @@ class CgCdm:
 
 @dataclass(frozen=True)
 class Segment:
+    """The segmentation of scans: score maps, thresholds and masks."""
+
     batch_size: Annotated[Count, Mark.HARMLESS] = 16  # slices per forward pass and process
     # that a decoder embeds at a time, of one slice or several
     tile_pixels: Annotated[Count, Mark.HARMLESS] = 16_384

@@ -63,6 +63,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class UNet:
+    """The network of the diffusion model."""
+
     channels: tuple[int, ...] = (64, 128, 256, 256)  # per level, finest first
     num_res_blocks: Count = 2  # per level
     attention_levels: tuple[bool, ...] = (False, False, True, True)
@@ -162,6 +164,8 @@ class PatchClassifier:
 
 @dataclass(frozen=True)
 class Contrast:
+    """The supervised contrastive loss of the pixel decoder, and the pixels it samples."""
+
     temperature: Positive = 0.1
     object_pixels: int = 256  # per step, over all processes
     background_pixels: int = 384  # per step, over all processes; half from negative slices

@@ -35,6 +35,8 @@ from cldf_dist.config.nets import (
 
 @dataclass(frozen=True)
 class Evaluate:
+    """The evaluation: its intervals, and the upper bound and controls that it trains."""
+
     confidence: ProperFraction = 0.95
     resamples: Count = 10_000
     upper_bound: bool = True  # train and report `supervised_decoder` where training masks exist
@@ -45,11 +47,15 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Report:
+    """The figures of the report."""
+
     slices_per_patient: Count = 3
 
 
 @dataclass(frozen=True)
 class Tracking:
+    """The tracking of a run in MLflow."""
+
     enabled: bool = True
     uri: str = ""  # empty: sqlite in the folder of runs
     experiment: str = "cldf"
@@ -57,11 +63,15 @@ class Tracking:
 
 @dataclass(frozen=True)
 class RunSettings:
+    """The supervision of a run's processes."""
+
     heartbeat_seconds: float = 300.0  # silence of the main process that counts as its death
 
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, by section."""
+
     name: str = ""  # of the run; default: the config files' stems joined by "-"
     runs: Annotated[str, Mark.HOME_ALLOWED] = "runs"  # folder of all runs
     seed: int = 0
@@ -92,6 +102,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
+        """The folder of this run."""
         return Path(self.runs) / self.name
 
 

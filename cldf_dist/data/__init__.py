@@ -1,1 +1,1 @@
-"""What is on disk: native scans, prepared slices in shards, the sample stream, the cache."""
+"""The data on disk: native scans, prepared slices in shards, the sample stream, the cache."""

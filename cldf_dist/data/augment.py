@@ -1,4 +1,4 @@
-"""Random changes of a training slice, as a function of (seed, sample number) alone."""
+"""Augmentation of a training slice, a function of (seed, sample number) alone."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from cldf_dist.system.seeding import sample_seed
 
 @dataclass(frozen=True)
 class _Draws:
-    """What chance decides for one sample: always the same number of draws, whatever is used."""
+    """The random numbers of one sample: always as many, whatever the settings use of them."""
 
     flip: bool
     change: float  # uniform in [0, 1), to be compared with the probability
@@ -25,7 +25,7 @@ class _Draws:
 def augment(image: Tensor, settings: Augment, seed: int, sample_number: int) -> Tensor:
     """A flipped, moved and brightened copy of `image`, (channels, height, width) in [-1, 1].
 
-    The subject stays apart from its surroundings: -1 in every channel outside, above -1 inside.
+    The body stays distinguishable: every channel is -1 outside it and above -1 within.
     """
     draws = _draw(image.shape[0], seed, sample_number)
     if settings.flip and draws.flip:
@@ -55,12 +55,12 @@ def _draw(num_channels: int, seed: int, sample_number: int) -> _Draws:
 
 
 def _move(image: Tensor, motion: Tensor, settings: Augment) -> Tensor:
-    """Rotate about the centre, scale, shift (channels, height, width); 0 comes in from outside."""
+    """(channels, height, width) rotated about the centre, scaled and shifted, padded with 0."""
     turn, size, right, down = motion.tolist()
     angle = math.radians(settings.rotate_degrees) * turn
     zoom = 1 + settings.scale * size
     cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
-    # grid_sample counts from -1 to 1: a share of the image size is twice that
+    # grid_sample counts from -1 to 1: a fraction of the image size is twice that
     shift_x, shift_y = 2 * settings.shift * right, 2 * settings.shift * down
     matrix = torch.tensor(
         [

@@ -1,4 +1,4 @@
-"""Worker processes of torch's DataLoader: signals that they ignore, and an end without a hang.
+"""Worker processes of torch's DataLoader: the signals they ignore, and a shutdown without hangs.
 
 torch has no public names for an iterator's workers, queues and state. The private ones that are
 used here were seen in torch 2.11 to 2.13, and `tests/test_private_interfaces.py` keeps them.
@@ -22,10 +22,10 @@ Batch = dict[str, Any]
 
 
 class LoadedBatches:
-    """Batches from a loader, whose worker processes end with `close`.
+    """The batches of a loader, whose worker processes end with `close`.
 
-    Dropping the iterator or leaving the program closes it too. A worker that dies while batches
-    are wanted is a RuntimeError, one that dies while it is stopped is not.
+    Dropping the iterator or leaving the program closes it too. Raises RuntimeError if a worker dies
+    while batches are loaded, but not if it dies while it is stopped.
     """
 
     def __init__(self, loaded: Any) -> None:
@@ -53,11 +53,11 @@ class LoadedBatches:
 
 
 def prepare_worker(_worker: int) -> None:
-    """Stopping is the parent's business: a scheduler or a Ctrl-C signals the whole group, and a
-    worker that died of it would take the last checkpoint with it. Workers end with their parent.
+    """Let this worker ignore stop signals, and end with its parent.
 
-    They leave before the interpreter is taken down: that aborts where the thread that sends
-    batches is inside C++ at the time.
+    A scheduler or a Ctrl-C signals the whole process group, and a worker that died of it would
+    prevent the last checkpoint. The worker exits before the interpreter's shutdown, which aborts if
+    the thread that sends batches is inside C++ at the time.
     """
     # torch's own watch compares parents: where ours died before, that never changes
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -74,7 +74,7 @@ def _end_with_parent() -> None:
 
 
 def _dead(workers: Sequence[Any]) -> list[str]:
-    """Process numbers of dead workers; a broken pipe may be a moment ahead of its worker's end."""
+    """Process numbers of dead workers; waits a moment, as a pipe breaks before its worker ends."""
     if workers:
         with suppress(RuntimeError):  # torch's handler of SIGCHLD raises
             ended = wait([worker.sentinel for worker in workers], timeout=1)
@@ -85,10 +85,10 @@ def _dead(workers: Sequence[Any]) -> list[str]:
 
 
 def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
-    """End the worker processes, in peace where they answer. No worker is left afterwards."""
+    """End the worker processes, gracefully where they respond. No worker is left afterwards."""
     if not workers:
         return
-    # torch's handler of SIGCHLD raises where a worker did not end in peace; it was to end anyway
+    # torch's handler of SIGCHLD raises for a worker that failed; it was to end anyway
     with suppress(RuntimeError):
         if all(worker.exitcode is None for worker in workers):
             loaded._shutdown_workers()  # torch has no public name
@@ -108,7 +108,7 @@ def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
 
 @contextmanager
 def stop_signals_wait() -> Iterator[None]:
-    """Holds back stop signals while workers start; those that came meanwhile arrive at the end."""
+    """A context in which stop signals are blocked, while workers start; delivered at its end."""
     if threading.current_thread() is not threading.main_thread():  # may not touch signals
         yield
         return

@@ -1,4 +1,4 @@
-"""Volumes to normalised axial slices, and maps of the slices back onto the volume."""
+"""The conversion of volumes to normalised axial slices, and of slice maps back to the volume."""
 
 import dataclasses
 import json
@@ -19,14 +19,12 @@ from cldf_dist.labels import SliceLabel
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-OUTSIDE = -1.0  # the value of every channel where the subject is not
+OUTSIDE = -1.0  # the value of every channel outside the body
 STEPS = 32767  # int16 steps from 0 to 1
-DARKEST = np.float32(
-    -(STEPS - 1) / STEPS
-)  # lowest value inside the subject, one step above OUTSIDE
-ORIENTATION = "LPS"  # of the axes that slices are cut from: to the left, to the back, to the head
+DARKEST = np.float32(-(STEPS - 1) / STEPS)  # lowest value inside the body, one step above OUTSIDE
+ORIENTATION = "LPS"  # of the axes that slices are taken from: to the left, to the back, to the head
 CT_WINDOW = (-150.0, 250.0)  # Hounsfield units: the usual window for abdominal soft tissue
-MARGIN = 0.04  # of the subject's longer side, kept free around it
+MARGIN = 0.04  # of the body's longer side, kept free around it
 NORMAL_IQR = 1.349  # interquartile range of a normal distribution of standard deviation 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -38,14 +36,14 @@ class Slice:
     key: str
     patient: str
     index: int  # slice number along the third axis of the LPS-oriented volume
-    label: int  # 1 object, 0 none, -1 too little object to call, -2 unknown: no mask
-    image: Floats  # (channels, height, width) in [-1, 1]; exactly -1 outside the subject
+    label: int  # a `SliceLabel`
+    image: Floats  # (channels, height, width) in [-1, 1]; exactly -1 outside the body
     mask: Mask | None  # (height, width)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What it takes to put slices back onto the voxels they came from."""
+    """The place of a volume's slices in its file, for mapping them back onto its voxels."""
 
     patient: str
     shape: tuple[int, int, int]  # (x, y, slices) of the file
@@ -59,12 +57,12 @@ class Geometry:
     hounsfield: bool = False  # the file's values are Hounsfield units
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """The geometry as JSON types."""
         return dict(json.loads(json.dumps(dataclasses.asdict(self))))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Geometry":
-        """The inverse of `to_json`."""
+        """The geometry of `to_json`'s result."""
         names = ("shape", "spacing", "box", "indices", "mask_names")
         lists = {name: tuple(record[name]) for name in names if name in record}
         affine = tuple(tuple(row) for row in record["affine"])
@@ -72,7 +70,10 @@ class Geometry:
 
 
 def slice_key(patient: str, index: int) -> str:
-    """The name of a slice, unique in its data set; it names shard members and cache rows."""
+    """The name of a slice, unique in its data set, in shards and in the cache.
+
+    Raises ValueError for a patient name with other characters than those of KEY_PATTERN.
+    """
     key = f"{patient}_{index:04d}"
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(
@@ -83,17 +84,17 @@ def slice_key(patient: str, index: int) -> str:
 
 
 def body_mask(images: Floats) -> Mask:
-    """Where the subject is: (..., channels, height, width) to (..., height, width)."""
+    """True within the body: (..., height, width) of images (..., channels, height, width)."""
     return np.asarray((images > OUTSIDE).any(axis=-3))
 
 
 def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometry]:
-    """Cut a scan into normalised square slices around the subject.
+    """The normalised square slices of a scan around the body, and their geometry.
 
-    Per channel, z = (v - median) / (IQR / 1.349) within the subject, clipped to
-    [clip_low, clip_high] and mapped to [-1, 1]; with a window (`data.window`, or CT) the stored
-    values between its ends in place of z. Raises ValueError, with the source's name, where there
-    is no subject or a channel is constant.
+    Per channel, z = (v - median) / (IQR / 1.349) within the body, clipped to
+    [clip_low, clip_high] and mapped to [-1, 1]. With a window (`data.window`, or CT) the stored
+    values between its ends are mapped in place of z. Raises ValueError, with the source's name,
+    where there is no body or a channel is constant.
     """
     transform = _to_lps(_orientation_of(volume.affine))
     inside = _reorient(volume.body_mask, transform)
@@ -106,20 +107,20 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
     spacing = voxel_size(volume.affine @ nib.orientations.inv_ornt_aff(transform, inside.shape))
     geometry = _geometry(volume, settings.image_size, _square_around(inside, spacing))
     weight = _resample(inside.astype(np.float64), geometry)
-    subject = weight > 0.5
+    body = weight > 0.5
     channels = []
     for number, channel in enumerate(volume.image):
         name = volume.sources[number] if volume.sources else f"{volume.patient}, channel {number}"
         window = settings.window or (CT_WINDOW if volume.hounsfield else ())
         normal = _normalise(_reorient(channel, transform), inside, settings, window, name)
         mean = _resample(normal * inside, geometry) / np.maximum(weight, 0.5)
-        channels.append(np.where(subject, np.clip(mean, DARKEST, 1), OUTSIDE).astype(np.float32))
+        channels.append(np.where(body, np.clip(mean, DARKEST, 1), OUTSIDE).astype(np.float32))
     mask = None if volume.mask is None else _reorient(volume.mask, transform)
     small_mask = None if mask is None else _resample(mask.astype(np.float64), geometry) > 0.5
 
     labels = _slice_labels(volume, mask, transform, settings.min_object_pixels)
-    share = subject.mean(axis=(0, 1))
-    kept = np.flatnonzero(share >= settings.min_body_fraction).tolist()
+    fraction = body.mean(axis=(0, 1))
+    kept = np.flatnonzero(fraction >= settings.min_body_fraction).tolist()
     geometry = dataclasses.replace(geometry, indices=tuple(kept))
     slices = [
         Slice(
@@ -136,10 +137,10 @@ def prepare_volume(volume: Volume, settings: Data) -> tuple[list[Slice], Geometr
 
 
 def to_native(maps: Floats, geometry: Geometry, fill: float = 0.0) -> Floats:
-    """Put maps of the kept slices back onto the file's grid, in the file's orientation.
+    """Maps of the kept slices resampled to the file's grid (x, y, slices) and orientation.
 
-    `maps` is (num_slices, height, width), in the order of `geometry.indices`; the result is
-    (x, y, slices). Voxels outside the box and dropped slices are `fill`.
+    `maps` is (num_slices, height, width), in the order of `geometry.indices`. Voxels outside the
+    box and in dropped slices are `fill`. Raises ValueError for maps of another shape.
     """
     size = geometry.image_size
     expected = (len(geometry.indices), size, size)
@@ -163,10 +164,10 @@ def to_native(maps: Floats, geometry: Geometry, fill: float = 0.0) -> Floats:
 
 
 def resampling_weights(num_in: int, num_out: int) -> Any:
-    """Sparse (num_out, num_in) matrix of 1-D resampling; each row sums to 1.
+    """The sparse (num_out, num_in) matrix of 1-D resampling; each row sums to 1.
 
-    Averages over the covered pixels when shrinking, linear interpolation when enlarging; the
-    outer edges of both grids coincide.
+    Area averaging when shrinking, linear interpolation when enlarging. The outer edges of both
+    grids coincide.
     """
     if num_out < num_in:
         edges = np.arange(num_out + 1) * (num_in / num_out)
@@ -181,12 +182,12 @@ def resampling_weights(num_in: int, num_out: int) -> Any:
 
 
 def quantise(image: Floats) -> npt.NDArray[np.int16]:
-    """[-1, 1] to int16; -1 is kept exactly."""
+    """Values in [-1, 1] as int16; -1 is kept exactly."""
     return np.asarray(np.rint(image * np.float32(STEPS)), np.int16)
 
 
 def dequantise(stored: npt.NDArray[np.int16]) -> Floats:
-    """The inverse of `quantise`, to within half a step."""
+    """The values that `quantise` rounded, to within half a step."""
     return np.asarray(stored / np.float32(STEPS), np.float32)
 
 
@@ -228,7 +229,7 @@ def _geometry(volume: Volume, image_size: int, box: tuple[int, int, int, int]) -
 
 
 def _square_around(inside: Mask, spacing: tuple[float, float, float]) -> tuple[int, int, int, int]:
-    """The box around the subject with its margin: equal sides in mm, to the nearest voxel."""
+    """The box around the body with its margin: equal sides in mm, to the nearest voxel."""
     spans = [np.flatnonzero(inside.any(axis=axes)) for axes in ((1, 2), (0, 2))]
     lows = [int(span[0]) for span in spans]
     highs = [int(span[-1]) + 1 for span in spans]
@@ -267,14 +268,14 @@ def _normalise(
         values = np.clip(channel.astype(np.float64), low, high)
         if values[inside].min() == values[inside].max():
             raise ValueError(
-                f"{name}: all of the subject lies on one side of the window {low:g} to {high:g} "
+                f"{name}: all of the body lies on one side of the window {low:g} to {high:g} "
                 "(data.window); a channel must have contrast: set the window or leave the scan out"
             )
         return np.asarray(2 * (values - low) / (high - low) - 1)
     first, median, third = np.percentile(channel[inside], (25, 50, 75))
     if third <= first:
         raise ValueError(
-            f"{name}: half of the subject's voxels have the same value, {median}; "
+            f"{name}: half of the body's voxels have the same value, {median}; "
             f"a channel must have contrast: repair the file or leave the scan out"
         )
     z = (channel - median) / ((third - first) / NORMAL_IQR)
@@ -285,8 +286,7 @@ def _normalise(
 def _slice_labels(
     volume: Volume, mask: Mask | None, transform: npt.NDArray[Any], min_object_pixels: int
 ) -> list[int]:
-    """The label of every slice of the LPS-oriented volume: the list's where there is one, else the
-    mask's."""
+    """The label of every slice of the LPS-oriented volume, from the list of labels or the mask."""
     axis = int(np.flatnonzero(transform[:, 0] == 2)[0])
     num_slices = volume.body_mask.shape[axis]
     if volume.slice_labels is None:

@@ -1,4 +1,4 @@
-"""The patient-level split: drawn with balance, or read from a file."""
+"""The patient-level split: random and balanced, or read from a file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ def split_patients(
     test_fraction: float,
     seed: int,
 ) -> dict[str, list[str]]:
-    """Patients per split, so that every split sees the same range of `patients`' values.
+    """The patients of each split, balanced in the value of `patients`.
 
-    The value of a patient is what to balance, such as its share of positive slices: patients are
-    sorted into terciles of it, shuffled within each, and the held-out ones taken at even distances.
-    The order of `patients` does not matter. Raises ValueError where a split would be empty.
+    The value of a patient is, for example, its fraction of positive slices. Patients are sorted
+    into terciles of it and shuffled within each; the held-out ones are taken at even distances. The
+    order of `patients` does not matter. Raises ValueError where a split would be empty.
     """
     for name, value in (("validation", validation_fraction), ("test", test_fraction)):
         if not 0 <= value < 1:
@@ -87,7 +87,7 @@ def read_splits(path: str | Path, patients: Sequence[str]) -> dict[str, list[str
 
 
 def _some(names: set[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first names, and the number of the others, as text."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(sorted(names)[:NAMED]) + more
 

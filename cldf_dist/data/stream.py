@@ -1,7 +1,7 @@
 """The exactly resumable sample stream; its whole state is one integer, the samples consumed.
 
 Sample number n, counted over all ranks since the start of training, is the same slice with the
-same random changes for any number of ranks and workers, and after every resume.
+same augmentation for any number of ranks and workers, and after every resume.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Order = npt.NDArray[np.int64]
 
 
 class Items(Protocol):
-    """What a stream draws from."""
+    """The interface of the items of a stream."""
 
     def __len__(self) -> int: ...
 
@@ -39,8 +39,9 @@ class Items(Protocol):
 class Stream:
     """Endless epochs over `items`: shards permuted, items shuffled within a window of shards.
 
-    `groups` is the shard number of each position. Every epoch holds every item once; its order is
-    a pure function of (seed, epoch).
+    `groups` is the shard number of each position. Every epoch holds every item once, in an order
+    that is a pure function of (seed, epoch). Raises ValueError without items, or where `groups` or
+    `window` do not fit.
     """
 
     items: Items
@@ -60,7 +61,7 @@ class Stream:
             raise ValueError(f"window must be >= 1 shard, got {self.window}")
 
     def fingerprint(self) -> str:
-        """Names what is drawn from: with other items, or other shards, the order is another one."""
+        """A digest of the items, shards, seed and window, which differs where the order does."""
         keys = getattr(self.items, "keys", range(len(self.items)))
         content = repr((list(keys), np.asarray(self.groups).tolist(), self.seed, self.window))
         return hashlib.sha256(content.encode()).hexdigest()
@@ -86,7 +87,8 @@ class Stream:
         """Endless batches for one rank, from sample number `consumed` on.
 
         `batch_size` is global: each rank gets every `world_size`-th sample, `batch_size /
-        world_size` of them at a time. Worker processes are spawned, and end with `close`.
+        world_size` of them in a batch. Worker processes are spawned, and end with `close`. Raises
+        ValueError where the batch does not divide over the ranks.
         """
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -101,9 +103,9 @@ class Stream:
     def fixed(
         self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> LoadedBatches:
-        """This rank's share of samples 0 to num_samples - 1, always the same samples.
+        """This rank's part of samples 0 to num_samples - 1, the same in each call.
 
-        Batches hold `batch_size` samples of one rank; the last one may be smaller.
+        Batches hold `batch_size` samples of this rank; the last one may be smaller.
         """
         numbers = _Numbers(range(rank, num_samples, world_size))
         return self._load(numbers, batch_size, num_workers=0)
@@ -134,9 +136,9 @@ class Stream:
 
 
 class LabelledSlices:
-    """Items of the diffusion model and the classifiers: image and image-level label, never a mask.
+    """The items of the diffusion model and the classifiers: image and label, never a mask.
 
-    Slices without a label, or with too little object to call, are left out.
+    Slices without a label, or excluded for too little object, are left out.
     """
 
     def __init__(self, table: SliceTable, augment: Augment | None, seed: int) -> None:
@@ -147,7 +149,7 @@ class LabelledSlices:
 
     @property
     def keys(self) -> list[str]:
-        """The name of each item."""
+        """The key of each item's slice."""
         return [self.table.keys[slice_index] for slice_index in self.slice_indices]
 
     @property
@@ -159,7 +161,7 @@ class LabelledSlices:
         return len(self.slice_indices)
 
     def get(self, position: int, sample_number: int) -> dict[str, Tensor | int]:
-        """image (channels, height, width) in [-1, 1], label, sample_number."""
+        """The "image" (channels, height, width) in [-1, 1], "label" and "sample_number"."""
         slice_index = int(self.slice_indices[position])
         image = torch.from_numpy(self.table.read_image(slice_index))
         if self.augment is not None:
@@ -169,7 +171,7 @@ class LabelledSlices:
 
 
 class _Samples(Dataset[dict[str, Tensor | int]]):
-    """Sample number to sample, for the loader."""
+    """The stream as a map-style dataset by sample number, for the loader."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -179,7 +181,7 @@ class _Samples(Dataset[dict[str, Tensor | int]]):
 
 
 class _Numbers(Sampler[int]):
-    """Sample numbers, for the loader."""
+    """A sampler of given sample numbers, for the loader."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.numbers = numbers
@@ -189,7 +191,7 @@ class _Numbers(Sampler[int]):
 
 
 def _shuffled(length: int, seed: int) -> Order:
-    """A permutation of 0 to length - 1, the same with every version of every library.
+    """A permutation of [0, length), the same with every version of every library.
 
     Sorts by the splitmix64 hash (Steele et al. 2014) of seed + number.
     """

@@ -36,7 +36,6 @@ PATIENCE_SECONDS = "120"
 
 def run(config: Config) -> int:
     """Print every finding as soon as it is known; 1 where there is an error, else 0."""
-
     os.environ.setdefault(
         TIMEOUT, PATIENCE_SECONDS
     )  # a network that hangs is a finding, not a wait

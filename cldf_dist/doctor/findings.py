@@ -20,14 +20,17 @@ class Finding:
 
 
 def ok(about: str, said: str) -> Finding:
+    """A finding that needs no action."""
     return Finding("ok", about, said)
 
 
 def warning(about: str, said: str, remedy: str) -> Finding:
+    """A finding that does not prevent a run."""
     return Finding("warning", about, f"{said}; {remedy}")
 
 
 def error(about: str, said: str, remedy: str) -> Finding:
+    """A finding that prevents a run."""
     return Finding("error", about, f"{said}; {remedy}")
 
 

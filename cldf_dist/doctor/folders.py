@@ -147,6 +147,7 @@ def of_data(config: Config) -> Iterator[Finding]:
 
 
 def of_tracking(config: Config) -> Iterator[Finding]:
+    """Findings about the MLflow store: whether it is reached."""
     uri = config.tracking.uri
     if not config.tracking.enabled:
         yield ok("mlflow", "switched off; metrics.jsonl holds everything")

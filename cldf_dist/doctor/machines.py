@@ -27,6 +27,7 @@ FREE_SHARE = 0.8  # of a GPU's memory, before anything of ours is on it
 
 
 def of_processes(everyone: Sequence[Seen]) -> Iterator[Finding]:
+    """Findings about the ranks, their machines and their processors."""
     ranks = sorted(seen.rank for seen in everyone)
     counts = hosts(everyone)
     if ranks != list(range(len(everyone))):
@@ -46,6 +47,7 @@ def of_processes(everyone: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def of_versions(everyone: Sequence[Seen]) -> Iterator[Finding]:
+    """Findings about the versions of Python and packages, which must agree on all machines."""
     first = everyone[0]
     differing = []
     for name in ("python", *first.packages):
@@ -65,6 +67,7 @@ def of_versions(everyone: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def of_devices(everyone: Sequence[Seen]) -> Iterator[Finding]:
+    """Findings about the GPUs: their kinds, assignment to ranks and free memory."""
     kinds = sorted({f"{seen.device} {seen.driver}".strip() for seen in everyone})
     if all(seen.device == "cpu" for seen in everyone):
         yield ok("devices", "no GPU: everything runs on CPUs, at a small part of the pace")
@@ -102,6 +105,7 @@ def of_shared_memory(everyone: Sequence[Seen], config: Config) -> Iterator[Findi
 
 
 def of_clocks(everyone: Sequence[Seen]) -> Iterator[Finding]:
+    """Findings about the clocks of the machines; none for one process."""
     if len(everyone) == 1:
         return
     clocks = [seen.clock for seen in everyone]
@@ -204,6 +208,7 @@ def _in_a_line(problem: Exception) -> str:
 
 
 def of_slurm() -> Iterator[Finding]:
+    """Findings about SLURM: the allocation, or whether there is one to be had."""
     job = os.environ.get("SLURM_JOB_ID")
     if job:
         names = ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK")

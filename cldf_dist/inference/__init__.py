@@ -1,1 +1,1 @@
-"""The trained nets of a run at work: loaded, frozen, asked for features, maps and scores."""
+"""Inference with the trained nets of a run: loading, features, maps and scores."""

@@ -1,4 +1,4 @@
-"""Who makes which shards of the feature cache, and which of them must be made again."""
+"""The division of the feature cache's shards among processes and jobs, and their repair."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ from cldf_dist.system.locks import FolderLock
 STAGE = "cache"
 STORE = "features.zarr"
 COUNT_FILE = ".parts.json"
-SHARDS_AT_ONCE = 64  # that one reading process is given, at most
+SHARDS_AT_ONCE = 64  # that one reading process gets, at most
 SHOWN = 20  # damaged slices that are named
 
 
 def store_folder(config: Config) -> Path:
+    """The folder of the run's feature store."""
     return config.run_folder / STAGE / STORE
 
 
 def part_of(shards: range, part: str) -> range:
-    """The contiguous share "i/n" of shards, 1 <= i <= n; all of them for ""."""
+    """The contiguous part "i/n" of shards, 1 <= i <= n; all of them for ""."""
     if not part:
         return shards
     number, count = (int(word) for word in part.split("/"))
-    return _share(shards, number - 1, count)
+    return _part(shards, number - 1, count)
 
 
 def shards_of_this_rank(shards: range) -> range:
-    """This process's contiguous share."""
-    return _share(shards, processes().rank, processes().world_size)
+    """This process's contiguous part of the shards."""
+    return _part(shards, processes().rank, processes().world_size)
 
 
-def _share(shards: range, number: int, count: int) -> range:
+def _part(shards: range, number: int, count: int) -> range:
     return shards[len(shards) * number // count : len(shards) * (number + 1) // count]
 
 
 @contextmanager
 def shared_stage(config: Config) -> Iterator[None]:
-    """Hold the stage's folder together with the other parts, for one job of an array.
+    """Hold a shared lock on the stage's folder, for one job of an array.
 
-    RuntimeError where a job that makes the whole cache is at work, or parts of another number:
-    two of them would write the same files.
+    Raises RuntimeError while a job computes the whole cache, or jobs compute another number of
+    parts: two of them would write the same files.
     """
     folder, count = config.run_folder / STAGE, config.cache.part.split("/")[1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,8 +63,8 @@ def shared_stage(config: Config) -> Iterator[None]:
         at_work = json.loads(file.read_text())["parts"]
         if at_work != int(count):
             raise RuntimeError(
-                f"cache.part={config.cache.part}: jobs that make parts of {at_work} are at work in "
-                f"{folder}; wait for them, or take i/{at_work}"
+                f"cache.part={config.cache.part}: jobs with cache.part=i/{at_work} are running in "
+                f"{folder}; wait for them, or use i/{at_work}"
             )
         yield
     finally:
@@ -71,8 +72,11 @@ def shared_stage(config: Config) -> Iterator[None]:
 
 
 def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str]:
-    """Look at every byte, each process at its share; what is damaged is discarded, and so made
-    again. `keys` name the slices; those of the damaged ones, for all processes."""
+    """Verify every byte and discard damaged shards, so that the cache stage computes them again.
+
+    Each process verifies its part. `keys` are those of all slices; returns the keys of the damaged
+    ones, on every process.
+    """
     with fail_on_all_ranks():
         shards = shards_of_this_rank(range(cache.num_shards))
         mine = damaged_slices(cache.folder, shards, keys, config.cache.verify_processes)
@@ -87,7 +91,7 @@ def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str
     if processes().is_main:
         said = f"{len(damaged)} of {len(cache)} slices are damaged or missing"
         shown = ", ".join(damaged[:SHOWN]) + (", ..." if len(damaged) > SHOWN else "")
-        again = f" ({shown}); {len(found)} shards are made again" if damaged else ""
+        again = f" ({shown}); {len(found)} shards are computed again" if damaged else ""
         print(f"cache: {said}{again}", file=sys.stderr, flush=True)
     return damaged
 
@@ -95,8 +99,10 @@ def repair(config: Config, cache: FeatureCache, keys: Sequence[str]) -> list[str
 def damaged_slices(
     folder: Path, shards: range, keys: Sequence[str], num_processes: int
 ) -> dict[int, list[int]]:
-    """{shard: rows} whose bytes are missing or not those that were signed, read by several
-    processes at once; `keys` are those of all rows."""
+    """The indices of slices whose bytes are missing or fail their checksum, by shard.
+
+    Several processes read at once. `keys` are those of all slices.
+    """
     size = max(min(len(shards) // (2 * num_processes), SHARDS_AT_ONCE), 1)
     pieces = [shards[start : start + size] for start in range(0, len(shards), size)]
     workers = min(num_processes, len(pieces))

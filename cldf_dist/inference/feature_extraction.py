@@ -1,4 +1,4 @@
-"""What the feature store holds of each slice: features, maps and seeds, computed by frozen nets."""
+"""The arrays of the feature store: features, maps and seeds of slices, computed by frozen nets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from cldf_dist.config import Config
@@ -37,6 +38,7 @@ class Slices:
         return sum(len(table) for table in self.tables)
 
     def place(self, slice_index: int) -> tuple[SliceTable, int]:
+        """The table of a slice, and the slice's index in it; raises IndexError beyond all."""
         for table in self.tables:
             if slice_index < len(table):
                 return table, slice_index
@@ -45,18 +47,19 @@ class Slices:
 
     @property
     def keys(self) -> list[str]:
+        """The keys of all slices, in order."""
         return [key for table in self.tables for key in table.keys]
 
 
 def cached_slices(shards: ShardSet) -> Slices:
-    """The slices that the cache holds, in its order."""
+    """The slices of the cache, in its order."""
     return Slices(tuple(shards.split(name) for name in CACHED_SPLITS))
 
 
 def compute_shard(
     config: Config, nets: FrozenNets, slices: Slices, slice_indices: range
 ) -> tuple[list[str], dict[str, Any]]:
-    """Keys and arrays of the slices `rows`; batches never cross a shard."""
+    """Keys and arrays by name of the slices with these indices; batches never cross a shard."""
     keys: list[str] = []
     parts: list[dict[str, Tensor]] = []
     for start in range(slice_indices.start, slice_indices.stop, config.cache.batch_size):
@@ -73,9 +76,9 @@ def compute_shard(
 
 
 def compute_batch(
-    config: Config, nets: FrozenNets, images: Any, keys: list[str], labels: Tensor
+    config: Config, nets: FrozenNets, images: Any, keys: list[str], labels: Int[Tensor, " batch"]
 ) -> dict[str, Tensor]:
-    """Every array of a batch of slices; `images` (batch, channels, height, width) are prepared."""
+    """The arrays of a batch by name; `images` (batch, channels, height, width) are prepared."""
     device = accelerator().device
     inside = torch.from_numpy(body_mask(images)).to(device)
     pixels = (
@@ -148,5 +151,5 @@ def slice_shapes(net: nn.Module, config: Config) -> dict[str, tuple[tuple[int, .
 
 
 def bytes_per_slice(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
-    """The stored bytes of one slice, of arrays as `slice_shapes` gives them."""
+    """The stored bytes of one slice with arrays of these `slice_shapes`."""
     return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in shapes.values())

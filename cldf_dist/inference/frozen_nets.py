@@ -1,10 +1,11 @@
-"""The trained nets of a run, frozen, and the gradient map, for `cache` and `segment` alike."""
+"""The trained nets of a run, frozen, and the gradient map, for both `cache` and `segment`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cldf_dist.config import Config
@@ -26,7 +27,7 @@ from cldf_dist.runs.run import Run
 
 @dataclass(frozen=True)
 class FrozenNets:
-    """The trained nets that make features and maps, on this process's device."""
+    """The trained nets that compute features and maps, on this process's device."""
 
     diffusion: nn.Module
     schedule: Schedule
@@ -36,6 +37,7 @@ class FrozenNets:
 
     @classmethod
     def load(cls, config: Config, run: Run) -> FrozenNets:
+        """The nets of a run; raises FileNotFoundError where a training is not finished."""
         tuned = run.needs("tune-label-embedding") if config.label_tuning.enabled else None
         diffusion, schedule = load_diffusion(run.needs("train-diffusion"), tuned)
         return cls(
@@ -50,7 +52,7 @@ class FrozenNets:
 
     @classmethod
     def untrained(cls, config: Config, num_channels: int) -> FrozenNets:
-        """The same nets with random weights, to see how long they take."""
+        """The same nets with random weights, to measure how long they take."""
         nets = (
             build_unet(config.diffusion.net, num_channels),
             NoisyClassifier(config.classifier, num_channels),
@@ -64,9 +66,12 @@ class FrozenNets:
 
 
 def gradient_map_of(
-    config: Config, nets: FrozenNets, images: Tensor, keys: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Gradient maps and p(object) as configured, for `cache` and `segment` alike."""
+    config: Config,
+    nets: FrozenNets,
+    images: Float[Tensor, "batch channels height width"],
+    keys: list[str],
+) -> tuple[Float[Tensor, "batch height width"], Float[Tensor, " batch"]]:
+    """Gradient maps and p(object) by the settings `gradient_map`."""
     settings = config.gradient_map
     return gradient_map(
         nets.classifier,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from cldf_dist import config as settings
@@ -21,6 +22,7 @@ from cldf_dist.training.export import load_net, read_description
 
 
 def noise_schedule(config: Config) -> Schedule:
+    """The noise schedule by the settings `diffusion`."""
     diffusion = config.diffusion
     return Schedule(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction)
 
@@ -28,7 +30,7 @@ def noise_schedule(config: Config) -> Schedule:
 def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module, Schedule]:
     """The frozen CDM on this process's device, and its noise schedule.
 
-    With the label embedding of the folder `labels`, of `tune-label-embedding`, in place of its own.
+    `labels` is a folder of `tune-label-embedding`, whose embedding replaces that of the CDM.
     """
     about = read_description(folder)
     net: Any = build_unet(build_section(settings.UNet, about["net"]), about["num_channels"])
@@ -40,7 +42,7 @@ def load_diffusion(folder: Path, labels: Path | None = None) -> tuple[nn.Module,
 
 
 def load_label_embedding(folder: Path) -> nn.Embedding:
-    """The tuned label embedding of the CDM: a row for no object, object, and no label given."""
+    """The tuned label embedding of the CDM: vectors for no object, object, and no label given."""
     about = read_description(folder)
     ready: Any = _ready(nn.Embedding(about["num_labels"], about["num_features"]), folder)
     net: nn.Embedding = ready
@@ -70,8 +72,10 @@ def load_patch_classifier(folder: Path) -> PatchClassifier:
     return net
 
 
-def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
-    """The frozen pixel decoder on this process's device, and what `class_prototypes` gave."""
+def load_decoder(
+    folder: Path,
+) -> tuple[PixelDecoder, Float[torch.Tensor, "prototypes embedding"]]:
+    """The frozen pixel decoder and its class prototypes, on this process's device."""
     about = read_description(folder)
     net = PixelDecoder(about["tap_channels"], about["hidden"], about["embedding"])
     ready: Any = _ready(net, folder)
@@ -79,7 +83,7 @@ def load_decoder(folder: Path) -> tuple[PixelDecoder, torch.Tensor]:
 
 
 def place(net: nn.Module) -> nn.Module:
-    """A frozen net on this process's device, in the layout that is fast there."""
+    """The net, frozen, on this process's device and in the memory format that is fast there."""
     device = accelerator().device
     layout: Any = {"memory_format": fast_memory_format(device)}
     return net.to(device).to(**layout).eval().requires_grad_(False)

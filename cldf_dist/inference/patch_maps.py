@@ -1,10 +1,11 @@
-"""What the patch classifier says about slices, from one pass."""
+"""The patch classifier's activations, patch logits and p(object) of slices, from one pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cldf_dist.config import Config
@@ -19,14 +20,18 @@ PATCH_LOGITS = "patch_logits"  # in the feature store
 class PatchMaps:
     """The patch classifier's output for a batch of slices."""
 
-    activations: Tensor  # (batch, 1, features, h, w), as the features of a tap
-    patch_logits: Tensor  # (batch, height, width); -inf outside the body
-    probability: Tensor  # (batch,) of "object"
+    activations: Float[Tensor, "batch 1 features map_height map_width"]  # as those of a tap
+    patch_logits: Float[Tensor, "batch height width"]  # -inf outside the body
+    probability: Float[Tensor, " batch"]  # of "object"
 
 
 @torch.no_grad()
-def patch_maps(net: PatchClassifier, images: Tensor, body_mask: Tensor) -> PatchMaps:
-    """The maps of slices (batch, channels, height, width); `body_mask` is True on their bodies."""
+def patch_maps(
+    net: PatchClassifier,
+    images: Float[Tensor, "batch channels height width"],
+    body_mask: Bool[Tensor, "batch height width"],
+) -> PatchMaps:
+    """The maps of slices, computed in one pass without gradients."""
     activations = net.activations(images)
     logits = net.patch_logits(activations, (images.shape[2], images.shape[3]))
     probability = net.slice_logits(activations, images).float().softmax(1)[:, SliceLabel.POSITIVE]
@@ -36,5 +41,5 @@ def patch_maps(net: PatchClassifier, images: Tensor, body_mask: Tensor) -> Patch
 
 
 def plus_taps(config: Config) -> tuple[str, ...]:
-    """The taps that `cldf_plus` learns from."""
+    """The taps that `cldf_plus` is trained on."""
     return (*config.features.taps, *([PATCH_TAP] if config.plus.patch_tap else []))

@@ -1,4 +1,4 @@
-"""The feature store of a run: begun once, and refused where settings, nets or slices differ."""
+"""The feature store of a run: created once, refused where settings, nets or slices differ."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from cldf_dist.system.distributed import accelerator
 
 
 def repair_store(config: Config, run: Run, create: Callable[[Path], None]) -> None:
-    """Write again what describes the arrays of a store, where it is lost or damaged; `create` makes
-    an empty one in a folder."""
+    """Restore lost or damaged metadata of a store's arrays.
+
+    `create` creates an empty store in a folder, from which the metadata is copied.
+    """
     folder = store_folder(config)
     if not folder.exists():
         return
@@ -40,9 +42,7 @@ def repair_store(config: Config, run: Run, create: Callable[[Path], None]) -> No
             with suppress(DamagedShardError):
                 check_same_settings(FeatureCache(folder), config, run)
         for name in repair_metadata(folder, fresh):
-            print(
-                f"cache: {folder / name} was lost or damaged; it is written anew", file=sys.stderr
-            )
+            print(f"cache: {folder / name} was lost or damaged; it is restored", file=sys.stderr)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -55,7 +55,7 @@ def create_run_store(
     seed_cam: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """The empty store, unless it is there."""
+    """Create the empty store in `folder`, unless it exists."""
     if (folder / "zarr.json").exists():
         return
     bf16 = features_dtype(config.features, accelerator().device) is torch.bfloat16
@@ -75,7 +75,7 @@ def create_run_store(
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Those that decide what is in the cache, as JSON gives them back."""
+    """The settings that decide the content of the cache, as JSON types."""
     flat = flatten(config)
     found = {key: flat[key] for key in marked(Config, Mark.DECIDES_CACHE)}
     del found["features.precision"]  # the store says in which it was begun
@@ -84,8 +84,10 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
-    """Raise ValueError where the cache was begun with other settings or nets: a part of it that
-    is made now would not fit."""
+    """Raise ValueError where the cache was created with other settings or nets.
+
+    What is computed now would not fit the rest of it.
+    """
     before, now = dict(cache.attributes["settings"]), _settings(config)
     before["cache.slices_per_shard"] = cache.slices_per_shard
     now["cache.slices_per_shard"] = config.cache.slices_per_shard
@@ -102,8 +104,10 @@ def check_same_settings(cache: FeatureCache, config: Config, run: Run) -> None:
 
 
 def as_begun(config: Config, cache: FeatureCache) -> Config:
-    """The settings with the precision and the seed map that the cache was begun with: parts of it
-    that are made on other devices are made alike."""
+    """The settings with the precision and the seed map with which the cache was created.
+
+    So parts of it that are computed on other devices are computed alike.
+    """
     features = replace(config.features, precision=cache.attributes["precision"])
     config = replace(config, features=features)
     if config.seeds.cam == "auto":
@@ -113,13 +117,14 @@ def as_begun(config: Config, cache: FeatureCache) -> Config:
 
 
 def check_same_slices(cache: FeatureCache, slices: Slices) -> None:
-    """Raise ValueError unless row n of the cache is, or will be, slice n."""
+    """Raise ValueError unless the cache holds, or will hold, these slices in this order."""
     check_count(cache, slices)
     if any(stored not in ("", key) for stored, key in zip(cache.keys, slices.keys)):
         raise _other_slices(cache)
 
 
 def check_count(cache: FeatureCache, slices: Slices) -> None:
+    """Raise ValueError unless the cache has as many slices."""
     if len(cache) != len(slices):
         raise _other_slices(cache)
 

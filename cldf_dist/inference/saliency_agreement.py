@@ -1,4 +1,7 @@
-"""How well CDM saliency agrees with the slice labels of the validation patients: no mask in it."""
+"""The agreement of CDM saliency with the slice labels of the validation patients.
+
+No mask is read for it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cldf_dist.config import Config, Saliency, Segment
@@ -21,7 +25,7 @@ from cldf_dist.method.weak_validation import area_fractions, weak_validation
 from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, gather_objects, processes
 from cldf_dist.system.memory_format import fast_memory_format
 
-# the defaults: what a run says of its own rows may change without training anything again
+# the defaults: a run's own settings of its methods may change without training anything again
 SALIENCY = Saliency()
 NEGATIVE_FRACTION = Segment().negative_fraction
 
@@ -29,11 +33,11 @@ NEGATIVE_FRACTION = Segment().negative_fraction
 def saliency_agreement(
     config: Config, table: SliceTable, diffusion: nn.Module, schedule: Schedule
 ) -> float | None:
-    """The AUROC of the area above the threshold for the slice label, of saliency as in the row
-    `cdm`.
+    """The AUROC of the area above the threshold for the slice label, of the method `cdm`.
 
-    Over `label_tuning.compared_slices` slices of known label, evenly spread. All processes share
-    the work and get the same number; None where the slices have one label only.
+    Computed over `label_tuning.compared_slices` evenly spread slices of known label. The work is
+    divided among the processes and all get the same number; None where the slices have one label
+    only.
     """
     known = np.flatnonzero(table.labels >= 0)
     slice_indices = evenly_spread(known, config.label_tuning.compared_slices)
@@ -46,22 +50,26 @@ def saliency_agreement(
     if not {SliceLabel.NEGATIVE, SliceLabel.POSITIVE} <= set(labels.tolist()):
         return None
     scores = np.stack([by_row[slice_index][0] for slice_index in slice_indices.tolist()])
-    subject = np.stack([by_row[slice_index][1] for slice_index in slice_indices.tolist()])
+    body = np.stack([by_row[slice_index][1] for slice_index in slice_indices.tolist()])
     negative = labels == SliceLabel.NEGATIVE
-    threshold = negative_threshold(scores[negative][subject[negative]], NEGATIVE_FRACTION)
-    agreement = weak_validation(area_fractions(scores, subject, threshold), labels)["area_auroc"]
+    threshold = negative_threshold(scores[negative][body[negative]], NEGATIVE_FRACTION)
+    agreement = weak_validation(area_fractions(scores, body, threshold), labels)["area_auroc"]
     return None if agreement is None else float(agreement)
 
 
 def evenly_spread(slice_indices: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
-    """At most so many of these rows, evenly spread."""
+    """At most `most` of these slice indices, evenly spread."""
     places = np.linspace(0, len(slice_indices) - 1, min(most, len(slice_indices))).round()
     return slice_indices[places.astype(np.intp)]
 
 
-def saliency_of(net: nn.Module, schedule: Schedule, pixels: Tensor, keys: list[str]) -> Tensor:
-    """CDM saliency (batch, height, width) of slices (batch, channels, height, width), as the row
-    `cdm` has it by default."""
+def saliency_of(
+    net: nn.Module,
+    schedule: Schedule,
+    pixels: Float[Tensor, "batch channels height width"],
+    keys: list[str],
+) -> Float[Tensor, "batch height width"]:
+    """CDM saliency of slices, by the default settings of the method `cdm`."""
     return cdm_saliency(
         net,
         schedule,
@@ -80,7 +88,7 @@ def _saliency(
     diffusion: nn.Module,
     schedule: Schedule,
 ) -> list[tuple[int, Any, Any]]:
-    """(row, saliency (height, width), subject (height, width)) of these slices."""
+    """Index, saliency (height, width) and body mask (height, width) of each of these slices."""
     device = accelerator().device
     found: list[tuple[int, Any, Any]] = []
     for start in range(0, len(slice_indices), config.cache.batch_size):

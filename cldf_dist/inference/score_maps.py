@@ -1,8 +1,8 @@
 """The score map of each method, by a function of the method's name.
 
 A score map is (batch, height, width) of prepared slices. Higher means object, and one threshold
-must hold for all slices. Passes through the nets are shared: each is made once a batch, and only if
-a method asks for it.
+must serve all slices. Passes through the nets are shared: each runs once a batch, and only if a
+method needs it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 
 from cldf_dist.config import Config
@@ -32,39 +33,41 @@ Decoder = tuple[PixelDecoder, Tensor]  # and its prototypes
 
 @dataclass
 class SliceBatch:
-    """A batch of prepared slices, and the passes through the nets of a run over it."""
+    """A batch of prepared slices, with the outputs of the nets for it, computed on first use."""
 
     config: Config
     nets: FrozenNets
     decoders: Mapping[str, Decoder]  # by method
-    images: Tensor  # (batch, channels, height, width)
-    body_mask: Tensor  # (batch, height, width)
+    images: Float[Tensor, "batch channels height width"]
+    body_mask: Bool[Tensor, "batch height width"]
     keys: list[str]
     methods: Sequence[str]  # that are scored
 
     @cached_property
-    def gradient_map(self) -> tuple[Tensor, Tensor]:
-        """The gradient map (batch, height, width) and the external classifier's p(object)."""
+    def gradient_map(self) -> tuple[Float[Tensor, "batch height width"], Float[Tensor, " batch"]]:
+        """The gradient map and the external classifier's p(object)."""
         return gradient_map_of(self.config, self.nets, self.images, self.keys)
 
     @cached_property
     def cam_pass(self) -> cam.CamPass:
+        """The clean classifier's pass, from which the activation maps are computed."""
         return cam.cam_pass(self.nets.cam, self.images, self.config.cam.layer)
 
     @cached_property
     def patch_maps(self) -> PatchMaps | None:
-        """None where the run has no patch classifier."""
+        """The patch classifier's maps; None where the run has no patch classifier."""
         if self.nets.patch_classifier is None:
             return None
         return patch_maps(self.nets.patch_classifier, self.images, self.body_mask)
 
     @cached_property
-    def taps(self) -> dict[str, Tensor]:
+    def taps(self) -> dict[str, Float[Tensor, "batch _channels _height _width"]]:
+        """The features of the pixel decoders, by tap."""
         return decoder_taps(self.config, self.nets, self.images, self.keys, self.patch_maps)
 
     @cached_property
-    def probability(self) -> Tensor:
-        """p(object) (batch,), the mean over the classifiers of the run; it gates every method."""
+    def probability(self) -> Float[Tensor, " batch"]:
+        """The mean of p(object) over the classifiers of the run; it gates every method."""
         found = [self.gradient_map[1]]
         if set(cam.METHODS) & set(self.methods):
             found.append(self.cam_pass.probability)
@@ -74,37 +77,47 @@ class SliceBatch:
             found.append(self.patch_maps.probability)
         return torch.stack(found).mean(0)
 
-    def scaled(self, maps: Tensor) -> Tensor:
-        """A map scaled to [0, 1] within its slice, which says where, times p(object), which says
-        whether: only the product can be compared with one threshold over slices."""
+    def scaled(
+        self, maps: Float[Tensor, "batch height width"]
+    ) -> Float[Tensor, "batch height width"]:
+        """Each map scaled to [0, 1] within its body, times p(object) of its slice.
+
+        The map tells where the object is, the probability whether there is one: only their product
+        can be compared with one threshold over slices.
+        """
         return scale_to_unit(maps, self.body_mask) * self.probability[:, None, None]
 
 
-def score_map(batch: SliceBatch, method: str) -> Tensor:
-    """The score map (batch, height, width) of one method, float32."""
+def score_map(batch: SliceBatch, method: str) -> Float32[Tensor, "batch height width"]:
+    """The score map of one method."""
     if method_named(method).has_decoder:
         return decoder_scores(batch, method)
     score: Callable[[SliceBatch], Tensor] = getattr(sys.modules[__name__], method)
     return score(batch).float()
 
 
-def gradcam(batch: SliceBatch) -> Tensor:
+def gradcam(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """GradCAM of the clean classifier, scaled by slice and p(object)."""
     return batch.scaled(batch.cam_pass.map("gradcam"))
 
 
-def gradcam_pp(batch: SliceBatch) -> Tensor:
+def gradcam_pp(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """GradCAM++ of the clean classifier, scaled by slice and p(object)."""
     return batch.scaled(batch.cam_pass.map("gradcam_pp"))
 
 
-def layercam(batch: SliceBatch) -> Tensor:
+def layercam(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """LayerCAM of the clean classifier, scaled by slice and p(object)."""
     return batch.scaled(batch.cam_pass.map("layercam"))
 
 
-def gradient_map(batch: SliceBatch) -> Tensor:
+def gradient_map(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """The external classifier's gradient map, scaled by slice and p(object)."""
     return batch.scaled(batch.gradient_map[0])
 
 
-def cdm(batch: SliceBatch) -> Tensor:
+def cdm(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """CDM saliency by condition flip, by the settings `saliency`."""
     settings = batch.config.saliency
     return counterfactual.cdm_saliency(
         batch.nets.diffusion,
@@ -117,7 +130,8 @@ def cdm(batch: SliceBatch) -> Tensor:
     )
 
 
-def cg_diff(batch: SliceBatch) -> Tensor:
+def cg_diff(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """Saliency by a classifier-guided counterfactual, by the settings `cg_diff`."""
     settings = batch.config.cg_diff
     return counterfactual.cg_diff(
         batch.nets.diffusion,
@@ -134,7 +148,8 @@ def cg_diff(batch: SliceBatch) -> Tensor:
     )
 
 
-def cg_cdm(batch: SliceBatch) -> Tensor:
+def cg_cdm(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """Saliency by the derivative with respect to the label, by the settings `cg_cdm`."""
     settings = batch.config.cg_cdm
     return counterfactual.cg_cdm(
         batch.nets.diffusion,
@@ -150,15 +165,16 @@ def cg_cdm(batch: SliceBatch) -> Tensor:
     )
 
 
-def patch_classifier(batch: SliceBatch) -> Tensor:
+def patch_classifier(batch: SliceBatch) -> Float[Tensor, "batch height width"]:
+    """The sigmoid of the patch logits; raises ValueError where there is no patch classifier."""
     if batch.patch_maps is None:
         raise ValueError("the method patch_classifier needs patch_classifier.enabled=true")
     return batch.patch_maps.patch_logits.sigmoid()
 
 
 @torch.no_grad()
-def decoder_scores(batch: SliceBatch, method: str) -> Tensor:
-    """The scores of a method that has a pixel decoder; features are extracted once for all."""
+def decoder_scores(batch: SliceBatch, method: str) -> Float32[Tensor, "batch height width"]:
+    """The scores of a method that has a pixel decoder; all such methods share the features."""
     size = (batch.images.shape[2], batch.images.shape[3])
     return prototype_scores(
         *batch.decoders[method], batch.taps, size, tile_pixels=batch.config.segment.tile_pixels
@@ -167,15 +183,15 @@ def decoder_scores(batch: SliceBatch, method: str) -> Tensor:
 
 def prototype_scores(
     decoder: PixelDecoder,
-    prototypes: Tensor,
-    taps: Mapping[str, Tensor],
+    prototypes: Float[Tensor, "prototypes embedding"],
+    taps: Mapping[str, Float[Tensor, "batch _channels _height _width"]],
     size: tuple[int, int],
     *,
     tile_pixels: int,
-) -> Tensor:
-    """The scores (batch, *size) of whole slices, of which no embedding is kept.
+) -> Float32[Tensor, "batch height width"]:
+    """The scores of whole slices on a grid of `size`; no embedding is kept.
 
-    `taps` is as in `PixelDecoder.embed_maps`, `prototypes` as of `class_prototypes`.
+    `taps` are those of `PixelDecoder.embed_maps`, `prototypes` those of `class_prototypes`.
     """
     first = next(iter(taps.values()))
     scores = first.new_empty(len(first), *size, dtype=torch.float32)
@@ -188,12 +204,14 @@ def prototype_scores(
 def decoder_taps(
     config: Config,
     nets: FrozenNets,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     patches: PatchMaps | None = None,
-) -> dict[str, Tensor]:
-    """{tap: (batch, channels, h, w)} of prepared slices (batch, channels, height, width), with the
-    values that the decoders were trained on: rounded as in the feature store."""
+) -> dict[str, Float[Tensor, "batch _channels _height _width"]]:
+    """The features of prepared slices by tap, rounded as in the feature store.
+
+    So they have the values that the decoders were trained on.
+    """
     settings = config.features
     dtype = features_dtype(settings, images.device)
     features = extract_features(
@@ -205,7 +223,9 @@ def decoder_taps(
 
 
 @torch.no_grad()
-def slice_probability(classifier: nn.Module, images: Tensor) -> Tensor:
-    """p(object) (batch,) of clean slices (batch, channels, height, width)."""
+def slice_probability(
+    classifier: nn.Module, images: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, " batch"]:
+    """The classifier's p(object) of clean slices."""
     logits: Tensor = classifier(images)
     return logits.float().softmax(1)[:, SliceLabel.POSITIVE]

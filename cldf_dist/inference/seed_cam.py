@@ -1,8 +1,8 @@
-"""Which class activation map makes the seeds, and whether the patch classifier is to be believed.
+"""The choice of the class activation map for the seeds, and the check of the patch classifier.
 
-A map can collapse, turn inside out or lie beside the object with the training that it is read from,
-and slice labels cannot say so: it lights up on the right slices all the same. Another view of the
-same slices can.
+In some trainings a map collapses, inverts or highlights pixels beside the object. Slice labels
+cannot detect this, because the map is still high on the right slices. Agreement with another view
+of the same slices can.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from cldf_dist.system.distributed import (
 from cldf_dist.system.memory_format import fast_memory_format
 
 COMPARED_SLICES = 128  # positive training slices, at most
-# where no map correlates so with saliency, that says nothing, and the gradient map is asked
+# where no map correlates this much with saliency, the gradient map is compared instead
 LEAST_AGREEMENT = 0.2
-FALLBACK = METHODS[0]  # where no positive training slice can tell
+FALLBACK = METHODS[0]  # where there is no positive training slice to compare
 VIEWS = ("saliency", "gradient_map", "patch_logits")  # beside the activation maps
 
 # {view: {method: mean correlation, None where it is not known}}
@@ -51,8 +51,10 @@ Agreement = dict[str, dict[str, float | None]]
 def choose_seed_cam(
     config: Config, nets: FrozenNets, table: SliceTable, store: Path
 ) -> dict[str, Any]:
-    """{"map", "judged_by", "agreement"} for the attributes of the store, the same on all
-    processes: as the store was begun, else by what the nets say."""
+    """The chosen "map", the view "judged_by" and the "agreement", for the store's attributes.
+
+    The same on all processes: as the store was created, else by the agreement of the nets.
+    """
     with fail_on_all_ranks():
         before = _chosen_before(store) if processes().is_main else None
     before = broadcast_object(before)
@@ -70,7 +72,7 @@ def choose_seed_cam(
 
 
 def patch_logit_agreement(seed_cam: Mapping[str, Any]) -> float | None:
-    """The mean correlation of evidence and map; None where it is not known."""
+    """The mean correlation of patch logits and seed map; None where it is not known."""
     agreement = seed_cam.get("agreement", {}).get("patch_logits", {})
     found: float | None = agreement.get(seed_cam.get("map"))
     return found
@@ -81,27 +83,28 @@ def _chosen_before(store: Path) -> dict[str, Any] | None:
         return None
     try:
         return FeatureCache(store).attributes.get("seed_cam")
-    except DamagedShardError:  # said, or mended, by whoever opens the store next
+    except DamagedShardError:  # reported or repaired by whoever opens the store next
         return None
 
 
 def with_map(config: Config, method: str) -> Config:
+    """The settings with `seeds.cam` set to `method`."""
     return replace(config, seeds=replace(config.seeds, cam=cast(CamMethod, method)))
 
 
 def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreement:
-    """The mean correlation of each activation map with each other view over the subject, on at
-    most `COMPARED_SLICES` positive slices of the table.
+    """The mean correlation of each activation map with each other view, within the body.
 
-    Saliency is asked where `seeds.cam=auto` needs it and the diffusion model has labels, evidence
-    where there is a patch classifier.
+    Computed on at most `COMPARED_SLICES` positive slices of the table. Saliency is computed where
+    `seeds.cam=auto` needs it and the diffusion model has labels, patch logits where there is a
+    patch classifier.
     """
     slice_indices = evenly_spread(
         np.flatnonzero(table.labels == SliceLabel.POSITIVE), COMPARED_SLICES
     )
     size = config.cache.batch_size
     batches = [slice_indices[start : start + size] for start in range(0, len(slice_indices), size)]
-    # whole batches to each process: with any number of them the same digits
+    # whole batches to each process, so that the digits do not depend on the number of processes
     with fail_on_all_ranks():
         own = [
             (number, _correlations(config, nets, table, batches[number]))
@@ -115,7 +118,7 @@ def map_agreement(config: Config, nets: FrozenNets, table: SliceTable) -> Agreem
 def _correlations(
     config: Config, nets: FrozenNets, table: SliceTable, slice_indices: npt.NDArray[np.intp]
 ) -> dict[str, list[list[float]]]:
-    """Of a batch of slices, for each view that there is: for each slice and each of `METHODS`."""
+    """Correlations of a batch by view: for each slice, one for each of `METHODS`."""
     device = accelerator().device
     images = table.read_images(slice_indices)
     inside = torch.from_numpy(body_mask(images)).to(device)
@@ -139,15 +142,18 @@ def _correlations(
 
 
 def _means(lines: list[list[float]]) -> list[float | None]:
-    """Over slices, of each of `METHODS`; slices without a subject are left out."""
+    """The mean over slices for each of `METHODS`; slices without a body are left out."""
     if not lines or np.isnan(lines).all():
         return [None] * len(METHODS)
     return [float(mean) for mean in np.nanmean(lines, axis=0)]
 
 
 def best_map(agreement: Agreement) -> tuple[str, str]:
-    """The map that agrees best with saliency, and "saliency"; where that says nothing, with the
-    gradient map, and "gradient_map". The first of equals, and where nothing is known."""
+    """The map that agrees best with saliency, and "saliency".
+
+    Where no map reaches `LEAST_AGREEMENT`, the one that agrees best with the gradient map, and
+    "gradient_map". The first of equals; `FALLBACK` where nothing is known.
+    """
     for view, least in (("saliency", LEAST_AGREEMENT), ("gradient_map", -1.0)):
         known = {method: r for method, r in agreement[view].items() if r is not None and r >= least}
         if known:

@@ -1,7 +1,7 @@
-"""Where the labels of training pixels come from: the seeds of each method, or true masks.
+"""The sources of training pixels' labels: the seeds of each method, or true masks.
 
-The rules are in `method/seeds.py`. Sources read a slice when it is asked for, and travel to the
-loader's processes by pickle.
+The rules are in `method/seeds.py`. Sources read one slice at a time, and can be pickled to the
+loader's processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cldf_dist.labels import PixelLabel, SliceLabel
 from cldf_dist.method.seeds import SeedCount, patch_seed_labels
 from cldf_dist.method.threshold import negative_threshold
 
-THRESHOLD_SLICES = 2048  # negative validation slices that the threshold is taken from, at most
+THRESHOLD_SLICES = 2048  # negative validation slices that set the threshold, at most
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class SeedLabels:
     cache: FeatureCache
 
     def labels(self, slice_index: int) -> Labels:
+        """The seeds of one slice of the store."""
         return self.cache.read("seeds", slice_index)
 
 
@@ -40,9 +41,10 @@ class PatchLogitLabels:
 
     cache: FeatureCache
     threshold: float  # logit
-    cam_threshold: float  # of the map scaled to [0, 1] within the body; 0: it is not asked
+    cam_threshold: float  # of the map scaled to [0, 1] within the body; 0: it is not used
 
     def labels(self, slice_index: int) -> Labels:
+        """The seeds of one slice of the store."""
         logits, cam = (
             torch.from_numpy(self.cache.read(name, slice_index).astype(np.float32))
             for name in (PATCH_LOGITS, "cam")
@@ -62,13 +64,14 @@ class PatchLogitLabels:
 class MaskLabels:
     """True masks of the training slices, for the upper bounds alone: CLDF never trains on them.
 
-    Unknown outside the body, and everywhere in a slice without a mask. The first slices of the
-    store are those of `table`.
+    Pixels are unknown outside the body, and everywhere in a slice without a mask. The first slices
+    of the store are those of `table`.
     """
 
     table: SliceTable
 
     def labels(self, slice_index: int) -> Labels:
+        """The mask of one slice as pixel labels."""
         mask = self.table.read_mask(slice_index)
         inside = body_mask(self.table.read_image(slice_index))
         if mask is None:
@@ -79,15 +82,17 @@ class MaskLabels:
 def patch_logit_labels(
     config: Config, cache: FeatureCache, train: SliceTable, validation: SliceTable
 ) -> PatchLogitLabels:
-    """The seeds of `cldf_plus` in the training slices; the cache holds those, then the others.
+    """The seeds of `cldf_plus` in the training slices.
 
-    The threshold is the evidence that `plus.negative_fraction` of the subject's pixels of negative
-    validation slices exceed: there all evidence is false, so that image-level labels alone set it,
-    and the net has not learnt them. Raises ValueError where there is no such slice."""
+    The cache holds the slices of `train`, then those of `validation`. The threshold is the patch
+    logit that a fraction `plus.negative_fraction` of the body pixels of negative validation slices
+    exceed. There every object pixel is a false positive, so that image-level labels alone set it,
+    and the net was not trained on them. Raises ValueError where there is no such slice.
+    """
     negative = len(train) + np.flatnonzero(validation.labels == SliceLabel.NEGATIVE)
     if not len(negative):
         raise ValueError(
-            "cldf_plus takes its threshold from negative validation slices, and there is none; "
+            "cldf_plus sets its threshold on negative validation slices, and there is none; "
             "set patch_classifier.enabled=false"
         )
     spread = (

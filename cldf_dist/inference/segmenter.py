@@ -1,4 +1,4 @@
-"""All trained nets of a run, which make the score maps of whole patients."""
+"""All trained nets of a run, which compute the score maps of whole patients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Segmenter:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Every method that the settings have and ask for, and whose nets are there."""
+        """The methods that the settings enable and select, and whose nets exist."""
         settings = flatten(self.config)
         asked = self.config.segment.methods
         return tuple(
@@ -63,7 +63,10 @@ class Segmenter:
         images: FloatArray,
         methods: Sequence[str] | None = None,
     ) -> PatientScores:
-        """Score maps of prepared slices (slices, channels, height, width), by `methods` or all."""
+        """Score maps of prepared slices (slices, channels, height, width), by `methods` or all.
+
+        The slices are those of one patient, in order.
+        """
         wanted = self.methods if methods is None else methods
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(keys), self.config.segment.batch_size):
@@ -76,7 +79,7 @@ class Segmenter:
         return PatientScores(patient, joined, probability, body_mask(images))
 
     def batch(self, images: FloatArray, keys: list[str], methods: Sequence[str]) -> SliceBatch:
-        """Slices on this process's device, to be scored by `methods`."""
+        """The slices on this process's device, to be scored by `methods`."""
         device = accelerator().device
         pixels = torch.from_numpy(images).to(device)
         return SliceBatch(

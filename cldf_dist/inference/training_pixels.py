@@ -1,10 +1,12 @@
-"""Labelled pixels that a decoder trains on, the statistics of their features, and prototypes."""
+"""The labelled pixels that train a decoder, the statistics of their features, and prototypes."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cldf_dist.config import Config
 from cldf_dist.data.features.pixel_labels import PixelLabels, count_labels
@@ -16,14 +18,18 @@ from cldf_dist.nets.decoder import PixelDecoder
 from cldf_dist.system.distributed import accelerator, fail_on_all_ranks, gather_objects, processes
 from cldf_dist.system.seeding import sample_seed
 
-STATISTICS_SLICES = 256  # training slices behind the mean and spread of each feature
-CONSTANT = 1e-4  # of a feature's mean: a smaller spread is that of float16's rounding
-PROTOTYPE_SLICES = 2048  # training slices of each class behind the prototypes, at most
+STATISTICS_SLICES = 256  # training slices for the mean and standard deviation of each feature
+CONSTANT = 1e-4  # of a feature's mean: a smaller deviation is float16's rounding
+PROTOTYPE_SLICES = 2048  # training slices of each class for the prototypes, at most
 
 
-def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each feature over a sample of the training slices; 0 where
-    it never changes."""
+def feature_statistics(
+    pixels: TrainingPixels, seed: int
+) -> tuple[Float[Tensor, " features"], Float[Tensor, " features"]]:
+    """Mean and standard deviation of each feature over a sample of the training slices.
+
+    The deviation of a constant feature is 0.
+    """
     rng = np.random.default_rng(sample_seed(seed, 0, "feature statistics"))
     slice_indices = rng.permutation(pixels.slice_indices)[:STATISTICS_SLICES]
     means, spreads = [], []
@@ -40,7 +46,7 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
             squares = squares + np.square(flat).sum(0)
         mean = total / count
         variance = squares / count - mean**2
-        # a feature that never changes has no spread: divided by its rounding it would be noise
+        # a constant feature has no deviation: divided by its rounding it would be noise
         constant = variance <= np.square(CONSTANT * mean)
         means.append(mean)
         spreads.append(np.where(constant, 0, np.sqrt(np.maximum(variance, 0))))
@@ -50,8 +56,10 @@ def feature_statistics(pixels: TrainingPixels, seed: int) -> tuple[torch.Tensor,
     )
 
 
-def prototypes_of(config: Config, net: PixelDecoder, pixels: TrainingPixels) -> torch.Tensor:
-    """Directions of a random choice of training seeds of each class, as `class_prototypes`."""
+def prototypes_of(
+    config: Config, net: PixelDecoder, pixels: TrainingPixels
+) -> Float[Tensor, "prototypes embedding"]:
+    """The `class_prototypes` of a random sample of the training seeds of each class."""
     rng = np.random.default_rng(sample_seed(config.seed, 0, "prototypes"))
     embeddings, labels = [], []
     for label in (PixelLabel.BACKGROUND, PixelLabel.OBJECT):
@@ -82,18 +90,21 @@ def _features_of(
 def training_pixels(
     cache: FeatureCache, taps: tuple[str, ...], labels: PixelLabels, num_slices: int
 ) -> TrainingPixels:
-    """The first `num_slices` rows of the cache; each process counts the labels of its share."""
+    """The pixels of the first `num_slices` slices of the cache.
+
+    Each process counts the labels of its part of them.
+    """
     slice_indices, here = np.arange(num_slices), processes()
-    shares = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
+    parts = [slice(rank, None, here.world_size) for rank in range(here.world_size)]
     with fail_on_all_ranks():
-        mine = count_labels(labels, slice_indices[shares[here.rank]])
+        mine = count_labels(labels, slice_indices[parts[here.rank]])
     counts = np.zeros((num_slices, 2), np.int64)
-    for share, found in zip(shares, gather_objects(mine), strict=True):
-        counts[share] = found
+    for part, found in zip(parts, gather_objects(mine), strict=True):
+        counts[part] = found
     return TrainingPixels(cache, taps, labels, slice_indices, counts)
 
 
 def num_channels(cache: FeatureCache, tap: str) -> int:
-    """The features of a pixel that a tap of the store has, over all its timesteps."""
+    """The number of features of a pixel in a tap of the store, over all its levels."""
     levels, _, _, channels = cache.slice_shape(tap)
     return levels * channels

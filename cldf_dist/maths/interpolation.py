@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Float32, Int64
 
-Positions = npt.NDArray[np.int64]
+Positions = Int64[np.ndarray, " pixels"]
 
 
 def linear_neighbours(
     positions: Positions, *, target: int, source: int
-) -> tuple[Positions, Positions, npt.NDArray[np.float32]]:
+) -> tuple[Positions, Positions, Float32[np.ndarray, " pixels"]]:
     """The two source pixels around each target pixel, and the weight of the second.
 
-    `positions` (n,) are pixels of an axis of `target` pixels, which an axis of `source` pixels is
-    resampled to. Centres of pixels lie at halves; beyond the outermost centres the outermost pixel
-    counts alone.
+    `positions` index an axis of `target` pixels, onto which an axis of `source` pixels is
+    resampled. Pixel centres lie at half-integers. Beyond the outermost centres the outermost pixel
+    is repeated.
     """
     place = np.clip((positions + 0.5) * (source / target) - 0.5, 0, source - 1)
     lower = np.floor(place).astype(np.int64)

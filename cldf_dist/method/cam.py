@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,15 +24,15 @@ METHODS: tuple[str, ...] = get_args(CamMethod)
 
 @dataclass(frozen=True)
 class CamPass:
-    """One forward and backward pass of the clean classifier, of which every map is made."""
+    """One forward and backward pass of the clean classifier, from which every map is computed."""
 
-    activation: Tensor  # (batch, channels, h, w) of the layer
-    gradient: Tensor  # of the score there, of the same shape
-    probability: Tensor  # (batch,) of "object"
+    activation: Float[Tensor, "batch channels map_height map_width"]  # of the layer
+    gradient: Float[Tensor, "batch channels map_height map_width"]  # of the score there
+    probability: Float[Tensor, " batch"]  # of "object"
     size: tuple[int, int]  # of the images
 
-    def map(self, method: str) -> Tensor:
-        """The activation map (batch, height, width) >= 0 on the images' grid, in its raw scale.
+    def map(self, method: str) -> Float[Tensor, "batch height width"]:
+        """The activation map >= 0 on the images' grid, unscaled.
 
         Raises ValueError for an unknown method.
         """
@@ -41,8 +42,10 @@ class CamPass:
         return _upsample(formulas[method](self.activation, self.gradient), self.size)
 
 
-def cam_pass(net: nn.Module, images: Tensor, layer: str) -> CamPass:
-    """The pass over images (batch, channels, height, width) behind all activation maps.
+def cam_pass(
+    net: nn.Module, images: Float[Tensor, "batch channels height width"], layer: str
+) -> CamPass:
+    """The forward and backward pass over images that all activation maps are computed from.
 
     The score is the logit of "object" minus that of "no object". `net` is in evaluation mode and
     `layer` names a submodule whose output is >= 0. Raises ValueError for an unknown layer.
@@ -53,20 +56,29 @@ def cam_pass(net: nn.Module, images: Tensor, layer: str) -> CamPass:
 
 
 def class_activation_maps(
-    net: nn.Module, images: Tensor, layer: str, methods: Sequence[str] = METHODS
-) -> dict[str, Tensor]:
-    """{method: (batch, height, width) >= 0}, the maps of one pass as `cam_pass` makes it."""
+    net: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    layer: str,
+    methods: Sequence[str] = METHODS,
+) -> dict[str, Float[Tensor, "batch height width"]]:
+    """The maps >= 0 of one `cam_pass`, by method."""
     found = cam_pass(net, images, layer)
     return {method: found.map(method) for method in methods}
 
 
-def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
+def gradcam(
+    activation: Float[Tensor, "batch channels height width"],
+    gradient: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch height width"]:
     """Channels weighted by their mean gradient (Selvaraju et al. 2017)."""
     weights = gradient.mean((2, 3), keepdim=True)
     return (weights * activation).sum(1).relu()
 
 
-def gradcam_pp(activation: Tensor, gradient: Tensor) -> Tensor:
+def gradcam_pp(
+    activation: Float[Tensor, "batch channels height width"],
+    gradient: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch height width"]:
     """Channels weighted by their positive gradients (Chattopadhay et al. 2018).
 
     With S the channel's summed activation, the paper's g^2 / (2 g^2 + S g^3) is 1 / (2 + S g);
@@ -79,15 +91,22 @@ def gradcam_pp(activation: Tensor, gradient: Tensor) -> Tensor:
     return (weights * activation).sum(1).relu()
 
 
-def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Every position weighted by its own positive gradient (Jiang et al. 2021)."""
+def layercam(
+    activation: Float[Tensor, "batch channels height width"],
+    gradient: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch height width"]:
+    """Each position weighted by its own positive gradient (Jiang et al. 2021)."""
     return (gradient.relu() * activation).sum(1).relu()
 
 
 def _activation_and_gradient(
     net: nn.Module, images: Tensor, layer: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output of `layer`, the score's gradient there, both (batch, channels, h, w), and logits."""
+    """Output of `layer`, the score's gradient with respect to it, and the logits.
+
+    Output and gradient are (batch, channels, height, width) of the layer. Raises ValueError for an
+    unknown layer.
+    """
     try:
         module = net.get_submodule(layer)
     except AttributeError as error:

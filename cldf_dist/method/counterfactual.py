@@ -1,8 +1,9 @@
-"""Baselines that ask the diffusion model itself what an object-free slice would look like.
+"""Counterfactual baselines: the diffusion model predicts the slice without the object.
 
-All maps are >= 0 and on one scale for all slices: a single threshold holds for them.
+All maps are >= 0 and on one scale for all slices, so that one threshold serves all of them.
 docs/method.md, "Baselines", says what is published, what the published code does, and where this
-differs."""
+differs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +20,7 @@ from cldf_dist.labels import UNCONDITIONAL, SliceLabel
 from cldf_dist.method.gradient_map import smooth
 from cldf_dist.method.noise import Schedule, key_noise
 
-EMBEDDING = "class_embedding.weight"  # (labels, channels): how MONAI's U-Net is told the label
+EMBEDDING = "class_embedding.weight"  # (labels, channels) of MONAI's U-Net
 
 # (x_t, timesteps, labels) -> the diffusion model's output
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,14 +31,14 @@ Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_t, timesteps) -> logits
 def cdm_saliency(
     net: nn.Module,
     schedule: Schedule,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     *,
     timesteps: Sequence[int],
     num_noise_samples: int,
     smooth_pixels: float,
-) -> Tensor:
-    """Saliency (batch, height, width) >= 0 by condition flip, on one scale for all slices.
+) -> Float[Tensor, "batch height width"]:
+    """Saliency >= 0 by condition flip, on one scale for all slices.
 
     The mean over timesteps and noise samples of |noise predicted for "object" - noise predicted for
     "no object"| at the same x_t, summed over channels, then smoothed.
@@ -60,7 +62,7 @@ def cg_diff(
     net: nn.Module,
     classifier: Classifier,
     schedule: Schedule,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     *,
     timestep: int,
@@ -69,18 +71,18 @@ def cg_diff(
     inversion: bool,
     smooth_pixels: float,
     label_scale: float = 1.0,
-) -> Tensor:
-    """Saliency (batch, height, width) >= 0: |what changes where the object is taken away|.
+) -> Float[Tensor, "batch height width"]:
+    """Saliency >= 0: |the slice - its object-free counterfactual|.
 
-    From `timestep` down to timestep 0 in `steps` deterministic DDIM steps, with the label "no
-    object" and the classifier's gradient towards it, times `scale`. The difference is summed over
-    channels, then smoothed. With a `label_scale` other than 1 the steps down go by classifier-free
-    guidance (Ho and Salimans 2021): so many times what the label changes in the output.
+    The counterfactual takes `steps` deterministic DDIM steps from `timestep` down to timestep 0,
+    with the label "no object" and the classifier's gradient towards it, times `scale`. The
+    difference is summed over channels, then smoothed. With a `label_scale` other than 1 the steps
+    down use classifier-free guidance of that scale (Ho and Salimans 2021).
 
     `inversion` (Wolleb et al. 2022): the slice is encoded by the same steps upwards, without a
-    label, and the result compared with the slice itself. Else, as in the code of Hu et al. 2023:
-    the slice gets noise, and the result is compared with a second branch from the same noise,
-    which is denoised and guided towards "object".
+    label, and the counterfactual is compared with the slice itself. Else, as in the code of Hu et
+    al. 2023: noise is added to the slice, and the counterfactual is compared with a second branch
+    from the same noise, which is denoised and guided towards "object".
     """
     sampler = _Guided(_guided_by_label(net, label_scale), classifier, schedule, scale)
     down = _path(timestep, steps)
@@ -107,7 +109,7 @@ def cg_cdm(
     net: nn.Module,
     classifier: Classifier,
     schedule: Schedule,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     *,
     timestep: int,
@@ -115,14 +117,15 @@ def cg_cdm(
     scale: float,
     tau: float,
     smooth_pixels: float,
-) -> Tensor:
-    """Saliency (batch, height, width) >= 0: the derivative of the denoised slice by its label.
+) -> Float[Tensor, "batch height width"]:
+    """Saliency >= 0: |the derivative of the denoised slice with respect to its label|.
 
-    Hu et al. 2023, Algorithm 1: two branches from the same noised slice, one with the label's
-    embedding f(object), one with `tau` f(object) + (1 - tau) f(no object), take `steps` adjacent
-    DDIM steps from `timestep` on; after each their difference is added up, divided by 1 - tau.
-    Each branch is guided towards its own class by the classifier's gradient times `scale`; with
-    scale 0 it is their CDM. The absolute value is summed over channels, then smoothed.
+    Hu et al. 2023, Algorithm 1: two branches start from the same noised slice, one with the label
+    embedding f(object), one with `tau` f(object) + (1 - tau) f(no object). They take `steps`
+    adjacent DDIM steps from `timestep` down. After each step their difference, divided by 1 - tau,
+    is added to the sum. Each branch is guided towards its own class by the classifier's gradient
+    times `scale`; with scale 0 it is their CDM. The absolute value is summed over channels, then
+    smoothed.
 
     `net` embeds its labels by `class_embedding`, as MONAI's U-Net does.
     """
@@ -150,15 +153,15 @@ class _Guided:
 
     def step(
         self,
-        noised: Tensor,
+        noised: Float[Tensor, "batch channels height width"],
         timestep: int,
         next_timestep: int,
-        labels: Tensor,
-        targets: Tensor | None = None,
-    ) -> Tensor:
-        """x_next of x_t, conditioned on `labels` and drawn towards the classes `targets`.
+        labels: Int[Tensor, " batch"],
+        targets: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x_next of x_t, conditioned on `labels` and guided towards the classes `targets`.
 
-        Guidance takes sqrt(1 - a_t) scale grad log p(target | x_t) off the predicted noise
+        Guidance subtracts sqrt(1 - a_t) scale grad log p(target | x_t) from the predicted noise
         (Dhariwal and Nichol 2021, Algorithm 2), after the predicted clean image was clipped.
         """
         times = torch.full((len(noised),), timestep, device=noised.device)
@@ -190,7 +193,7 @@ def _labelled(net: nn.Module) -> Denoiser:
 
 
 def _guided_by_label(net: nn.Module, scale: float) -> Denoiser:
-    """The net's output without a label, and `scale` times what the label changes in it."""
+    """The net's output under classifier-free guidance of `scale`."""
     if scale == 1:
         return _labelled(net)
 
@@ -203,7 +206,7 @@ def _guided_by_label(net: nn.Module, scale: float) -> Denoiser:
 
 
 def _with_label_between(net: nn.Module, tau: float) -> tuple[Denoiser, int]:
-    """The net with one label more, `tau` of the way from "no object" to "object"; its index."""
+    """The net with an added label, `tau` of the way from "no object" to "object", and its index."""
     weight = net.get_parameter(EMBEDDING)
     between = tau * weight[SliceLabel.POSITIVE] + (1 - tau) * weight[SliceLabel.NEGATIVE]
     extended = {EMBEDDING: torch.cat([weight, between[None]])}

@@ -1,6 +1,6 @@
 """Diffusion features: activations of the frozen diffusion model's decoder.
 
-One function serves the cache and the segmentation of new scans. The noise of a slice is a
+The cache and the segmentation of new scans use the same function. The noise of a slice is a
 function of its key, so that neither batches nor ranks change its features.
 """
 
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,11 +29,12 @@ CLASSIFIER_TAP = re.compile(r"cam([1234])")  # of the clean classifier's layers,
 
 
 class FeatureTaps:
-    """Collects activations of a diffusion U-Net's up-blocks while in a `with` block.
+    """A context manager that collects activations of a diffusion U-Net's up-blocks.
 
-    The name "up<level>.<resnet>" is `up_blocks[level]` (0 is the coarsest), after that resnet and,
-    where the level has attention, after the attention behind it. A forward pass through `run`
-    stops behind the last tap. Raises ValueError, with the valid names, for an unknown tap.
+    The name "up<level>.<resnet>" is the output of that resnet of `up_blocks[level]` (0 is the
+    coarsest) or, where the level has attention, of the attention block after it. A forward pass
+    through `run` stops after the last tap. Raises ValueError, with the valid names, for an unknown
+    tap.
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
@@ -64,8 +66,13 @@ class FeatureTaps:
         while self._handles:
             self._handles.pop().remove()
 
-    def run(self, noised: Tensor, timesteps: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{tap: (batch, channels, h, w)} of one forward pass, in the order of `names`."""
+    def run(
+        self,
+        noised: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        labels: Int[Tensor, " batch"],
+    ) -> dict[str, Float[Tensor, "batch _channels _height _width"]]:
+        """The activations of one forward pass by tap, in the order of `names`."""
         assert self._handles, "taps are collected inside `with FeatureTaps(...) as taps:`"
         with contextlib.suppress(_LastTapReached):
             self.net(noised, timesteps, class_labels=labels)
@@ -85,19 +92,20 @@ class FeatureTaps:
 def extract_features(
     net: nn.Module,
     schedule: Schedule,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     settings: Features,
     dtype: torch.dtype | None = None,
     classifier: nn.Module | None = None,
-) -> dict[str, Tensor]:
-    """{tap: float32 (batch, levels, channels, h, w)} of images (batch, channels, height, width).
+) -> dict[str, Float32[Tensor, "batch _levels _channels _height _width"]]:
+    """The features of slices by tap; each tap has its own levels, channels and resolution.
 
-    `levels` are the maps that `num_levels` counts: the noise levels in their order (or their mean),
-    each with its draws if those are stacked; with `settings.contrast` then the same number of
-    differences "object" - "no object". A tap "image<size>" is the slice itself, as one level:
-    the square of that many pixels around each. A tap "cam<layer>" is what that layer of the clean
-    `classifier` puts out, as one level. `net` is in evaluation mode; `dtype` its autocast.
+    The levels are the maps that `num_levels` counts: the timesteps in their order (or their mean),
+    each with its noise samples if those are stacked; with `settings.contrast` then the same number
+    of differences "object" - "no object". A tap "image<size>" is the slice itself, as one level:
+    the square of that many pixels around each pixel. A tap "cam<layer>" is the output of that layer
+    of the clean `classifier`, as one level. `net` is in evaluation mode; `dtype` is that of its
+    autocast. Raises ValueError for an unknown condition or tap.
     """
     if settings.condition not in CONDITIONS:
         raise ValueError(
@@ -112,19 +120,27 @@ def extract_features(
     return {tap: own[tap] for tap in settings.taps}
 
 
-def image_patches(images: Tensor, size: int) -> Tensor:
-    """The features (batch, 1, channels * size * size, height, width) of the slices themselves: the
-    square of `size` pixels (odd) around each pixel, the border repeated outwards."""
+def image_patches(
+    images: Float[Tensor, "batch channels height width"], size: int
+) -> Float32[Tensor, "batch 1 features height width"]:
+    """The square of `size` pixels (odd) around each pixel, with the border replicated.
+
+    There are channels * size * size features.
+    """
     padded = functional.pad(images.float(), (size // 2,) * 4, mode="replicate")
     patches: Tensor = functional.unfold(padded, size)
     return patches.view(len(images), 1, -1, *images.shape[2:])
 
 
 def classifier_features(
-    classifier: nn.Module | None, images: Tensor, layers: dict[str, str]
-) -> dict[str, Tensor]:
-    """{tap: float32 (batch, 1, channels, h, w)}: outputs of the classifier's submodules that
-    `layers` names, for each tap one."""
+    classifier: nn.Module | None,
+    images: Float[Tensor, "batch channels height width"],
+    layers: dict[str, str],
+) -> dict[str, Float32[Tensor, "batch 1 _channels _height _width"]]:
+    """The outputs of the classifier's submodules by tap; `layers` names the submodule of each tap.
+
+    Raises ValueError without a classifier.
+    """
     if classifier is None:
         raise ValueError(f"the taps {', '.join(layers)} need the classifier of clean slices")
     kept: dict[str, Tensor] = {}
@@ -144,7 +160,7 @@ def classifier_features(
 
 
 def patch_size(tap: str) -> int:
-    """Pixels across of the patch that a tap of the image means, such as 3 for "image3"; else 0."""
+    """The side in pixels of the patch of an image tap, such as 3 for "image3"; 0 for other taps."""
     found = IMAGE_TAP.fullmatch(tap)
     return int(found[1]) if found else 0
 
@@ -161,7 +177,7 @@ def _of_net(
     settings: Features,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """What `extract_features` gives, where all taps are of the network."""
+    """The features of `extract_features`, where all taps are of the diffusion network."""
     conditions = [settings.condition]
     if settings.contrast:
         conditions += [name for name in ("object", "no_object") if name != settings.condition]
@@ -184,14 +200,14 @@ def _of_net(
 
 
 def features_dtype(settings: Features, device: torch.device) -> torch.dtype | None:
-    """What `features.precision` means on a device: bfloat16, or None for float32."""
+    """The autocast dtype of `features.precision` on a device: bfloat16, or None for float32."""
     on_gpu = device.type == "cuda"
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
     return torch.bfloat16 if bf16 else None
 
 
 def num_levels(settings: Features) -> int:
-    """How many maps are kept of each channel of a tap."""
+    """The number of maps that are kept of each channel of a tap."""
     levels = len(settings.timesteps) if settings.combine_timesteps == "stack" else 1
     num_noise_samples = (
         settings.num_noise_samples if settings.combine_noise_samples == "stack" else 1
@@ -202,9 +218,10 @@ def num_levels(settings: Features) -> int:
 def tap_shapes(
     net: nn.Module, image_size: int, settings: Features, classifier_channels: Sequence[int]
 ) -> dict[str, tuple[int, int, int, int]]:
-    """{tap: (levels, channels, height, width)} that `extract_features` gives for square images.
+    """The (levels, channels, height, width) of each tap of `extract_features` for square images.
 
-    `classifier_channels` are those of the clean classifier's layers, which halve the image.
+    `classifier_channels` are those of the clean classifier's layers, each of which halves the
+    resolution of the one before. Raises ValueError for an unknown tap.
     """
     of_net = [tap for tap in settings.taps if not (patch_size(tap) or _layer(tap))]
     if of_net or not settings.taps:
@@ -228,7 +245,7 @@ def tap_shapes(
 
 
 class _Combined:
-    """Maps of one tap, averaged or stacked over noise levels and draws as the settings say."""
+    """Maps of one tap, averaged or stacked over timesteps and noise samples by the settings."""
 
     def __init__(self, settings: Features) -> None:
         self._stacks_levels = settings.combine_timesteps == "stack"
@@ -238,7 +255,7 @@ class _Combined:
         self._counts: dict[int, int] = {}
 
     def add(self, level: int, draw: int, activation: Tensor) -> None:
-        """The map of the noise level and the draw of these numbers."""
+        """Add the map of timestep number `level` and noise sample number `draw`."""
         place = self._draws * (level if self._stacks_levels else 0)
         place += draw if self._stacks_noise_samples else 0
         so_far = self._sums.get(place)
@@ -254,7 +271,7 @@ class _LastTapReached(Exception):
 
 
 def _tap_modules(net: nn.Module) -> dict[str, nn.Module]:
-    """Every tap by name, in the order of execution."""
+    """The module of each tap by name, in the order of execution."""
     modules: dict[str, nn.Module] = {}
     for level, block in enumerate(net.up_blocks):  # type: ignore[arg-type]
         stages = getattr(block, "attentions", None) or block.resnets
@@ -272,8 +289,10 @@ def _one_pass(
     draw: int | None,
     conditions: Sequence[str],
 ) -> dict[str, dict[str, Tensor]]:
-    """{tap: {condition: float32 (batch, channels, h, w)}}, all from the same noised images; without
-    a `draw` from the mean of all of them, which has no noise."""
+    """float32 (batch, channels, height, width) by tap and condition, from the same noised images.
+
+    Without a `draw` the images get no noise: they are the mean over all noise samples.
+    """
     num_images, device = len(images), images.device
     labels = torch.tensor([CONDITIONS[name] for name in conditions], device=device)
     labels = labels.repeat_interleave(num_images)

@@ -1,10 +1,11 @@
-"""The gradient map: where the external classifier's belief in the object comes from."""
+"""The gradient map: the gradient of the external classifier's log p(object) on noised slices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,19 +16,20 @@ from cldf_dist.method.noise import Schedule, key_noise
 def gradient_map(
     classifier: Callable[[Tensor, Tensor], Tensor],
     schedule: Schedule,
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     keys: Sequence[str],
     *,
     timesteps: Sequence[int],
     num_noise_samples: int,
     smooth_pixels: float,
-) -> tuple[Tensor, Tensor]:
-    """Maps (batch, height, width) >= 0 and p(object) (batch,) of (batch, channels, height, width).
+) -> tuple[Float[Tensor, "batch height width"], Float[Tensor, " batch"]]:
+    """Maps >= 0 and p(object) of slices.
 
     A map is the mean over timesteps and noise samples of |grad of log p(object | x_t) with respect
     to x_t|, each gradient scaled to unit length, summed over channels, smoothed by a Gaussian of
     `smooth_pixels`. The probability is the mean over the clean slice (t = 0) and the noise samples
-    of the lowest timestep. `classifier(x_t, timesteps)` gives logits and is in evaluation mode."""
+    of the lowest timestep. `classifier(x_t, timesteps)` gives logits and is in evaluation mode.
+    """
     lowest = min(timesteps)
     maps = torch.zeros_like(images[:, 0])
     with torch.no_grad():
@@ -46,16 +48,21 @@ def gradient_map(
     )
 
 
-def unit_length(gradients: Tensor) -> Tensor:
-    """Each image's gradient (batch, channels, height, width) divided by its L2 norm; 0 stays 0."""
+def unit_length(
+    gradients: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch channels height width"]:
+    """The gradient of each image divided by its L2 norm; 0 stays 0."""
     norms: Tensor = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
     return gradients / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
 
-def smooth(maps: Tensor, pixels: float) -> Tensor:
-    """Gaussian smoothing of (batch, height, width), standard deviation in pixels; 0 does nothing.
+def smooth(
+    maps: Float[Tensor, "batch height width"], pixels: float
+) -> Float[Tensor, "batch height width"]:
+    """The maps smoothed by a Gaussian with a standard deviation of `pixels`; 0 does nothing.
 
-    The border reflects, so that a constant map stays constant.
+    The border reflects, so that a constant map stays constant. Raises ValueError where `pixels` is
+    negative or the kernel is larger than the map.
     """
     if pixels == 0:
         return maps
@@ -76,9 +83,10 @@ def smooth(maps: Tensor, pixels: float) -> Tensor:
 def _log_odds_gradient(
     classifier: Callable[[Tensor, Tensor], Tensor], noised: Tensor, timesteps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of log p / (1 - p): that of log p times 1 / (1 - p), so of the same direction.
+    """The gradient of log p / (1 - p), and the logits.
 
-    After scaling to unit length they are equal, but this one does not vanish where p rounds to 1.
+    It is the gradient of log p times 1 / (1 - p), so of the same direction. After scaling to unit
+    length both are equal, but this one does not vanish where p rounds to 1.
     """
     with torch.enable_grad():
         inputs = noised.detach().requires_grad_(True)

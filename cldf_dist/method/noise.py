@@ -1,7 +1,8 @@
 """The diffusion process, and noise that depends on the sample alone.
 
-Nothing here reads global random state: training draws are functions of (seed, sample number),
-feature and map draws of the slice's key, so that results depend neither on batches nor on ranks.
+Nothing here reads global random state. Noise in training is a function of (seed, sample number),
+noise for features and maps of the slice's key, so that results depend neither on batches nor on
+ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from cldf_dist.config import Prediction
@@ -23,10 +25,11 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio, as a signed 64-bit
 
 
 class Schedule:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t = `alphas_cumprod[t]`, t from 0.
+    """The noise schedule: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t = `alphas_cumprod[t]`.
 
-    `prediction` is what the network's output means: the noise ("epsilon") or the velocity
-    v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans and Ho 2022, "v_prediction").
+    Timesteps t count from 0. `prediction` is the target of the network: the noise ("epsilon") or
+    the velocity v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans and Ho 2022, "v_prediction").
+    Raises ValueError for an unknown kind or prediction.
     """
 
     def __init__(self, num_timesteps: int, kind: str, prediction: str) -> None:
@@ -36,7 +39,7 @@ class Schedule:
             raise ValueError(
                 f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}"
             )
-        # MONAI takes seconds to import; the draws below do without it, and so do their users
+        # MONAI takes seconds to import; the noise below does without it, and so do its users
         from monai.networks.schedulers import DDPMScheduler
 
         scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, schedule=SCHEDULES[kind])
@@ -46,45 +49,67 @@ class Schedule:
         self.alphas_cumprod = (1 - betas.double()).cumprod(0).float()
         self._per_device: dict[torch.device, Tensor] = {}
 
-    def signal(self, timesteps: Tensor) -> Tensor:
-        """a_t of each timestep, on its device."""
+    def signal(self, timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """a_t of each timestep, on the device of `timesteps`."""
         device = timesteps.device
         if device not in self._per_device:
             self._per_device[device] = self.alphas_cumprod.to(device)
         return self._per_device[device][timesteps]
 
-    def add_noise(self, clean: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """x_t of (batch, channels, height, width) at `timesteps` (batch,)."""
+    def add_noise(
+        self,
+        clean: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        noise: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x_t of clean images x_0."""
         signal, rest = self._roots(timesteps)
         return signal * clean + rest * noise
 
-    def target(self, clean: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """What the network is trained to put out."""
+    def target(
+        self,
+        clean: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        noise: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The training target of the network: the noise or the velocity."""
         if self.prediction == "epsilon":
             return noise
         signal, rest = self._roots(timesteps)
         return signal * noise - rest * clean
 
-    def predicted_start(self, noised: Tensor, timesteps: Tensor, output: Tensor) -> Tensor:
-        """The clean image that the network's output amounts to."""
+    def predicted_start(
+        self,
+        noised: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        output: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The clean image x_0 that the network's output predicts."""
         signal, rest = self._roots(timesteps)
         if self.prediction == "epsilon":
             return (noised - rest * output) / signal
         return signal * noised - rest * output
 
-    def predicted_noise(self, noised: Tensor, timesteps: Tensor, output: Tensor) -> Tensor:
-        """The noise that the network's output amounts to."""
+    def predicted_noise(
+        self,
+        noised: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        output: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The noise that the network's output predicts."""
         if self.prediction == "epsilon":
             return output
         signal, rest = self._roots(timesteps)
         return signal * output + rest * noised
 
-    def snr(self, timesteps: Tensor) -> Tensor:
+    def snr(self, timesteps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Signal-to-noise ratio a_t / (1 - a_t)."""
         signal = self.signal(timesteps)
         return signal / (1 - signal)
 
-    def loss_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+    def loss_weight(
+        self, timesteps: Int[Tensor, " batch"], gamma: float
+    ) -> Float[Tensor, " batch"]:
         """Min-SNR weight of the output's squared error (Hang et al. 2023); 1 for gamma 0.
 
         min(SNR, gamma) on the clean image is min(SNR, gamma) / SNR on the noise and
@@ -96,9 +121,13 @@ class Schedule:
         return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
 
     def ddim_step(
-        self, noised: Tensor, timestep: int, next_timestep: int, output: Tensor
-    ) -> Tensor:
-        """One deterministic DDIM step from x_t to x_next, in either direction (Song et al. 2021).
+        self,
+        noised: Float[Tensor, "batch channels height width"],
+        timestep: int,
+        next_timestep: int,
+        output: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x_next after one deterministic DDIM step from x_t, up or down (Song et al. 2021).
 
         `next_timestep` -1 is the clean image. The predicted clean image is clipped to [-1, 1].
         """
@@ -115,17 +144,21 @@ class Schedule:
         return signal.sqrt(), (1 - signal).sqrt()
 
 
-def training_timesteps(sample_numbers: Tensor, seed: int, low: int, high: int) -> Tensor:
+def training_timesteps(
+    sample_numbers: Int[Tensor, " batch"], seed: int, low: int, high: int
+) -> Int[Tensor, " batch"]:
     """One timestep in [low, high) per sample; neighbours in the stream are spread evenly.
 
-    A golden-ratio (Kronecker) sequence: any run of samples covers the range more evenly than
-    independent draws would, whatever the batch size.
+    A golden-ratio (Kronecker) sequence: consecutive samples cover the range more evenly than
+    independent ones would, whatever the batch size.
     """
     return low + (spread_uniform(sample_numbers, seed, "timestep") * (high - low)).long()
 
 
-def spread_uniform(sample_numbers: Tensor, seed: int, purpose: str) -> Tensor:
-    """Low-discrepancy float64 in [0, 1) per sample: frac(offset + sample number / golden ratio)."""
+def spread_uniform(
+    sample_numbers: Int[Tensor, " batch"], seed: int, purpose: str
+) -> Float64[Tensor, " batch"]:
+    """Low-discrepancy number in [0, 1) per sample: frac(offset + sample number / golden ratio)."""
     offset = sample_seed(seed, 0, purpose)
     bits = sample_numbers.long() * _GOLDEN + offset  # integers wrap: exact for any sample number
     return ((bits >> 11) & (2**53 - 1)).double() / 2**53
@@ -133,14 +166,14 @@ def spread_uniform(sample_numbers: Tensor, seed: int, purpose: str) -> Tensor:
 
 def sample_noise(
     shape: Sequence[int],
-    sample_numbers: Tensor,
+    sample_numbers: Int[Tensor, " batch"],
     seed: int,
     purpose: str,
     device: torch.device | str,
-) -> Tensor:
-    """Standard normal (batch, *shape); each sample's is a function of (seed, its number).
+) -> Float[Tensor, "batch ..."]:
+    """Standard normal noise of `shape` per sample, a function of (seed, sample number, purpose).
 
-    Drawn on `device`; `sample_numbers` kept on the host save a synchronisation per call.
+    Generated on `device`; `sample_numbers` on the host save a synchronisation per call.
     """
     return torch.stack(
         [
@@ -152,12 +185,12 @@ def sample_noise(
 
 def sample_dropout(
     shape: Sequence[int],
-    sample_numbers: Tensor,
+    sample_numbers: Int[Tensor, " batch"],
     seed: int,
     rate: float,
     device: torch.device | str,
-) -> Tensor:
-    """Dropout factors (batch, *shape): 0 with probability `rate`, else 1 / (1 - rate)."""
+) -> Float[Tensor, "batch ..."]:
+    """Dropout factors of `shape` per sample: 0 with probability `rate`, else 1 / (1 - rate)."""
     kept = [
         torch.rand(tuple(shape), generator=generator, device=device) >= rate
         for generator in _generators(sample_numbers, seed, "dropout", device)
@@ -171,10 +204,11 @@ def key_noise(
     draw: int,
     shape: Sequence[int],
     device: torch.device | str,
-) -> Tensor:
-    """Standard normal (batch, *shape), a function of (slice key, noise level, draw).
+) -> Float[Tensor, "batch ..."]:
+    """Standard normal noise of `shape` per slice, a function of (slice key, timestep, draw).
 
-    Drawn on the host, so that a slice's noise is the same on every device.
+    `draw` is the number of the noise sample. Generated on the host, so that a slice's noise is the
+    same on every device.
     """
     draws = []
     for key in keys:

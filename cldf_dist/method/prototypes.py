@@ -1,23 +1,27 @@
-"""Prototypes: one or several directions per class, to which pixels are compared."""
+"""Prototypes: one or several directions per class, with which embeddings are compared."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-ITERATIONS = 50  # of k-means, at most; it stops where nothing moves
+ITERATIONS = 50  # of k-means, at most; it stops once no point changes its centre
 
 
 def class_prototypes(
-    embeddings: Tensor, labels: Tensor, per_class: int = 1, *, seed: int = 0
-) -> Tensor:
-    """Unit-length (2 * per_class, embedding): directions of background, then of object.
+    embeddings: Float[Tensor, "pixels embedding"],
+    labels: Int[Tensor, " pixels"],
+    per_class: int = 1,
+    *,
+    seed: int = 0,
+) -> Float[Tensor, "prototypes embedding"]:
+    """Unit-length directions: `per_class` of background, then `per_class` of object.
 
     One per class is the mean direction; more are the centres of spherical k-means (Dhillon and
-    Modha 2001) within the class. `embeddings` is (pixels, embedding), `labels` (pixels,) holds 1
-    object, 0 background and negative numbers for pixels that do not count. Raises ValueError where
-    a class has fewer pixels than prototypes.
+    Modha 2001) within the class. `labels` are `PixelLabel`s; pixels with a negative label are left
+    out. Raises ValueError where a class has fewer pixels than prototypes.
     """
     found = []
     for index, name in enumerate(("background", "object")):
@@ -39,11 +43,13 @@ def class_prototypes(
     return torch.cat(found).to(embeddings.dtype)
 
 
-def spherical_k_means(points: Tensor, count: int, *, seed: int) -> Tensor:
-    """Unit-length centres (count, embedding) of unit-length points (n, embedding) on the CPU.
+def spherical_k_means(
+    points: Float[Tensor, "points embedding"], count: int, *, seed: int
+) -> Float[Tensor, "centres embedding"]:
+    """`count` unit-length centres of at least as many unit-length points, on the CPU.
 
-    n >= count. It begins with points far from each other (k-means++: Arthur and Vassilvitskii
-    2007). A centre that loses all its points stays where it is.
+    The first centres are spread by k-means++ (Arthur and Vassilvitskii 2007). A centre that loses
+    all its points stays where it is.
     """
     generator = torch.Generator().manual_seed(seed)
     centres = points[torch.randint(len(points), (1,), generator=generator)]
@@ -62,11 +68,14 @@ def spherical_k_means(points: Tensor, count: int, *, seed: int) -> Tensor:
     return centres
 
 
-def prototype_score(embeddings: Tensor, prototypes: Tensor) -> Tensor:
-    """How much nearer to the object: (..., embedding) -> (...) in [0, 1], 0.5 in the middle.
+def prototype_score(
+    embeddings: Float[Tensor, "*pixels embedding"],
+    prototypes: Float[Tensor, "prototypes embedding"],
+) -> Float[Tensor, "*pixels"]:
+    """The object score of each embedding in [0, 1]: 0.5 at equal distance from both classes.
 
     (cos(z, object) - cos(z, background)) / 2, mapped from [-1, 1] to [0, 1]; of several prototypes
-    the nearest of each class counts. `prototypes` is as `class_prototypes` gives them.
+    the nearest of each class counts. `prototypes` are those of `class_prototypes`.
     """
     if len(prototypes) == 2:
         background, objects = prototypes

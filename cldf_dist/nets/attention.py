@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from monai.networks.blocks import SABlock
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,11 +16,11 @@ BACKENDS = ("sdpa", "xformers")
 
 
 def use_attention(net: nn.Module, backend: str) -> None:
-    """Make every self-attention of `net` a `SelfAttention`, weights and their names kept.
+    """Replace every self-attention block of `net` by a `SelfAttention` with the same weights.
 
-    Where it is one already only its backend changes, and its parameters are the same objects.
-    Whether xformers can run is not asked here but by `xformers_fault`. Raises ValueError for an
-    unknown backend.
+    The names of the weights stay. Where a block is a `SelfAttention` already only its backend
+    changes, and its parameters are the same objects. Does not check that xformers can run: see
+    `xformers_fault`. Raises ValueError for an unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -33,10 +34,10 @@ def use_attention(net: nn.Module, backend: str) -> None:
 
 
 def xformers_fault(net: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Why xformers cannot compute the attention of `net` there; empty where a trial succeeds.
+    """The reason why xformers cannot compute the attention of `net`; empty if a trial succeeds.
 
-    `dtype` is what the attention will really be given: that of autocast, if there is one. The
-    trial is forward and backward with the channels per head of each attention of `net`.
+    `dtype` is that of the attention's inputs: with autocast, autocast's. The trial runs forward
+    and backward for the channels per head of each attention block of `net`.
     """
     if device.type != "cuda":
         return f"needs a CUDA device, got {device}"
@@ -56,8 +57,10 @@ class SelfAttention(SABlock):  # type: ignore[misc]  # MONAI is untyped
 
     memory_efficient_attention: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` is (batch, positions, channels), and so is the result."""
+    def forward(
+        self, x: Float[Tensor, "batch positions channels"]
+    ) -> Float[Tensor, "batch positions channels"]:
+        """The attended and projected positions."""
         heads = (self.num_heads, self.dim_head)
         query = self.to_q(x).unflatten(-1, heads)  # (batch, positions, heads, head channels)
         key = self.to_k(x).unflatten(-1, heads)

@@ -1,8 +1,9 @@
-"""The two image classifiers: one sees noised slices, one is behind the activation maps."""
+"""The two slice classifiers: of noised slices, and of clean slices for activation maps."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
 from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ from cldf_dist.nets.unet import check_levels, head_channels
 
 
 class NoisyClassifier(nn.Module):
-    """The external classifier of noised slices: MONAI's diffusion encoder, pooled, and linear.
+    """The external classifier of noised slices: MONAI's diffusion encoder, pooling, linear layer.
 
-    `dropout` is a rate that the caller applies through `feature_scale`: its draws belong to the
-    training sample, not to global random state.
+    `dropout` is a rate that the caller applies through `feature_scale`, so that the dropout mask
+    is a function of the training sample and not of global random state.
     """
 
     def __init__(
@@ -45,8 +46,13 @@ class NoisyClassifier(nn.Module):
         self.encoder.out = _NormalisedPooling(self.num_features, settings.norm_num_groups)
         self.linear = nn.Linear(self.num_features, num_classes)
 
-    def forward(self, x: Tensor, timesteps: Tensor, feature_scale: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes); features are multiplied by `feature_scale` (batch, features)."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, " batch"],
+        feature_scale: Float[Tensor, "batch features"] | None = None,
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of the classes; the pooled features are multiplied by `feature_scale`."""
         features: Tensor = self.encoder(x, timesteps)
         if feature_scale is not None:
             features = features * feature_scale
@@ -55,9 +61,10 @@ class NoisyClassifier(nn.Module):
 
 
 class CamClassifier(nn.Module):
-    """The classifier of clean slices: MONAI's ResNet with a fine stem and group norm.
+    """The classifier of clean slices: MONAI's ResNet with a stem of stride 1 and group norm.
 
-    `layer1` has the image's resolution, `layer2` to `layer4` halve it. `dropout` as above.
+    `layer1` has the image's resolution, `layer2` to `layer4` each halve it. `dropout` is as in
+    `NoisyClassifier`.
     """
 
     def __init__(self, settings: Cam, num_channels: int, num_classes: int = len(CLASSES)) -> None:
@@ -96,8 +103,12 @@ class CamClassifier(nn.Module):
         self.layer4 = resnet.layer4
         self.linear = resnet.fc
 
-    def forward(self, x: Tensor, feature_scale: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes); features are multiplied by `feature_scale` (batch, features)."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        feature_scale: Float[Tensor, "batch features"] | None = None,
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of the classes; the pooled features are multiplied by `feature_scale`."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         features = x.mean((2, 3))
         if feature_scale is not None:
@@ -107,7 +118,11 @@ class CamClassifier(nn.Module):
 
 
 class _NormalisedPooling(nn.Module):
-    """(batch, channels * positions), as MONAI's encoder hands it over -> (batch, channels)."""
+    """Group norm, SiLU and mean over positions.
+
+    The input is (batch, channels * positions), as MONAI's encoder flattens it; the result is
+    (batch, channels).
+    """
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()

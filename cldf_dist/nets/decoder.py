@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,11 +18,12 @@ Place = tuple[slice, slice, slice]  # slices of the batch, rows, columns
 
 
 class PixelDecoder(nn.Module):
-    """Embeds each pixel from its own features only.
+    """A network that embeds each pixel from the features of that pixel alone.
 
-    `tap_channels` names the taps and their channels (noise levels times channels of the tap) in
-    the order in which the features of a pixel are concatenated. `dropout` and `noise` are rates
-    for the training task, which draws the perturbation per sample and passes it to `forward`.
+    `tap_channels` maps each tap to its number of channels (timesteps times channels of the
+    activation), in the order in which the features of a pixel are concatenated. `dropout` and
+    `noise` are rates for the training task, which draws the perturbation per sample and passes it
+    to `forward`.
     """
 
     mean: Tensor
@@ -49,15 +51,21 @@ class PixelDecoder(nn.Module):
 
     @property
     def num_features(self) -> int:
+        """Features of a pixel."""
         return self.first.in_features
 
     @property
     def num_dimensions(self) -> int:
-        """Of the embedding."""
+        """Dimensions of the embedding."""
         return len(self.rest[-1].get_parameter("bias"))
 
-    def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Set the statistics (num_features,) of the training features; std 0 counts as 1."""
+    def standardise(
+        self, mean: Float[Tensor, " features"], std: Float[Tensor, " features"]
+    ) -> None:
+        """Set the mean and standard deviation of the training features; std 0 counts as 1.
+
+        Raises ValueError unless both have `num_features` entries.
+        """
         if mean.shape != self.mean.shape or std.shape != self.std.shape:
             raise ValueError(
                 f"mean and std must have {self.num_features} entries, "
@@ -67,11 +75,15 @@ class PixelDecoder(nn.Module):
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(
-        self, features: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Tensor:
-        """(pixels, num_features) -> unit-length (pixels, embedding).
+        self,
+        features: Float[Tensor, "*pixels features"],
+        *,
+        scale: Float[Tensor, "*pixels features"] | None = None,
+        shift: Float[Tensor, "*pixels features"] | None = None,
+    ) -> Float[Tensor, "*pixels embedding"]:
+        """Unit-length embeddings of pixels.
 
-        `scale` and `shift`, of the features' shape, perturb the standardised features.
+        The standardised features are multiplied by `scale`, then `shift` is added.
         """
         x = (features.float() - self.mean) / self.std
         if scale is not None:
@@ -80,27 +92,36 @@ class PixelDecoder(nn.Module):
             x = x + shift
         return functional.normalize(self.rest(self.first(x)), dim=-1)
 
-    def embed_maps(self, taps: Mapping[str, Tensor], size: Sequence[int]) -> Tensor:
-        """Embed whole slices: {tap: (batch, channels, h, w)} -> (batch, embedding, *size).
+    def embed_maps(
+        self,
+        taps: Mapping[str, Float[Tensor, "batch _channels _height _width"]],
+        size: Sequence[int],
+    ) -> Float[Tensor, "batch embedding height width"]:
+        """Embeddings of whole slices, on a grid of `size` (height, width).
 
-        Equal to `forward` on the bilinearly upsampled, concatenated taps. The first layer is
-        linear and so is upsampling: W concat(up(f_l)) = sum over l of up(W_l f_l), which is
-        cheaper, because only `hidden` channels are upsampled.
+        Each tap has its own channels and resolution. The result equals `forward` on the bilinearly
+        upsampled, concatenated taps. The first layer is linear and so is upsampling:
+        W concat(up(f_l)) = sum over l of up(W_l f_l), which is cheaper, because only `hidden`
+        channels are upsampled.
         """
         num_pixels = _num_slices(taps) * math.prod(size)
         ((_, embedding),) = self.embed_tiles(taps, size, tile_pixels=num_pixels)
         return embedding.movedim(-1, 1)
 
     def embed_tiles(
-        self, taps: Mapping[str, Tensor], size: Sequence[int], *, tile_pixels: int
-    ) -> Iterator[tuple[Place, Tensor]]:
-        """What `embed_maps` gives, in tiles: each one's place in (batch, height, width) and its
-        unit-length embedding (slices, rows, columns, embedding).
+        self,
+        taps: Mapping[str, Float[Tensor, "batch _channels _height _width"]],
+        size: Sequence[int],
+        *,
+        tile_pixels: int,
+    ) -> Iterator[tuple[Place, Float[Tensor, "_slices _rows _columns embedding"]]]:
+        """The embeddings of `embed_maps` tile by tile, each with its place in the batch.
 
         A tile holds at most `tile_pixels` pixels, of several slices where they are that small. The
         taps are projected at their own resolution, for the slices of a tile at a time; at the
         resolution of `size` nothing larger than a tile exists. Tiles have no seams: the source
-        pixels of each one and their weights are those of the whole slice.
+        pixels of each one and their weights are those of the whole slice. Raises ValueError unless
+        `tile_pixels` >= 1.
         """
         height, width = size
         device = self.first.weight.device
@@ -123,7 +144,7 @@ class PixelDecoder(nn.Module):
                 yield (images, *tile), functional.normalize(self.rest(hidden), dim=-1)
 
     def _project(self, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{tap: (slices, h, w, hidden)}: the first layer's share of each tap, without its bias."""
+        """The first layer's output for each tap, (slices, height, width, hidden), without bias."""
         weight = self.first.weight / self.std  # standardisation folded in
         parts = weight.split_with_sizes(list(self.tap_channels.values()), dim=1)
         return {
@@ -135,7 +156,7 @@ class PixelDecoder(nn.Module):
 
 
 class _Neighbours(NamedTuple):
-    """Per target pixel of one axis: its two source pixels, and the weight of the upper one."""
+    """For each target pixel of one axis: its two source pixels, and the weight of the upper one."""
 
     lower: Tensor
     upper: Tensor
@@ -143,7 +164,7 @@ class _Neighbours(NamedTuple):
 
 
 def _neighbours(source: int, target: int, device: torch.device) -> _Neighbours | None:
-    """None where the sizes are the same, and each target pixel is its source pixel."""
+    """The neighbours of all target pixels of one axis; None where both sizes are the same."""
     if source == target:
         return None
     found = linear_neighbours(np.arange(target), target=target, source=source)
@@ -151,7 +172,7 @@ def _neighbours(source: int, target: int, device: torch.device) -> _Neighbours |
 
 
 def _upsample(pixels: Tensor, neighbours: _Neighbours | None, place: slice, dim: int) -> Tensor:
-    """The targets `place` of one axis of (slices, height, width, hidden)."""
+    """The target pixels `place` along axis `dim` of (slices, height, width, hidden)."""
     if neighbours is None:
         return pixels.narrow(dim, place.start, place.stop - place.start)
     lower, upper, weight = (part[place] for part in neighbours)
@@ -169,7 +190,7 @@ def _tile_plan(
 ) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
     """Runs of slices that are projected together, and the rows and columns of their tiles.
 
-    Whole rows where the setting allows: then no source column is upsampled twice.
+    A tile is of whole rows where `tile_pixels` allows: then no source column is upsampled twice.
     """
     if tile_pixels < 1:
         raise ValueError(f"tile_pixels must be >= 1, got {tile_pixels}")
@@ -182,5 +203,5 @@ def _tile_plan(
 
 
 def _runs(total: int, length: int) -> list[slice]:
-    """0 .. total in slices of `length`; the last one may be shorter."""
+    """[0, total) in slices of `length`; the last one may be shorter."""
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]

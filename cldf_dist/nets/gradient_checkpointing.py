@@ -1,10 +1,11 @@
-"""Gradient checkpointing: activations of a block are computed again in the backward pass."""
+"""Gradient checkpointing: the activations of a block are recomputed in the backward pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor, nn
@@ -12,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def use_gradient_checkpointing(net: nn.Module) -> None:
-    """Let the residual and attention blocks of MONAI's diffusion U-Net keep their inputs only.
+    """Checkpoint the residual and attention blocks of MONAI's diffusion U-Net, in place.
 
-    Loss and gradients stay what they were, for about one more forward pass a step. Without
-    gradients, and in evaluation mode, nothing is computed twice. Hooks on the blocks themselves run
-    once; those on modules inside them run again in the backward pass.
+    Loss and gradients stay what they were, at the cost of about one more forward pass a step.
+    Without gradients, and in evaluation mode, nothing is computed twice. Hooks on the blocks
+    themselves run once; those on modules inside them run again in the backward pass.
     """
     for module in net.modules():
         recomputed = RECOMPUTED.get(type(module))
@@ -25,12 +26,24 @@ def use_gradient_checkpointing(net: nn.Module) -> None:
 
 
 class RecomputedResnetBlock(DiffusionUNetResnetBlock):  # type: ignore[misc]  # MONAI is untyped
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    """MONAI's residual block, of which only the inputs are kept for the backward pass."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        emb: Float[Tensor, "batch features"],
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        """The output of MONAI's block; `emb` is the embedding of the timestep and label."""
         return _recomputed(self, super().forward, x, emb)
 
 
 class RecomputedAttentionBlock(SpatialAttentionBlock):  # type: ignore[misc]  # MONAI is untyped
-    def forward(self, x: Tensor) -> Tensor:
+    """MONAI's attention block, of which only the inputs are kept for the backward pass."""
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The output of MONAI's block."""
         return _recomputed(self, super().forward, x)
 
 

@@ -19,8 +19,9 @@ def build_unet(
     """MONAI's class-conditional diffusion U-Net: net(x, timesteps, class_labels=labels).
 
     `num_classes` counts the "no label given" class. Images are (batch, num_channels, height,
-    width), height and width multiples of 2 ** (levels - 1). Attention is torch's: a training whose
-    `settings.attention` says otherwise changes it where it knows its device.
+    width), with height and width multiples of 2 ** (levels - 1). Attention is torch's; a training
+    with another `settings.attention` replaces it once it knows its device. Raises ValueError where
+    the levels do not fit together.
     """
     net: nn.Module = DiffusionModelUNet(**unet_arguments(settings, num_channels, num_classes))
     use_attention(net, "sdpa")
@@ -32,8 +33,11 @@ def build_unet(
 def unet_arguments(
     settings: UNet, num_channels: int, num_classes: int = UNCONDITIONAL + 1
 ) -> dict[str, Any]:
-    """What MONAI's DiffusionModelUNet is built with, in types of JSON: with it MONAI alone loads
-    the weights of `build_unet`. Raises ValueError where the levels do not fit together."""
+    """The arguments of MONAI's DiffusionModelUNet as types of JSON.
+
+    With them MONAI alone loads the weights of `build_unet`. Raises ValueError where the levels do
+    not fit together.
+    """
     check_levels(settings.channels, settings.attention_levels, settings.norm_num_groups)
     # the middle block attends whatever attention_levels says
     attending = (*settings.attention_levels[:-1], True)

@@ -66,6 +66,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
+        """True if the stage has finished."""
         return (self.folder / DONE).is_file()
 
     def needs(self, stage: str) -> Path:

@@ -20,6 +20,7 @@ BUSY_SECONDS = 20.0
 
 
 def sqlite_uri(path: Path) -> str:
+    """The MLflow URI of a SQLite file."""
     return f"sqlite:///{path.resolve()}"
 
 
@@ -87,6 +88,7 @@ def find_run(client: Any, experiment: str, identity: str) -> Any:
 
 
 def is_deleted(run: Any) -> bool:
+    """True if an MLflow run is in the store's trash."""
     return bool(run.info.lifecycle_stage == "deleted")
 
 

@@ -37,6 +37,7 @@ class PatientScores:
     body_mask: Mask  # (slices, height, width)
 
     def save(self, folder: Path) -> None:
+        """Write the scores as `<patient>.npz`, atomically."""
         arrays: dict[str, Any] = {
             f"score_{n}": s.astype(np.float32) for n, s in self.scores.items()
         }
@@ -64,6 +65,7 @@ class PatientScores:
 
     @classmethod
     def load(cls, folder: Path, patient: str) -> PatientScores:
+        """The scores that `save` wrote; raises ValueError where the file is damaged."""
         path = folder / f"{patient}.npz"
         try:
             with np.load(path, allow_pickle=False) as stored:

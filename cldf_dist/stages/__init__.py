@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
+    """A stage of the pipeline: its place, and the settings that its outputs depend on."""
+
     name: str
     does: str
     needs: tuple[str, ...] = ()
@@ -27,10 +29,12 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
+        """The module of the stage, imported on first use."""
         return import_module(f"cldf_dist.stages.{self.name.replace('-', '_')}")
 
     @property
     def execute(self) -> Callable[[Config, Run], dict[str, Any]]:
+        """The function that runs the stage and returns its summary."""
         function: Callable[[Config, Run], dict[str, Any]] = self.module.execute
         return function
 

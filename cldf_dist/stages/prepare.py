@@ -33,6 +33,7 @@ from cldf_dist.system.progress import progress
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
+    """Prepare the slices, or adopt shards that exist; returns their counts."""
     if config.data.shards:
         manifest = adopt_shards(config.data, run.folder)
         shutil.rmtree(run.folder / ".spool", ignore_errors=True)

@@ -99,6 +99,7 @@ SUPERVISED_CARD = dataclasses.replace(
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
+    """Train the pixel decoder of each method that has one; returns the seed counts of `cldf`."""
     cache = FeatureCache(run.needs("cache") / STORE)
     shards = shard_set(config, run)
     slices = cached_slices(shards)

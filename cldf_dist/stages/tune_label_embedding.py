@@ -58,6 +58,7 @@ UNCHANGED_CARD = dataclasses.replace(
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
+    """Tune the label embedding, if enabled; returns which embedding is kept and why."""
     settings = config.label_tuning
     if not settings.enabled:
         return {"enabled": False}

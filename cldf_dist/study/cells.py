@@ -38,21 +38,26 @@ def difference_cell(row: PairedDifference, exists: Sequence[bool] = ()) -> str:
 
 
 def seeds_cell(differences: Sequence[float | None]) -> str:
+    """Signed differences, one a seed."""
     return ", ".join(number_cell(value, signed=True) for value in differences)
 
 
 def counts_cell(numbers: Sequence[int | None]) -> str:
+    """Counts, one a seed; "-" for an unknown one."""
     return ", ".join("-" if number is None else str(number) for number in numbers)
 
 
 def shares_cell(parts: Sequence[int], wholes: Sequence[int]) -> str:
+    """Fractions as "part/whole", one a seed."""
     return ", ".join(f"{part}/{whole}" for part, whole in zip(parts, wholes))
 
 
 def number_cell(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    """A rounded number; "-" for None."""
     return "-" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

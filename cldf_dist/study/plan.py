@@ -21,6 +21,8 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Experiment:
+    """An experiment of a study: the settings that its runs share."""
+
     configs: tuple[str, ...] = ()  # YAML files of settings, meant from the study file's folder
     settings: tuple[str, ...] = ()  # key=value words
     needs: str = ""  # a file or folder, without which the experiment is left out
@@ -28,6 +30,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Variant:
+    """A variant of the ablations: the settings that it changes."""
+
     settings: tuple[str, ...] = ()  # key=value words, after those of the experiment
 
 
@@ -42,6 +46,8 @@ class Ablations:
 
 @dataclass(frozen=True)
 class Study:
+    """A study: its experiments, seeds and ablations."""
+
     runs: str = "runs/study"  # folder of all its runs
     results: str = "runs/study-results"  # folder of tables and pictures
     launcher: str = ""  # words that start `cldf`; empty: this Python, one process
@@ -62,6 +68,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.config.name
 
     @property

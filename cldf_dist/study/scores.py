@@ -71,6 +71,7 @@ class StrictScores:
 
     @property
     def ours(self) -> list[str]:
+        """The methods of ours among those scored."""
         return [method for method in self.methods if method_named(method).role is Role.OURS]
 
     def _value(self, method: str, seed: str, patient: str, metric: str) -> float:

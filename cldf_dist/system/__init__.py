@@ -1,1 +1,1 @@
-"""What runs need of the machine: processes, files, locks, signals, progress, seeds."""
+"""The services of a run: processes, files, locks, signals, progress, seeds."""

@@ -1,6 +1,6 @@
-"""Who we are among the processes of a launch: rank, world size, and a word passed around.
+"""The processes of a launch: rank and world size, and objects sent between them.
 
-The launcher (accelerate, torchrun) tells through the environment; without one there is one process.
+The launcher (accelerate, torchrun) sets the environment; without one there is one process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processes:
+    """The place of a process in the launch."""
+
     rank: int
     world_size: int
     local_rank: int
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
 
@@ -48,11 +51,11 @@ ZERO_STAGES = (1, 2)
 
 @functools.cache
 def accelerator() -> Accelerator:
-    """The one Accelerator of this process; it starts the process group.
+    """The Accelerator of this process, created once; it starts the process group.
 
-    Raises RuntimeError where the launcher promised more processes than accelerate sees: they would
-    train apart, each as rank 0 of 1 (accelerate's launcher does that on CPUs by default).
-    ValueError for ways of sharding that `fit` does not train with.
+    Raises RuntimeError where the launcher started more processes than accelerate sees: they would
+    train independently, each as rank 0 of 1 (accelerate's launcher does that on CPUs by default).
+    Raises ValueError for kinds of sharding that `fit` does not support.
     """
     import torch
     from accelerate import Accelerator
@@ -69,7 +72,7 @@ def accelerator() -> Accelerator:
     expected, kind = processes().world_size, result.distributed_type.value
     if result.num_processes != expected or (expected > 1 and kind == "NO"):
         raise RuntimeError(
-            f"the launcher started {expected} processes, but accelerate would train each apart; "
+            f"the launcher started {expected} processes, but accelerate would train each alone; "
             "on CPUs set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu.yaml (with "
             "zero1.yaml and zero2.yaml that variable must not be set)"
         )
@@ -83,7 +86,7 @@ def _timeout() -> timedelta:
 
 
 def zero_stage() -> int:
-    """1 or 2 where DeepSpeed shards the optimizer over the processes, else 0."""
+    """1 or 2 where DeepSpeed shards the optimizer state over the processes, else 0."""
     plugin = accelerator().state.deepspeed_plugin if _uses_deepspeed() else None
     return int(plugin.zero_stage) if plugin is not None else 0
 
@@ -93,11 +96,10 @@ def _uses_deepspeed() -> bool:
 
 
 def _prepare_deepspeed(on_gpu: bool) -> None:
-    """What DeepSpeed must be told before it is first used."""
+    """Set the environment and logging that DeepSpeed reads on import."""
     if os.environ.get("ACCELERATE_USE_CPU"):
         raise RuntimeError(
-            "ACCELERATE_USE_CPU switches DeepSpeed off without a word; unset it for zero1.yaml and "
-            "zero2.yaml"
+            "ACCELERATE_USE_CPU disables DeepSpeed silently; unset it for zero1.yaml and zero2.yaml"
         )
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -106,14 +108,14 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets it to INFO
     if not on_gpu:
-        # a collective in shared memory that would be compiled now, for minutes; gloo does as well
+        # a shared-memory collective that would be compiled now, for minutes; gloo serves as well
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_sharding(kind: str, made: Accelerator) -> None:
     remedy = "use configs/accelerate/ddp.yaml, zero1.yaml or zero2.yaml"
     if kind in ("FSDP", "MEGATRON_LM", "TP"):
-        raise ValueError(f"training does not know {kind}; {remedy}")
+        raise ValueError(f"training does not support {kind}; {remedy}")
     if kind != "DEEPSPEED":
         return
     stage = made.state.deepspeed_plugin.zero_stage
@@ -129,13 +131,13 @@ def _check_sharding(kind: str, made: Accelerator) -> None:
         device = offloaded.get(name, {}).get("device", "none")
         if device != "none":
             raise ValueError(
-                f"{name}_device must be none, got {device}: no offloading is tested; for less "
-                "memory take zero2.yaml, fit.gradient_accumulation_steps or gradient checkpointing"
+                f"{name}_device must be none, got {device}: offloading is not tested; for less "
+                "memory use zero2.yaml, fit.gradient_accumulation_steps or gradient checkpointing"
             )
 
 
 def broadcast_object(value: Any) -> Any:
-    """Main's `value` on every process."""
+    """The main process's `value`, on every process."""
     if processes().world_size == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -158,7 +160,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def fail_on_all_ranks() -> Iterator[None]:
-    """What fails on one process fails on all: none waits for another that has left."""
+    """Raises on every rank if any rank failed, so that none blocks in a collective."""
     problem: Exception | None = None
     try:
         yield
@@ -174,7 +176,7 @@ def fail_on_all_ranks() -> Iterator[None]:
 
 @functools.cache
 def control_group() -> Any:
-    """A group for words between processes, on the CPU: they cost the device no synchronisation."""
+    """A gloo process group for small messages, which do not synchronise the device."""
     import torch
 
     accelerator()
@@ -182,12 +184,13 @@ def control_group() -> Any:
 
 
 def wait_for_everyone() -> None:
+    """Block until every process is here (a barrier)."""
     if processes().world_size > 1:
         accelerator().wait_for_everyone()
 
 
 def leave_group() -> None:
-    """Take the process group down, where there is one; for the end of a program that went well."""
+    """Destroy the process group, if there is one, at the end of a successful program."""
     torch = sys.modules.get("torch")
     if (
         torch is not None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomically written files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` in one step when the block ends well.
+    """A file to write, which replaces `path` atomically when the block ends without an exception.
 
-    A reader sees the old file or the new one whole, after a crash too. Where the block raises,
-    `path` stays as it was and nothing else is left.
+    A reader sees the old file or the new one whole, after a crash too. If the block raises, `path`
+    stays as it was and no temporary file is left.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -28,6 +28,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers left in `folder` when they were killed; nobody may write there now."""
+    """Remove the temporary files of killed writers in `folder`; nobody may be writing there."""
     for partial in folder.rglob(".*.partial"):
         partial.unlink()

@@ -1,7 +1,7 @@
-"""A lock on a folder, which a crash leaves free.
+"""A lock on a folder that is released when its owner crashes.
 
 The system frees `flock` when its owner dies. Some network file systems have none: there an
-exclusive file stands in, refreshed as long as its owner lives. We do not use `filelock`: it has no
+exclusive file replaces it, touched as long as its owner lives. We do not use `filelock`: it has no
 shared flock, names no owner, and has a substitute for ENOSYS alone, without a heartbeat.
 """
 
@@ -27,9 +27,9 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FolderLock:
-    """Holds `folder` until `release` or the end of its `with` block.
+    """An exclusive lock on `folder`, held until `release` or the end of its `with` block.
 
-    RuntimeError, naming the owner, where somebody else still holds it after `wait_seconds`.
+    Raises RuntimeError, naming the owner, where another process holds it after `wait_seconds`.
     """
 
     def __init__(
@@ -59,11 +59,15 @@ class FolderLock:
 
     @classmethod
     def shared(cls, folder: Path, first: Callable[[], None] = lambda: None) -> FolderLock:
-        """Hold `folder` together with others that ask for the same. Where nobody holds it `first`
-        is called, before anybody else comes in. RuntimeError where somebody holds it alone."""
+        """A shared lock on `folder`.
+
+        The first holder calls `first` before others can take the lock. Raises RuntimeError where
+        another process holds the lock exclusively.
+        """
         return cls(folder, wait_seconds=SHARED_SECONDS, _first=first)
 
     def release(self) -> None:
+        """Release the lock."""
         self._released.set()
         self._file.close()
         if self._heartbeat is not None:
@@ -77,7 +81,7 @@ class FolderLock:
         self.release()
 
     def _try_flock(self) -> bool:
-        """True where the lock is ours now."""
+        """True if this object holds the lock now."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -103,7 +107,7 @@ class FolderLock:
 
     def _try_without_flock(self) -> bool:
         if self._first is not None:
-            self._warn("nothing keeps two jobs from writing the same part")
+            self._warn("nothing prevents two jobs from writing the same part")
             self._first()
             return True
         with suppress(FileNotFoundError):
@@ -121,7 +125,7 @@ class FolderLock:
 
     def _refresh(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a hiccup of the file system; the next time tries again
+            with suppress(OSError):  # a transient error of the file system; tried again next time
                 os.utime(self._stand_in)
 
     def _warn(self, consequence: str) -> None:

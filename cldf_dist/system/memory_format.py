@@ -1,4 +1,4 @@
-"""The memory layout in which a net is fast."""
+"""The memory format in which a net is fast."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ LAYOUTS = get_args(Layout)
 
 
 def fast_memory_format(device: torch.device, wanted: str = "auto") -> torch.memory_format:
-    """channels_last or the plain one, by `fit.channels_last` ("auto", "always", "never").
+    """channels_last or contiguous, by `fit.channels_last` ("auto", "always", "never").
 
     On CPUs convolutions are faster in channels_last. On an H100 a bf16 step of the BraTS U-Net at
-    256 x 256 took 398 ms in it and 304 ms in the plain layout (`benchmarks/results/train.csv`), so
-    "auto" takes it on CPUs alone. ValueError for another word.
+    256 x 256 took 398 ms in it and 304 ms in the contiguous format
+    (`benchmarks/results/train.csv`), so "auto" is channels_last on CPUs alone. Raises ValueError
+    for another word.
     """
     if wanted not in LAYOUTS:
         raise ValueError(f"channels_last must be one of {', '.join(LAYOUTS)}, got {wanted!r}")

@@ -1,8 +1,8 @@
-"""MONAI without the packages that it only might need: a start in seconds, and fewer small files.
+"""The import of MONAI without its optional packages: a faster start, and fewer small files.
 
-`import monai` tries every optional package there is, transformers and mlflow among them, and reads
-about 5,000 modules where our nets need 500: ten seconds of a core for each process, and on the
-metadata servers of a parallel file system as many openings for each rank of a job.
+`import monai` imports every optional package that is installed, transformers and mlflow among them.
+It reads about 5,000 modules where our nets need 500: ten seconds of a core for each process, and on
+the metadata servers of a parallel file system as many openings for each rank of a job.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# what MONAI 1.6 imports if it finds it, and none of the nets that we take from it needs
+# packages that MONAI 1.6 imports if they are installed, and that our nets do not need
 NOT_NEEDED = (
     "cv2", "ignite", "itk", "lmdb", "matplotlib", "mlflow", "nibabel", "nni", "onnx",
     "onnxruntime", "openslide", "optuna", "pandas", "PIL", "pydicom", "pynrrd", "requests",
@@ -21,9 +21,10 @@ NOT_NEEDED = (
 
 
 def import_monai_quickly() -> None:
-    """Import MONAI as if the packages of NOT_NEEDED were not installed; they can be used after it.
+    """Import MONAI as if the packages of NOT_NEEDED were not installed.
 
-    For a process that is ours alone: in it MONAI's own readers, writers and handlers are missing.
+    They can be imported afterwards. For our own processes: MONAI's readers, writers and handlers
+    are missing in them.
     """
     if "monai" in sys.modules:
         return
@@ -35,7 +36,7 @@ def import_monai_quickly() -> None:
 
 @contextmanager
 def _absent(names: tuple[str, ...]) -> Iterator[None]:
-    """Within it these packages cannot be imported; those that are there already stay."""
+    """A context in which these packages cannot be imported, unless they already are."""
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own sign for "not found"

@@ -1,4 +1,4 @@
-"""The end of a program that has used torch: its exit functions run, then it is gone.
+"""The end of a program that has used torch: its exit functions run, then it exits at once.
 
 `atexit._run_exitfuncs` has no public name; seen in CPython 3.11 to 3.13 and kept by
 `tests/test_private_interfaces.py`.
@@ -15,10 +15,10 @@ from cldf_dist.system.distributed import leave_group
 
 
 def end_process(code: int) -> NoReturn:
-    """The end of a program: out of the group after a success, then gone.
+    """Exit with `code`, without the interpreter's own shutdown; leave the process group first if 0.
 
-    That is not left to the interpreter's end: where one of torch's threads wants the interpreter
-    in that moment, the process is aborted, and a job that was done has failed.
+    In that shutdown a thread of torch that needs the interpreter aborts the process, and a finished
+    job would count as failed.
     """
     if code == 0:  # after an error others may still be in a collective with us
         leave_group()

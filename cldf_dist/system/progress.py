@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar in a terminal, a plain line now and then in a log."""
+"""Progress with rate and time left: a bar in a terminal, plain lines at intervals in a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class Counter:
-    """Counts finished pieces of work: in a `bar`, in lines where `logged`, else silently."""
+    """A counter of finished pieces of work: in a `bar`, in lines if `logged`, else silent."""
 
     def __init__(
         self, label: str, total: int, unit: str, bar: Progress | None, *, logged: bool
@@ -29,17 +29,18 @@ class Counter:
         self._start = self._last_line = self._last_count = time.monotonic()
 
     def start_at(self, done: int) -> None:
-        """Count `done` pieces as finished by an earlier run (they do not count for the rate)."""
+        """Count `done` pieces as finished by an earlier run; the rate leaves them out."""
         self.done = self._initial = done
 
     def is_due(self) -> bool:
-        """True a second after it was last asked with this answer: counting may cost something."""
+        """True at most once a second, for work whose counting is costly."""
         due = time.monotonic() - self._last_count > 1.0
         if due:
             self._last_count = time.monotonic()
         return due
 
     def advance(self, pieces: int = 1, note: str = "") -> None:
+        """Count finished pieces; `note` replaces the text at the end of the line."""
         self.done += pieces
         self._note = note or self._note
         if self._bar is not None and self._task is not None:
@@ -50,6 +51,7 @@ class Counter:
             self.print_line()
 
     def print_line(self) -> None:
+        """Print the count, rate and time left to stderr."""
         line = f"{self.label}: {self.done}/{self.total} {self.unit}, {self._speed()} {self._note}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
@@ -66,7 +68,7 @@ class Counter:
 def progress(
     label: str, total: int, unit: str = "steps", *, shown: bool = True
 ) -> Iterator[Counter]:
-    """Count `total` pieces of work; with `shown=False` (other ranks) count silently."""
+    """A counter of `total` pieces of work; silent with `shown=False` (on other ranks)."""
     if not (shown and sys.stderr.isatty()):
         counter = Counter(label, total, unit, None, logged=shown)
         yield counter

@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for: nothing in training asks a global state."""
+"""Seeds as a function of their purpose: nothing in training reads a global random state."""
 
 import hashlib
 
@@ -6,9 +6,9 @@ SEED_BITS = 63  # fits a signed 64-bit integer, so that torch, numpy and JSON al
 
 
 def sample_seed(seed: int, sample_number: int, purpose: str) -> int:
-    """A seed in [0, 2^63) that depends on nothing but its three arguments.
+    """A seed in [0, 2^63), a function of the three arguments alone.
 
-    `purpose` keeps the draws apart that one sample needs: "augment", "noise" and so on. The result
+    `purpose` separates the random numbers of one sample: "augment", "noise" and so on. The result
     is the same on every machine, in every process and after every resume.
     """
     text = f"{seed}:{sample_number}:{purpose}".encode()

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler (SIGTERM, SIGUSR1) or by a person (Ctrl-C)."""
+"""Stop signals of a scheduler (SIGTERM, SIGUSR1) and of a person (Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Raised after the checkpoint is written; holds the signal that asked."""
+    """Raised for a stop signal once the checkpoint is written; `number` is that of the signal."""
 
     def __init__(self, number: int, when: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {when}, all saved")
@@ -28,7 +28,10 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying; a second Ctrl-C kills."""
+    """The received stop signals, a growing list, in place of their usual effect.
+
+    Collects SIGTERM, SIGUSR1 and the first Ctrl-C; a second Ctrl-C ends the process.
+    """
     received_signals: list[int] = []
     first_ctrl_c: list[float] = []
 
@@ -56,7 +59,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class StopVote:
-    """The signal that any process received, known to all: the vote runs while a step does."""
+    """An asynchronous all-reduce of the received stop signals, which runs during a step."""
 
     def __init__(self, received_signals: list[int]) -> None:
         self.received_signals = received_signals
@@ -64,7 +67,7 @@ class StopVote:
         self._work: Any = None
 
     def open(self) -> None:
-        """Share what this process has received so far; every process must."""
+        """Start the all-reduce of the signals received so far; every process must call it."""
         if processes().world_size == 1:
             return
         import torch
@@ -78,7 +81,7 @@ class StopVote:
         )
 
     def result(self) -> int:
-        """The largest number of a signal that had reached any process; 0 where none did."""
+        """The largest number of a signal that any process had received; 0 for none."""
         if processes().world_size == 1:
             return max(self.received_signals, default=0)
         self._work.wait()

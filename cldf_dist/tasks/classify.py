@@ -1,10 +1,11 @@
-"""Train a slice classifier, on clean or on noised slices."""
+"""The task that trains a slice classifier, on clean or on noised slices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,7 +14,10 @@ from cldf_dist.method.noise import Schedule, sample_dropout, sample_noise, sprea
 
 @dataclass(frozen=True)
 class NoiseRange:
-    """Noise that the training slices get: timesteps below `max_timestep`, or none at all."""
+    """The noise of the training slices: timesteps below `max_timestep`, or none for a fraction.
+
+    Raises ValueError where a number is out of its range.
+    """
 
     schedule: Schedule
     max_timestep: int  # timestep, exclusive
@@ -34,7 +38,8 @@ class NoiseRange:
 class Classify(nn.Module):
     """Cross-entropy of the slice's class; with `noise` the net also gets the timesteps.
 
-    Timestep, noise and dropout of a sample are functions of (seed, sample number).
+    A batch holds "image" (batch, channels, height, width), "label" (batch,) and "sample_number"
+    (batch,). Timestep, noise and dropout of a sample are functions of (seed, sample number).
     """
 
     def __init__(
@@ -46,7 +51,8 @@ class Classify(nn.Module):
         self.noise = noise
         self.seed = seed
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The "loss" and the "accuracy", a fraction."""
         images, numbers = batch["image"], batch["sample_number"]
         labels = batch["label"].to(images.device)
         scale = self._dropout(numbers, images.device)
@@ -76,8 +82,10 @@ class Classify(nn.Module):
         return sample_dropout(shape, numbers, self.seed, rate, device)
 
 
-def noising_timesteps(numbers: Tensor, seed: int, settings: NoiseRange) -> tuple[Tensor, Tensor]:
-    """Timestep of each sample, and whether it stays clean (then the timestep is 0)."""
+def noising_timesteps(
+    numbers: Int[Tensor, " batch"], seed: int, settings: NoiseRange
+) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """The timestep of each sample, and whether it stays clean (then its timestep is 0)."""
     position = spread_uniform(numbers, seed, "noise level")
     clean = position < settings.clean_fraction
     spread = (position - settings.clean_fraction) / max(1 - settings.clean_fraction, 1e-9)

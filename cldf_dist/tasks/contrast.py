@@ -1,9 +1,10 @@
-"""Train the pixel decoder by a pixel-wise supervised contrastive loss, or by cross-entropy."""
+"""The tasks that train the pixel decoder: by a supervised contrastive loss, or cross-entropy."""
 
 from __future__ import annotations
 
 import torch
 from cldf_kernels import Backend, Precision, supcon_loss
+from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
@@ -14,10 +15,11 @@ from cldf_dist.nets.decoder import PixelDecoder
 class Contrast(nn.Module):
     """Supervised contrastive loss (Khosla et al. 2020) between the sampled pixels of all processes.
 
-    A batch holds "features" (batch, pixels, num_features), "labels" (batch, pixels): 1 object,
-    0 background, -1 unused, and "sample_number" (batch,). The decoder's dropout and noise are
-    drawn here, as functions of (seed, sample number), so that a resumed run repeats them.
-    `backend`, `precision` and `deterministic` are those of `cldf_kernels.supcon_loss`.
+    A batch holds "features" (batch, pixels, features), "labels" (batch, pixels), a `PixelLabel`
+    each, and "sample_number" (batch,). The decoder's dropout and noise are drawn here, as functions
+    of (seed, sample number), so that a resumed run repeats them. `backend`, `precision` and
+    `deterministic` are those of `cldf_kernels.supcon_loss`. Raises ValueError unless
+    `temperature` > 0.
     """
 
     accumulates = False  # splitting a batch would change every pixel's negatives
@@ -42,7 +44,8 @@ class Contrast(nn.Module):
         self.precision = precision
         self.deterministic = deterministic
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The "loss" over the pixels of all processes."""
         embeddings, labels = embedded_pixels(self.net, batch, self.seed, training=self.training)
         group = distributed.group.WORLD if _has_group() else None
         loss = supcon_loss(
@@ -58,11 +61,12 @@ class Contrast(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy of a linear classifier of the embeddings: what the contrast is compared with.
+    """Cross-entropy of a linear classifier of the embeddings: the baseline of the contrastive loss.
 
-    The logit of a class is the cosine to its learnt direction, over the temperature. The directions
-    serve the training alone; pixels are scored by prototypes, as after the contrastive loss. A
-    batch is that of `Contrast`; the gradient is that of the mean over the pixels of all processes.
+    The logit of a class is the cosine to its learnt direction, divided by the temperature. The
+    directions are used in training alone; pixels are scored by prototypes, as after the contrastive
+    loss. A batch is that of `Contrast`. The gradient is that of the mean over the pixels of all
+    processes. Raises ValueError unless `temperature` > 0.
     """
 
     autocast = False
@@ -75,13 +79,14 @@ class CrossEntropy(nn.Module):
         self.seed = seed
         self.directions = nn.Parameter(torch.randn(2, net.num_dimensions))
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The "loss", scaled so that its mean over the processes is that over all their pixels."""
         embeddings, labels = embedded_pixels(self.net, batch, self.seed, training=self.training)
         used = labels >= 0
         logits = embeddings[used] @ functional.normalize(self.directions, dim=1).T
         total = functional.cross_entropy(logits / self.temperature, labels[used], reduction="sum")
         count, world_size = used.sum().to(total.dtype), 1
-        if _has_group():  # gradients are averaged over the processes: each gives its share
+        if _has_group():  # gradients are averaged over the processes: each gives its part
             distributed.all_reduce(count)
             world_size = distributed.get_world_size()
         return {"loss": total * world_size / count.clamp(min=1)}
@@ -89,8 +94,8 @@ class CrossEntropy(nn.Module):
 
 def embedded_pixels(
     net: PixelDecoder, batch: dict[str, Tensor], seed: int, *, training: bool
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (pixels, embedding) and labels (pixels,) of a batch, in training perturbed."""
+) -> tuple[Float[Tensor, "pixels embedding"], Int[Tensor, " pixels"]]:
+    """Embeddings and labels of the pixels of a batch of `Contrast`; perturbed in `training`."""
     features, numbers = batch["features"], batch["sample_number"]
     scale = shift = None
     if training:

@@ -1,10 +1,11 @@
-"""Train the class-conditional diffusion model."""
+"""The task that trains the class-conditional diffusion model."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,8 +26,9 @@ PREVIEW_GAP = 2  # pixels, white
 class Denoise(nn.Module):
     """The weighted squared error of the prediction at a random timestep.
 
-    Timestep, noise and label dropout of a sample are functions of (seed, sample number).
-    `image_size` is that of the previews; without it there are none.
+    A batch holds "image" (batch, channels, height, width), "label" (batch,) and "sample_number"
+    (batch,). Timestep, noise and label dropout of a sample are functions of (seed, sample number).
+    `image_size` is that of the previews; with 0 there are none.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class Denoise(nn.Module):
         self.seed = seed
         self.image_size = image_size
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The "loss"."""
         images, numbers = batch["image"], batch["sample_number"]
         device = images.device
         timesteps = training_timesteps(numbers, self.seed, 0, self.schedule.num_timesteps)
@@ -63,11 +66,11 @@ class Denoise(nn.Module):
         return {"loss": (weight * error).mean()}
 
     @torch.no_grad()
-    def preview(self, net: nn.Module) -> dict[str, npt.NDArray[np.uint8]]:
-        """{"samples": uint8 (height, width)}: a grid of the first channel of generated slices.
+    def preview(self, net: nn.Module) -> dict[str, UInt8[np.ndarray, "height width"]]:
+        """A grid of the first channel of generated slices, as "samples"; empty without a size.
 
-        A row is one start noise, the same each time; the columns are no object and object, each at
-        every guidance scale in its order.
+        A row of the grid has one start noise, the same in each preview. The columns are no object
+        and object, each at every guidance scale in its order.
         """
         if not self.image_size:
             return {}
@@ -81,7 +84,10 @@ class Denoise(nn.Module):
         return {"samples": _grid(tiles.reshape(PREVIEW_SEEDS, -1, *shape[1:]))}
 
     def _sample(self, net: nn.Module, noised: Tensor, labels: Tensor, guidance: float) -> Tensor:
-        """DDIM with classifier-free guidance (Ho and Salimans 2021); 1 is the plain class."""
+        """Slices by DDIM with classifier-free guidance (Ho and Salimans 2021).
+
+        Guidance 1 is the conditional model alone.
+        """
         steps = np.linspace(self.schedule.num_timesteps - 1, -1, PREVIEW_STEPS + 1).round()
         free_labels = torch.full_like(labels, UNCONDITIONAL)
         both = torch.cat([labels, free_labels]) if guidance != 1 else labels
@@ -97,7 +103,7 @@ class Denoise(nn.Module):
 
 
 def _grid(tiles: Tensor) -> npt.NDArray[np.uint8]:
-    """Tiles (rows, columns, height, width) in [-1, 1] as one picture, with gaps between them."""
+    """The tiles (rows, columns, height, width) in [-1, 1] as one image, with gaps between them."""
     padded = functional.pad(tiles, (0, PREVIEW_GAP, 0, PREVIEW_GAP), value=1.0)
     picture = padded.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-PREVIEW_GAP, :-PREVIEW_GAP]
     pixels: npt.NDArray[np.uint8] = ((picture + 1) * 127.5).round().byte().cpu().numpy()

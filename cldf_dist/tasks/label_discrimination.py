@@ -1,10 +1,11 @@
-"""Tune the diffusion model's label embedding until labels explain their slices."""
+"""The task that tunes the diffusion model's label embedding to discriminate the labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -18,13 +19,13 @@ LEAST_ERROR = 1e-4  # of a prediction, for the ratio
 
 
 class LabelDiscrimination(nn.Module):
-    """Cross-entropy of a slice's class, told by which label predicts its noise better.
+    """Cross-entropy of a slice's class, predicted by which label denoises the slice better.
 
     The logit of "object" is the relative difference of the two squared errors, error("no object")
-    - error("object"), times a learnt scale, plus a learnt offset. `net` is the label embedding, all
-    else of `diffusion` stays as it is, so that the label can change the prediction only where the
-    frozen model's activations let it. Timestep and noise of a sample are functions of (seed, sample
-    number).
+    - error("object"), times a learnt scale, plus a learnt offset. `net` is the label embedding. All
+    else of `diffusion` is frozen, so that the label can change the prediction only where the frozen
+    model's activations let it. A batch holds "image", "label" and "sample_number"; timestep and
+    noise of a sample are functions of (seed, sample number).
     """
 
     autocast = False  # it compares errors that are nearly equal
@@ -48,7 +49,8 @@ class LabelDiscrimination(nn.Module):
         self.timestep_range = timestep_range
         self.seed = seed
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The "loss", the "accuracy" (a fraction) and the mean squared "error" under the label."""
         labels = batch["label"].to(batch["image"].device)
         errors = self.errors(batch["image"], batch["sample_number"])
         right = errors.gather(0, labels[None])[0].detach().clamp(min=LEAST_ERROR)
@@ -60,8 +62,10 @@ class LabelDiscrimination(nn.Module):
         accuracy = ((logits > 0) == (labels == SliceLabel.POSITIVE)).float().mean()
         return {"loss": loss, "accuracy": accuracy, "error": right.mean()}
 
-    def errors(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Mean squared error of the noise (2, batch): told "no object", told "object"."""
+    def errors(
+        self, images: Float[Tensor, "batch channels height width"], numbers: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "2 batch"]:
+        """Mean squared error of the predicted noise, given "no object" and given "object"."""
         device = images.device
         timesteps = training_timesteps(numbers, self.seed, *self.timestep_range).to(device)
         noise = sample_noise(images.shape[1:], numbers, self.seed, "noise", device)
@@ -81,7 +85,7 @@ class LabelDiscrimination(nn.Module):
 
 
 class _Shared:
-    """Holds a frozen net that is no part of its owner: not trained, saved, or copied with it."""
+    """A holder of a frozen net that its owner neither trains, saves, nor copies with itself."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net

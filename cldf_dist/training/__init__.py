@@ -1,1 +1,1 @@
-"""The one training loop, its checkpoints, and trained nets as files."""
+"""The training loop, its checkpoints, and trained nets as files."""

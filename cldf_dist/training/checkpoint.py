@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent.
+"""Atomic checkpoints.
 
 A checkpoint is a folder `step-00001000` with safetensors, state.json and a manifest of sizes and
-checksums. It is written under a temporary name, synced, then renamed. It does not depend on how
-many processes wrote it, or on how they shared the optimizer.
+checksums. It is written under a temporary name, synced, then renamed. It does not depend on the
+number of processes that wrote it, or on how they sharded the optimizer state.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ DAMAGED = "is damaged (size or checksum differs from the manifest)"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk; its tensors are read when they are asked for."""
+    """A checkpoint on disk; its tensors are read on first use."""
 
     path: Path
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Step and other plain facts."""
+        """The step, counters and other values that are not tensors."""
         content: dict[str, Any] = json.loads((self.path / STATE).read_text())
         return content
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file of its manifest, by its stem."""
+        """The tensors by name of each safetensors file, by the file's stem."""
         names = json.loads((self.path / MANIFEST).read_text())
         files = [self.path / name for name in names if name.endswith(".safetensors")]
         return {file.stem: load_file(file) for file in files}
@@ -60,10 +60,10 @@ def save_checkpoint(
     *,
     keep_checkpoints: int,
 ) -> Path:
-    """Write one checkpoint atomically, then drop all but the newest `keep_checkpoints`.
+    """Write one checkpoint atomically, then remove all but the newest `keep_checkpoints`.
 
-    Every process calls it and the main one writes. Where that fails it fails on all, and nothing is
-    left behind.
+    Called on every process; the main one writes. Returns the checkpoint's folder. A failure raises
+    on all processes and leaves no partial checkpoint.
     """
     final = folder / f"step-{state['step']:08d}"
     with fail_on_all_ranks():
@@ -80,10 +80,10 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as it was written; None where there is no other.
+    """The newest checkpoint that matches its manifest; None where there is no checkpoint.
 
-    Damaged ones are named; they are set aside, as `damaged-step-...`, where an older one is whole.
-    Raises ValueError where none can be used: to begin anew is not for us to decide.
+    Damaged ones are reported, and renamed to `damaged-step-...` where an older one is intact.
+    Raises ValueError where none can be used: to start again at step 0 is the user's decision.
     """
     faults: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
@@ -91,22 +91,23 @@ def newest_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
         if not fault:
             _set_aside(damaged for damaged, fault in faults.items() if DAMAGED in fault)
             return Checkpoint(path)
-        print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
+        print(f"warning: {path} is skipped: {fault}", file=sys.stderr)
         faults[path] = fault
     if faults:
         found = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
         raise ValueError(
-            f"no checkpoint in {folder} can be used ({found}); put back what is missing, or delete "
-            "that folder to begin again at step 0"
+            f"no checkpoint in {folder} can be used ({found}); restore the missing files, or "
+            "delete that folder to start again at step 0"
         )
     return None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a net: of a trained stage, of a checkpoint (its moving average), of a file.
+    """The weights of a net, by name.
 
-    Only safetensors are read: nothing in them is executed. Raises FileNotFoundError where `path`
-    is none of the three and ValueError where a file is damaged.
+    `path` is the folder of a finished training, a checkpoint (its moving average is read) or a
+    safetensors file. Nothing in safetensors is executed. Raises FileNotFoundError where `path` is
+    none of the three and ValueError where a file is damaged.
     """
     places = (path, path / "net.safetensors", path / "average.safetensors")
     file = next((place for place in places if place.is_file()), None)
@@ -129,21 +130,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(group: Tensors, path: Path) -> None:
-    """Write and sync one safetensors file; an OSError that names the file where that fails."""
+    """Write and sync one safetensors file; raises an OSError that names the file."""
     try:
         save_file(_plain(group), path)
     except SafetensorError as error:
         cause = re.search(r"os error (\d+)", str(error))  # its only trace of the system's errno
         if cause:
             raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
-        raise OSError(
-            f"cannot write {path}: {error}; take another disk with runs=FOLDER"
-        ) from error
+        raise OSError(f"cannot write {path}: {error}; use another disk with runs=FOLDER") from error
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -152,7 +151,7 @@ def sync(path: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by `parameter number/name`; plain numbers become tensors."""
+    """The optimizer state by `parameter number/name`; plain numbers become tensors."""
     return {
         f"{number}/{name}": torch.as_tensor(value)
         for number, entries in optimizer.state_dict()["state"].items()
@@ -161,14 +160,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Restore the optimizer state from the tensors of `optimizer_tensors`."""
     parameters = [item for group in optimizer.param_groups for item in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split("/", 1)
         parameter = parameters[int(number)]
         if value.shape == parameter.shape:
-            # fused kernels walk through memory and do not look at strides (torch 2.13)
+            # fused kernels read memory in order and ignore strides (torch 2.13)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
@@ -198,7 +197,7 @@ def _put_in_place(temporary: Path, final: Path, keep_checkpoints: int) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     sync(folder)
-    # a later one was passed over, say as unreadable: it must not count among those that are kept
+    # a later one was skipped, say as unreadable: it must not count among those that are kept
     older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
     for old in [
         *older[: max(len(older) + 1 - keep_checkpoints, 0)],
@@ -214,7 +213,7 @@ def _set_aside(paths: Iterable[Path]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Make room; what resists keeps its room, but a training does not end of it."""
+    """Remove a file or folder; warns on failure, because a training can go on without the space."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -238,7 +237,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _fault(path: Path, run_id: str) -> str:
-    """Why the checkpoint must not be used; empty where it is whole."""
+    """The reason why the checkpoint cannot be used; empty where it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():

@@ -1,7 +1,7 @@
-"""What moves the weights: plain data parallelism, or DeepSpeed with a sharded optimizer.
+"""The engines of the training loop: plain data parallelism, or DeepSpeed with sharded state.
 
-Both have the same methods, which `fit` calls on every process, and give the optimizer's state in
-the same form, so that either goes on from the checkpoints of the other.
+Both have the same methods, which `fit` calls on every process, and return the optimizer state in
+the same form, so that either can resume from the checkpoints of the other.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cldf_dist.system.distributed import accelerator, processes, zero_stage
 from cldf_dist.training.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
 
 Losses = Mapping[str, Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside its step
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_engine(task: nn.Module, settings: Fit, mixed_precision: str) -> PlainEngine | ZeroEngine:
-    """The engine that the launch asks for. `task` must be on its device."""
+    """The engine for this launch. `task` must be on its device."""
     device = accelerator().device
     dtype = autocast_dtype(mixed_precision, device) if getattr(task, "autocast", True) else None
     module = _InPrecision(task, device, dtype)
@@ -33,7 +33,7 @@ def make_engine(task: nn.Module, settings: Fit, mixed_precision: str) -> PlainEn
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products are computed in; None is float32.
+    """The dtype of matrix products; None is float32.
 
     `auto` is bf16 on GPUs: on CPUs without AMX its autocast is many times slower than float32.
     """
@@ -43,7 +43,7 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | 
 
 
 class PlainEngine:
-    """One process, or several that each hold all weights and the whole optimizer (DDP)."""
+    """One process, or several that each hold all weights and the whole optimizer state (DDP)."""
 
     def __init__(self, module: _InPrecision, settings: Fit) -> None:
         self.settings = settings
@@ -55,24 +55,26 @@ class PlainEngine:
         self.wrapped: Any = accelerator().prepare_model(module)
 
     def forward(self, batch: Mapping[str, Any]) -> Losses:
+        """The losses of a micro-batch, by name."""
         losses: Losses = self.wrapped(batch)
         return losses
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward: gradients travel with the last micro-batch only."""
+        """Context of forward and backward: gradients are reduced in the last micro-batch only."""
         with contextlib.nullcontext() if last else accelerator().no_sync(self.wrapped):
             yield
 
     def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's loss."""
         scaled: Any = self.scaler.scale(loss / self.settings.gradient_accumulation_steps)
         scaled.backward()
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Move the weights unless the gradient is not finite.
+        """Update the weights unless the gradient is not finite.
 
-        Gives the gradient's norm before clipping and whether the weights moved, both on the device.
-        Gradients are averaged over the processes: all decide alike.
+        Returns the gradient's norm before clipping and whether the weights moved, both scalars on
+        the device. Gradients are averaged over the processes, so that all decide alike.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -80,7 +82,7 @@ class PlainEngine:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm or math.inf)
         moved = torch.isfinite(norm)
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # it looks for non-finite gradients itself
+            self.scaler.step(self.optimizer)  # it checks for non-finite gradients itself
             self.scaler.update()
         else:
             optimizer: Any = self.optimizer
@@ -90,23 +92,26 @@ class PlainEngine:
         return norm, moved
 
     def state(self) -> dict[str, Any]:
-        """What must come back beside the tensors."""
+        """The state for a checkpoint that is not tensors."""
         return {"scaler": self.scaler.state_dict() if self.scaler.is_enabled() else {}}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer state by `parameter number/name`."""
         return optimizer_tensors(self.optimizer)
 
     def load(self, checkpoint: Checkpoint) -> None:
+        """Restore the optimizer and the gradient scaler."""
         load_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
         if self.scaler.is_enabled() and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def close(self) -> None:
+        """Free what accelerate holds of the training."""
         accelerator().free_memory()
 
 
 class ZeroEngine:
-    """DeepSpeed's ZeRO: each process holds all weights, but its share of the optimizer.
+    """DeepSpeed's ZeRO: each process holds all weights and one shard of the optimizer state.
 
     Stage 2 shards the gradients too. Weights stay float32 and whole, so the moving average and the
     saved weights are those of plain data parallelism.
@@ -131,6 +136,7 @@ class ZeroEngine:
         self._adamw: Any = self._zero.optimizer
 
     def forward(self, batch: Mapping[str, Any]) -> Losses:
+        """The losses of a micro-batch, by name."""
         if processes().world_size > 1:
             for buffer in self.engine.module.buffers():  # as DDP does: those of batch norm drift
                 torch.distributed.broadcast(buffer, 0)
@@ -139,13 +145,16 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Context of forward and backward: gradients are reduced in the last micro-batch only."""
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's loss."""
         self.engine.backward(loss)  # it divides by the number of micro-batches
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        """Update the weights as `PlainEngine.step` does, with the same results."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()  # clips, and skips what is not finite, on all processes alike
@@ -153,10 +162,14 @@ class ZeroEngine:
         return norm, torch.tensor(not self.optimizer.step_was_skipped, device=self.device)
 
     def state(self) -> dict[str, Any]:
+        """The state for a checkpoint that is not tensors: none, there is no gradient scaler."""
         return {"scaler": {}}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Put together from every process's share: as `PlainEngine`'s, parameter by parameter."""
+        """The optimizer state in the form of `PlainEngine`, gathered parameter by parameter.
+
+        Collective; whole on the main process.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found: dict[str, Tensor] = {}
@@ -176,6 +189,7 @@ class ZeroEngine:
         return found
 
     def load(self, checkpoint: Checkpoint) -> None:
+        """Restore this process's shard of the optimizer state."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         stored = checkpoint.tensors["optimizer"]
@@ -190,7 +204,7 @@ class ZeroEngine:
                 safe_set_full_optimizer_state(parameter, whole, name)
 
     def _make_state(self, step: Tensor) -> None:
-        """What AdamW makes at its first step, and DeepSpeed's views of it."""
+        """Create the state that AdamW creates at its first step, and DeepSpeed's views of it."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         for flat, parameters in zip(self._flat_parameters(), self._zero.bit16_groups):
@@ -199,21 +213,22 @@ class ZeroEngine:
             lazy_init_hp_params_optimizer_state(parameters, flat, self._adamw.state)
 
     def _flat_parameters(self) -> list[Tensor]:
-        """This process's share of the weights, per group of parameters."""
+        """This process's shard of the weights, by group of parameters."""
         return [group["params"][0] for group in self._adamw.param_groups]
 
     def close(self) -> None:
+        """Free what DeepSpeed and accelerate hold of the training."""
         self.engine.destroy()
         accelerator().free_memory()
 
 
 def _is_trained(parameter: nn.Parameter) -> bool:
-    """Whether an optimizer keeps moments of it."""
+    """True if the optimizer keeps moments of the parameter."""
     return parameter.requires_grad and parameter.numel() > 0
 
 
 class _InPrecision(nn.Module):
-    """The task under autocast. Inside the module, because DeepSpeed undoes what is set outside."""
+    """The task under autocast, within the module because DeepSpeed disables an outer autocast."""
 
     def __init__(self, task: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -226,6 +241,7 @@ class _InPrecision(nn.Module):
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """An autocast context of `dtype`; disabled for None."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -234,12 +250,12 @@ def _adamw(module: nn.Module, settings: Fit) -> torch.optim.AdamW:
         module.parameters(),
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        fused=True,  # also on CPUs: five times faster there, and it can be told to skip a step
+        fused=True,  # also on CPUs: five times faster there, and it can skip a step by a flag
     )
 
 
 def _tell_deepspeed(settings: Fit) -> None:
-    """Sizes that accelerate would take from its own data loader, which we do not use."""
+    """Set the batch sizes that accelerate would read from its own data loader; ours is another."""
     gradient_accumulation_steps, world_size = (
         settings.gradient_accumulation_steps,
         processes().world_size,

@@ -1,4 +1,4 @@
-"""Trained nets as files that anybody can load: `net.safetensors` and, beside it, `net.json`."""
+"""Trained nets as files: the weights in `net.safetensors`, their description in `net.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cldf_dist.training.checkpoint import write_tensors
 
 
 def save_net(net: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the weights and their description: all that is needed to build the net."""
+    """Write the weights and the description, from which the net can be built."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".net.safetensors.partial"
     try:
@@ -27,7 +27,10 @@ def save_net(net: nn.Module, folder: Path, description: Mapping[str, Any]) -> No
 
 
 def load_net(net: nn.Module, folder: Path) -> nn.Module:
-    """`net` with the weights of `folder`, frozen and in evaluation mode."""
+    """`net` with the weights of `folder`, frozen and in evaluation mode.
+
+    Raises FileNotFoundError where there are none.
+    """
     path = folder / "net.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; train the net first")
@@ -36,5 +39,5 @@ def load_net(net: nn.Module, folder: Path) -> nn.Module:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `save_net` wrote beside the weights."""
+    """The description that `save_net` wrote."""
     return read_json(folder / "net.json")

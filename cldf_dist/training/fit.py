@@ -1,8 +1,8 @@
-"""The one training loop: any task, any number of processes, resumed by the same command.
+"""The training loop: any task, any number of processes, resumed by the same command.
 
 A task is an nn.Module with `.net` and `forward(batch) -> {"loss": scalar, ...}`. All randomness of
-a step is a function of (seed, step) or (seed, sample number), never of where the process started;
-that makes a resumed run equal to an uninterrupted one.
+a step is a function of (seed, step) or (seed, sample number), never of the step at which the
+process started. So a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,36 +44,40 @@ from cldf_dist.training.throughput import Throughput
 
 Batch = Mapping[str, Any]
 NUM_SAMPLES = "#samples"  # beside the names of losses
-VALIDATION = "validation/"  # how the names of its means begin
+VALIDATION = "validation/"  # prefix of the names of its means
 
 
 class Batches(Protocol):
-    """What `fit` asks of a stream of training samples; every batch holds `sample_number`."""
+    """The interface of a stream of training samples; every batch holds `sample_number`."""
 
     def fingerprint(self) -> str:
-        """Differs where other samples would be drawn."""
+        """A digest that differs where the samples or their order differ."""
         ...
 
     def batches(
         self, consumed: int, *, batch_size: int, rank: int, world_size: int, num_workers: int
-    ) -> Iterator[Batch]: ...
+    ) -> Iterator[Batch]:
+        """Endless batches of one rank, from sample number `consumed` on; the size is global."""
+        ...
 
     def fixed(
         self, num_samples: int, batch_size: int, *, rank: int, world_size: int
-    ) -> Iterator[Batch]: ...
+    ) -> Iterator[Batch]:
+        """One rank's part of samples 0 to num_samples - 1, the same in each call."""
+        ...
 
 
 def fit(
     task: nn.Module, stream: Batches, settings: Fit, run: Run, validation: Batches | None = None
 ) -> nn.Module:
-    """Train `task` to `settings.steps`; the net (its moving average where asked), frozen.
+    """Train `task` to `settings.steps`; returns the net (its moving average), frozen.
 
-    Starts from the newest valid checkpoint in `run.folder`, whatever number of processes made it,
+    Starts from the newest valid checkpoint in `run.folder`, written by any number of processes,
     with or without ZeRO. Raises ValueError where the batch does not divide over the processes,
     FloatingPointError after too many non-finite steps in a row, and `Stopped` after SIGTERM,
-    SIGUSR1 or Ctrl-C, when everything is saved.
+    SIGUSR1 or Ctrl-C, once everything is saved.
     """
-    with stop_signals() as received_signals:  # workers are starting soon, and end late
+    with stop_signals() as received_signals:  # workers start soon, and end late
         training = _Training(task, stream, settings, run)
         batches = DeviceBatches(
             stream.batches(
@@ -127,7 +131,7 @@ def _train(
 
 
 def _is_due(step: int, every: int, last: bool = False) -> bool:
-    """Whether something that is done every so many steps, and never for 0, is done now."""
+    """True if what is done every `every` steps (0: never) is due at this step."""
     return every > 0 and (last or step % every == 0)
 
 
@@ -152,7 +156,7 @@ class _Training:
             elif settings.start_from:
                 start_from(task, Path(settings.start_from))
         self.task: Any = task.to(self.device)
-        if not zero_stage():  # DeepSpeed lays all weights in one row
+        if not zero_stage():  # DeepSpeed flattens all weights into one buffer
             # torch's types do not know this form of `to`
             layout: Any = {"memory_format": fast_memory_format(self.device, settings.channels_last)}
             self.task = self.task.to(**layout)
@@ -183,7 +187,7 @@ class _Training:
         return int(found.state["step"])
 
     def advance(self, batches: DeviceBatches) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         settings, step = self.settings, self.step
         batch = batches.next()
         if not self.throughput.is_counted:
@@ -208,7 +212,7 @@ class _Training:
             if micro < settings.gradient_accumulation_steps - 1 or step + 1 < settings.steps:
                 batches.prefetch()
         norm, moved = self.engine.step(learning_rate(step, settings))
-        for before, buffer in zip(buffers, self.task.buffers()):  # a skipped step leaves no trace
+        for before, buffer in zip(buffers, self.task.buffers()):  # a skipped step changes nothing
             buffer.copy_(torch.where(moved, buffer, before))
         self.average.follow(step, moved)
         self.means.add(parts, norm, moved)
@@ -223,7 +227,7 @@ class _Training:
         self.throughput.start(self.step, waited)
 
     def report(self, validation: Batches | None, received_signals: list[int]) -> int:
-        """What is due after this step: validation and previews; a signal that stopped it, or 0."""
+        """Validate and preview where due; returns the signal that interrupted it, or 0."""
         settings, last = self.settings, self.step == self.settings.steps
         if validation and _is_due(self.step, settings.validate_every, last):
             stop = self.validate(validation, received_signals)
@@ -235,9 +239,10 @@ class _Training:
         return 0
 
     def validate(self, validation: Batches, received_signals: list[int]) -> int:
-        """Log mean losses of the averaged net over the same samples and noise each time.
+        """Log mean losses of the averaged net, over the same samples and noise each time.
 
-        Gives the signal by which any process was asked to stop meanwhile; nothing is logged then.
+        Returns the stop signal that any process received meanwhile, or 0; nothing is logged after
+        a signal.
         """
         sums: dict[str, Tensor] = {}
         place = {"rank": processes().rank, "world_size": processes().world_size}
@@ -266,7 +271,7 @@ class _Training:
         return 0
 
     def preview(self) -> None:
-        """Write the task's pictures, made with the averaged net, as PNG files."""
+        """Write the task's preview images of the averaged net as PNG files."""
         if not (self.run.is_main and hasattr(self.task, "preview")):
             return
         from matplotlib import image
@@ -279,11 +284,12 @@ class _Training:
             image.imsave(path, picture, cmap="gray", vmin=0, vmax=255)
 
     def save(self) -> None:
+        """Write a checkpoint of this step."""
         state = {
             "step": self.step,
             "items": self.items,
             "reported": self.reported,
-            # since the last log: without them the next line of a resumed run would be another mean
+            # since the last log: without them the next line of a resumed run would differ
             "means": gather_objects(self.means.state()),
             **self.skipped.state(),
             **self.engine.state(),
@@ -318,5 +324,5 @@ class _Training:
 
 
 def _finite_or_skipped(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite gives a gradient that is not, on all processes."""
+    """The loss; where it is not finite its gradient is NaN, so that all processes skip the step."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)

@@ -1,7 +1,7 @@
-"""The model card beside a trained net, in Hugging Face's form: README.md.
+"""The model card of a trained net, in Hugging Face's form: README.md.
 
-It holds what the settings and the run folder know, and nothing else: no claim, and no path, host or
-patient's name, so that it can be passed on with the weights. The same run gives the same card.
+It states facts of the settings and the run folder alone: no claim, and no path, host or patient
+name, so that it can be published with the weights. The same run gives the same card.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LIMITS = """\
 
 @dataclass(frozen=True)
 class NetCard:
-    """What a training knows about its net beyond settings and run folder."""
+    """The facts about a net that neither settings nor run folder hold."""
 
     title: str
     does: str  # input, output and use, in a sentence or two
@@ -61,7 +61,7 @@ class NetCard:
 
 
 def load_with_package(function: str, result: str = "net") -> str:
-    """The lines that load a net of `stages.loading` from the folder they run in."""
+    """Python code that loads a net by a function of `inference.loading` from the working folder."""
     return (
         "from pathlib import Path\n\n"
         f"from cldf_dist.inference.loading import {function}\n\n"
@@ -70,7 +70,7 @@ def load_with_package(function: str, result: str = "net") -> str:
 
 
 def write_card(run: Run, shards: ShardSet, net: NetCard) -> None:
-    """Write README.md into the run's folder, which holds provenance and metrics already."""
+    """Write README.md into the run's folder, which must hold provenance and metrics."""
     write_atomically(run.folder / CARD, _card(run, shards, net))
 
 
@@ -132,7 +132,7 @@ def _which_weights(run: Run, net: NetCard) -> str:
 
 
 def _last_validation(run: Run) -> tuple[dict[str, str], int]:
-    """The newest validation numbers in metrics.jsonl, and their step; nothing without any."""
+    """The newest validation numbers in metrics.jsonl, and their step; empty and 0 without any."""
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     for line in reversed(lines):
         entry = json.loads(line)

@@ -28,13 +28,13 @@ def shard_set(config: Config, run: Run) -> ShardSet:
 
 
 def training_stream(config: Config, shards: ShardSet, augment: Augment) -> Stream:
-    """Labelled slices of the training patients, changed at random."""
+    """The labelled slices of the training patients, with augmentation."""
     items = LabelledSlices(shards.split("train"), augment, config.seed)
     return Stream(items, items.groups, config.seed)
 
 
 def validation_stream(config: Config, shards: ShardSet) -> Stream:
-    """Labelled slices of the validation patients as they are."""
+    """The labelled slices of the validation patients, without augmentation."""
     items = LabelledSlices(shards.split("validation"), None, config.seed)
     return Stream(items, items.groups, config.seed)
 
@@ -48,7 +48,7 @@ def train_on_slices(
 ) -> dict[str, Any]:
     """Train, save and describe a net; returns what to keep with DONE.
 
-    `card.section` names its settings, `describe` gives all that it takes to build the net again.
+    `card.section` names its settings, `describe` returns what is needed to build the net again.
     """
     settings = getattr(config, card.section)
     shards = shard_set(config, run)

@@ -1,4 +1,4 @@
-"""Batches on the device: on a GPU the next one travels while this one is computed."""
+"""Batches on the device: on a GPU the next one is copied while this one is computed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Batch = Mapping[str, Any]
 
 
 class DeviceBatches:
-    """The batches of a loader, on `device`. Call `prefetch` when a step's work is launched.
+    """The batches of a loader, on `device`. Call `prefetch` once a step's work is launched.
 
-    `waited` is the time in seconds for which the loader was waited for.
+    `waited` is the total time in seconds that was spent waiting for the loader.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
@@ -26,6 +26,7 @@ class DeviceBatches:
         self.waited = 0.0
 
     def next(self) -> dict[str, Any]:
+        """The next batch."""
         batch = self._ahead if self._ahead is not None else self._load()
         self._ahead = None
         if self._stream is not None:
@@ -37,7 +38,7 @@ class DeviceBatches:
         return batch
 
     def prefetch(self) -> None:
-        """Start the next batch on its way; nothing to gain where there is no device."""
+        """Start copying the next batch to the GPU; a no-op on a CPU."""
         if self._stream is not None and self._ahead is None:
             self._ahead = self._load()
 
@@ -56,6 +57,7 @@ class DeviceBatches:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`, except the sample numbers."""
     return {
         key: value.to(device, non_blocking=True)
         # sample numbers seed generators: on the host they cost no synchronisation

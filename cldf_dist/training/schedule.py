@@ -1,4 +1,4 @@
-"""Learning rate and batch of a training: how steps and processes share them."""
+"""The learning rate of a step, and the check of the batch size."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from cldf_dist.config import Fit
 
 
 def learning_rate(step: int, settings: Fit) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak."""
+    """The learning rate: linear warm-up, then cosine decay to a fraction of the peak.
+
+    The fraction is `final_learning_rate_fraction`.
+    """
     peak, floor = settings.learning_rate, settings.final_learning_rate_fraction
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+    progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def check_batch(path: str, settings: Fit, world_size: int) -> None:

@@ -1,6 +1,6 @@
-"""What a training remembers of its steps, kept on the device.
+"""Metrics of the training steps, accumulated on the device.
 
-Reading it at each step would make the host wait.
+Reading them at each step would synchronise host and device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepMeans:
         self._sums: Tensor | None = None  # the number of steps first
 
     def add(self, micro_batches: Sequence[Values], norm: Tensor, moved: Tensor) -> None:
-        """One step: the values of its micro-batches, of which the mean counts."""
+        """Add one step: the mean over its micro-batches' values, unless the step was skipped."""
         self._names = [*micro_batches[0], "grad_norm"]
         parts = [torch.stack([v.detach().float() for v in part.values()]) for part in micro_batches]
         mean = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
@@ -37,7 +37,7 @@ class StepMeans:
         self._sums = values if self._sums is None else self._sums + values
 
     def over_processes(self) -> dict[str, float]:
-        """The means, and a fresh start; nothing where no step moved."""
+        """The means over all processes; resets the sums. Empty where no step moved the weights."""
         if self._sums is None:
             return {}
         count, *sums = accelerator().reduce(self._sums, "sum").tolist()
@@ -52,7 +52,10 @@ class StepMeans:
         }
 
     def load(self, by_rank: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what `state` gave on each process; with another number of them main takes all."""
+        """Restore the `state` of each process.
+
+        With another number of processes the main one takes the sums of all.
+        """
         rank, world_size = processes().rank, processes().world_size
         if len(by_rank) == world_size:
             mine: Sequence[Mapping[str, Any]] = [by_rank[rank]]
@@ -67,9 +70,9 @@ class StepMeans:
 
 
 class SkippedSteps:
-    """Counts steps whose gradient was not finite; ends a training that has too many in a row.
+    """A counter of steps with a non-finite gradient, which stops a training after too many.
 
-    On a GPU the count is read one step late, when it is there already.
+    On a GPU the count is read one step late, so that the host does not wait.
     """
 
     def __init__(self, device: torch.device, limit: int, folder: Path) -> None:
@@ -82,10 +85,14 @@ class SkippedSteps:
 
     @property
     def total(self) -> int:
+        """The number of skipped steps so far."""
         return int(self._total)
 
     def note(self, step: int, batches: Sequence[Batch], moved: Tensor) -> None:
-        """FloatingPointError, with the step's batches in a file, after too many in a row."""
+        """Count a step; after too many skipped in a row raises FloatingPointError.
+
+        The batches of the last of them are then saved in the run's folder.
+        """
         skipped = (~moved).long()
         self._total = self._total + skipped
         self._in_a_row = (self._in_a_row + 1) * skipped
@@ -94,9 +101,11 @@ class SkippedSteps:
             self._look(*self._unread.popleft())
 
     def state(self) -> dict[str, int]:
+        """The counts, for a checkpoint."""
         return {"skipped": int(self._total), "skipped_in_a_row": int(self._in_a_row)}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts of a checkpoint."""
         self._total.fill_(state["skipped"])
         self._in_a_row.fill_(state["skipped_in_a_row"])
 
@@ -117,6 +126,6 @@ class SkippedSteps:
         torch.save([dict(batch) for batch in batches], path)
         raise FloatingPointError(
             f"{int(in_a_row)} steps in a row had a non-finite gradient, the last is "
-            f"step {step + 1}; its batches are in {path}; lower fit.learning_rate or look at the "
+            f"step {step + 1}; its batches are in {path}; lower fit.learning_rate or check the "
             "data"
         )

@@ -1,4 +1,4 @@
-"""How fast a training is: slices per second, waiting, memory, share of the device's peak."""
+"""The throughput of a training: slices per second, data wait, memory, FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Throughput:
-    """Measures between two lines of the log; validation, previews and saving are not counted."""
+    """A timer from one log line to the next, without validation, previews and saving."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None, world_size: int) -> None:
         self._device = device
@@ -46,7 +46,7 @@ class Throughput:
         self._since, self._step = time.monotonic(), 0
 
     def count(self, net: nn.Module, batch: Mapping[str, Any], num_slices: int) -> None:
-        """Count the model's FLOPs: one forward, and twice as much for the backward."""
+        """Count the model's FLOPs a slice: one forward pass, and twice as much for the backward."""
         uncounted = {ATTENTION_ON_CPU: _attention_flop}  # by torch 2.13
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
             net(batch)
@@ -54,12 +54,13 @@ class Throughput:
         self._tflop_per_slice = 3 * counter.get_total_flops() / num_slices / 1e12
 
     def start(self, step: int, waited: float = 0.0) -> None:
+        """Start the timer at `step`; `waited` is the loader's total waiting time in seconds."""
         self._since, self._step = time.monotonic(), step
         self._waited, self._paused = waited, 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Context of work that is not counted as training."""
         began = time.monotonic()
         try:
             yield
@@ -67,7 +68,10 @@ class Throughput:
             self._paused += time.monotonic() - began
 
     def metrics(self, step: int, batch_size: int, waited: float) -> dict[str, float]:
-        """Over all processes but for the waiting and the memory, which are this one's."""
+        """The metrics since `start`, by name; restarts the timer.
+
+        Over all processes, except data wait and memory, which are this process's.
+        """
         seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
         slices_per_second = (step - self._step) * batch_size / seconds
         tflops = slices_per_second * self._tflop_per_slice
@@ -84,7 +88,7 @@ class Throughput:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that this process has held so far: on the device, or on the host without one."""
+    """Peak memory of this process in GB: on the device, or of the host without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -92,7 +96,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
-    """The device's peak for dense matrix products in that precision; 0 where it is not known."""
+    """The device's peak TFLOP/s for dense matrix products of `dtype`; 0 where it is not known."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -103,5 +107,5 @@ def peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
 
 
 def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """From the shapes of its arguments."""
+    """FLOPs of an attention, from the shapes of its arguments."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""How long a training would take here: one real step on made-up slices, extrapolated."""
+"""An estimate of a training's duration: one real step on random slices, extrapolated."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from cldf_dist.system.distributed import accelerator, processes
 
 
 def training_time(task: nn.Module, fit: Fit, num_channels: int, image_size: int) -> dict[str, str]:
-    """For `--dry-run`: parameters, and the time of all steps at the pace of one timed slice.
+    """The number of parameters and the estimated time of all steps, as text for `--dry-run`.
 
-    Single precision, without loader and optimizer: a guess at the order of magnitude.
+    Extrapolated from one timed slice in single precision, without loader and optimizer: an order
+    of magnitude.
     """
     device = accelerator().device
     task = task.to(device).train()
@@ -43,6 +44,7 @@ def _seconds_of_step(task: nn.Module, batch: dict[str, Any]) -> float:
 
 
 def in_words(seconds: float) -> str:
+    """A duration as text, in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

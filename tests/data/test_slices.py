@@ -213,7 +213,7 @@ def test_empty_scan_and_flat_channel_are_refused() -> None:
         prepare_volume(Volume("case_1", volume.image, nothing, None, volume.affine), SETTINGS)
     flat = volume.image.copy()
     flat[1][volume.body_mask] = 5
-    with pytest.raises(ValueError, match="case_1, channel 1: half of the subject's voxels"):
+    with pytest.raises(ValueError, match="case_1, channel 1: half of the body's voxels"):
         prepare_volume(Volume("case_1", flat, volume.body_mask, None, volume.affine), SETTINGS)
 
 

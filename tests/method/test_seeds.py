@@ -59,7 +59,9 @@ def test_only_positive_slices_have_object_seeds_and_only_on_the_subject(seed, ru
 @pytest.mark.parametrize(("low", "high"), [(0.6, 0.5), (-0.1, 0.5), (0.2, 1.1)])
 def test_impossible_cuts_are_refused(low, high):
     thresholds = {"object_threshold": high, "background_threshold": low, "negative_slices": True}
-    with pytest.raises(ValueError, match=f"got background {low} and foreground {high}"):
+    with pytest.raises(
+        ValueError, match=f"got background_threshold {low} and object_threshold {high}"
+    ):
         seed_labels(GRADIENT, CAM, SUBJECT, torch.tensor([1]), rule="both", **thresholds)
 
 

@@ -182,7 +182,7 @@ def test_two_jobs_never_make_the_same_part(inputs: Any, capsys: pytest.CaptureFi
     (stage / COUNT_FILE).write_text('{"parts": 3}')
     others = FolderLock.shared(stage)
     assert main(["cache", *inputs.words, "cache.part=1/2"]) == 1
-    assert "jobs that make parts of 3 are at work" in capsys.readouterr().err
+    assert "jobs with cache.part=i/3 are running" in capsys.readouterr().err
     assert main(["cache", *inputs.words]) == 1
     assert "is in use by" in capsys.readouterr().err
     assert main(["cache", *inputs.words, "cache.part=1/3"]) == 0
@@ -244,10 +244,10 @@ def test_verification_makes_again_what_is_damaged_and_nothing_else(
     words = [*run.words, "cache.verify=true", f"cache.verify_processes={num_processes}"]
     assert main(["cache", *words]) == 0
     said = capsys.readouterr().err
-    assert f"{about} was lost or damaged; it is written anew" in said
+    assert f"{about} was lost or damaged; it is restored" in said
     # one slice of shard 2, and all of shards 4, 5 and 6
     assert "23 of 54 slices are damaged or missing" in said
-    assert "4 shards are made again" in said
+    assert "4 shards are computed again" in said
     assert intact.stat().st_mtime_ns == before
     assert files(store) == files(debug_run.folder / STORE)
     assert len(json.loads((run.folder / "cache" / "DONE").read_text())["damaged"]) == 23

@@ -104,7 +104,7 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_previous_one_loaded(
     assert found.state["step"] == 3
     assert_same(found.tensors["task"], tensors(3)["task"])
     warned = capsys.readouterr().err
-    assert f"{tmp_path / 'step-00000006'} is passed over: {file} is damaged" in warned
+    assert f"{tmp_path / 'step-00000006'} is skipped: {file} is damaged" in warned
     assert "step-00000003" not in warned
 
 

@@ -282,7 +282,7 @@ def test_other_samples_than_before_are_refused(tmp_path: Path) -> None:
             return 9
 
     train(tmp_path, replace(SETTINGS, steps=3))
-    with pytest.raises(ValueError, match="step-00000003 was made from other samples"):
+    with pytest.raises(ValueError, match="step-00000003 was trained on other samples"):
         train(tmp_path, items=Fewer())
 
 
@@ -487,7 +487,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_one_before(
     task = Brightness()
     train(uninterrupted, name="damaged", task=task)
     assert task.calls == 3, "steps 7 to 9"
-    assert "step-00000009 is passed over: task.safetensors is damaged" in capsys.readouterr().err
+    assert "step-00000009 is skipped: task.safetensors is damaged" in capsys.readouterr().err
     assert_same_training(uninterrupted, "whole", "damaged", step=9)
 
 
@@ -502,7 +502,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_named(
     assert task.calls == 2
     owner = json.loads((folder(uninterrupted, "whole") / "run.json").read_text())["id"]
     said = capsys.readouterr().err
-    assert f"step-00000009 is passed over: it belongs to another run ({owner})" in said
+    assert f"step-00000009 is skipped: it belongs to another run ({owner})" in said
 
 
 def test_training_leaves_nothing_to_the_global_generator(tmp_path: Path) -> None:

@@ -115,4 +115,4 @@ def test_zero_with_the_variable_that_switches_it_off_is_an_error(
         capture_output=True,
     )
     assert done.returncode == 1
-    assert "ACCELERATE_USE_CPU switches DeepSpeed off without a word; unset it" in done.stdout
+    assert "ACCELERATE_USE_CPU disables DeepSpeed silently; unset it" in done.stdout

@@ -1,1 +1,1 @@
-"""The feature store: cached features, maps and seeds, and the pixels drawn from them."""
+"""The feature store: cached features, maps and seeds, and the pixels sampled from them."""

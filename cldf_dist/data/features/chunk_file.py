@@ -1,8 +1,8 @@
 """The file of one zarr v3 shard, written and read without zarr: one uncompressed chunk a slice.
 
-The file is what zarr's sharding codec defines: the chunks, each followed by its crc32c, then an
-index of (offset, length) as little-endian uint64 for every chunk, and the index's own crc32c. zarr
-and tensorstore read it; read through the page cache it costs a small part of what they take.
+The format is that of zarr's sharding codec: the chunks, each followed by its crc32c, then an index
+of (offset, length) as little-endian uint64 for every chunk, and the index's own crc32c. zarr and
+tensorstore can read it; reading it through the page cache takes a small part of their time.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ INDEX_ENTRY_BYTES = 16
 
 
 class DamagedShardError(ValueError):
-    """A file of the cache is lost, cut or changed."""
+    """Raised where a file of the cache is missing, truncated or changed."""
 
 
 class MappedShard:
-    """Slices of one shard, read-only and without a copy; a checksum is verified on first touch.
+    """The slices of one shard, memory-mapped and read-only; checksums are verified on first use.
 
     `shape` and `dtype` are those of one slice. Raises FileNotFoundError where there is no file,
-    DamagedShardError where its index is cut or changed.
+    DamagedShardError where its index is truncated or changed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MappedShard:
         self._index = _index(self._bytes, num_chunks, path)
 
     def chunk(self, place: int) -> Array:
-        """The slice at `place` of the shard. DamagedShardError where its bytes changed."""
+        """The slice at `place` of the shard; raises DamagedShardError where its bytes changed."""
         found = self._slices.get(place)
         return self._verified(place) if found is None else found
 
@@ -63,9 +63,10 @@ class MappedShard:
 def read_shard_file(
     path: Path, num_chunks: int, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """The first `count` slices of a small shard, (count, *shape), verified; nothing stays open.
+    """The first `count` slices of a small shard, (count, *shape), verified.
 
-    FileNotFoundError where there is no file, DamagedShardError where it is cut or changed.
+    Raises FileNotFoundError where there is no file, DamagedShardError where it is truncated or
+    changed.
     """
     with _problems_explained(path):
         content = np.frombuffer(path.read_bytes(), np.uint8)
@@ -76,7 +77,7 @@ def read_shard_file(
 def write_shard_file(path: Path, values: Array, num_chunks: int) -> None:
     """Write `values` (slices, ...), at most `num_chunks` slices, as the file of one shard.
 
-    The file appears whole, and on the disk, or not at all.
+    The file is written atomically and synced to the disk.
     """
     values = np.ascontiguousarray(values)
     index = np.full((num_chunks, 2), ABSENT, dtype="<u8")
@@ -104,7 +105,7 @@ def _problems_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise DamagedShardError(f"{path} is a folder, and no file; {REPAIR}") from error
+        raise DamagedShardError(f"{path} is a folder, not a file; {REPAIR}") from error
     except PermissionError as error:
         raise PermissionError(f"{path} cannot be read: {error.strerror}; chmod u+r it") from error
 
@@ -113,7 +114,7 @@ def _index(content: npt.NDArray[np.uint8], num_chunks: int, path: Path) -> list[
     tail = INDEX_ENTRY_BYTES * num_chunks + CHECKSUM_BYTES
     index = content[-tail:]
     if len(index) != tail or not _is_signed(index):
-        raise DamagedShardError(f"{path} is damaged: its index is cut or changed; {REPAIR}")
+        raise DamagedShardError(f"{path} is damaged: its index is truncated or changed; {REPAIR}")
     entries = index[:-CHECKSUM_BYTES].copy().view("<u8").reshape(num_chunks, 2)
     return [(int(start), int(size)) for start, size in entries]
 
@@ -138,7 +139,7 @@ def _chunk(
 
 
 def as_bytes(values: Array) -> npt.NDArray[np.uint8]:
-    """The memory of a contiguous array, read-only: what google_crc32c takes without a copy."""
+    """The memory of a contiguous array as read-only bytes, which google_crc32c does not copy."""
     content = values.reshape(-1).view(np.uint8)
     content.flags.writeable = False
     return content
@@ -149,6 +150,6 @@ def _signature(content: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _is_signed(block: npt.NDArray[np.uint8]) -> bool:
-    """True where the last four bytes are the crc32c of those before; the block is read-only."""
+    """True if the last four bytes are the crc32c of those before; the block must be read-only."""
     checksum = int(google_crc32c.value(block[:-CHECKSUM_BYTES]))
     return checksum == int.from_bytes(block[-CHECKSUM_BYTES:].tobytes(), "little")

@@ -1,4 +1,4 @@
-"""Features in the form in which the cache keeps them, and rounded as it would round them."""
+"""The encoding of features in the cache, and the rounding that it causes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ STORAGES = {"float16": torch.float16, "int8": torch.int8}
 
 
 def to_stored(tap: str, features: Tensor, storage: str) -> dict[str, Tensor]:
-    """The arrays of one tap, from (batch, levels, channels, h, w).
+    """The stored arrays of one tap by name, from (batch, levels, channels, height, width).
 
-    float16: {tap: (batch, levels, h, w, channels)}. int8: the same of whole numbers, and
-    {tap + ".scale": float32 (batch, levels, channels)} that they are multiplied by. Raises
-    ValueError where a value is not finite or beyond float16.
+    The array `tap` is (batch, levels, height, width, channels). With storage "int8" there is also
+    `tap + ".scale"`, float32 (batch, levels, channels), by which its integers are multiplied.
+    Raises ValueError where a value is not finite or beyond float16.
     """
     pixel_major = features.permute(0, 1, 3, 4, 2)
     if storage == "int8":
@@ -31,8 +31,10 @@ def to_stored(tap: str, features: Tensor, storage: str) -> dict[str, Tensor]:
 
 
 def as_stored(features: Tensor, storage: str) -> Tensor:
-    """float32 (batch, levels x channels, h, w) of (batch, levels, channels, h, w): the values that
-    the cache gives back."""
+    """The features with the values that the cache would return, float32.
+
+    (batch, levels, channels, height, width) -> (batch, levels x channels, height, width).
+    """
     stored = to_stored("", features, storage)
     values = stored[""].float()
     if storage == "int8":

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
-    """The file's bytes; they stay as long as an array on them is alive."""
+    """The file's bytes, mapped for as long as an array on them is alive."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size

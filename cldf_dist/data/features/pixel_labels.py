@@ -1,7 +1,7 @@
-"""A label for each pixel of a training slice, read where it is needed and never held for all.
+"""The pixel labels of training slices, read one slice at a time and never held for all.
 
-100,000 slices of 240 x 240 are 5.8 GB of labels, for every process and each of its workers; what
-is kept of a slice is how many of its pixels bear which label.
+100,000 slices of 240 x 240 are 5.8 GB of labels, for every process and each of its workers. Only
+the number of pixels of each label is kept of a slice.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ Numbers = npt.NDArray[np.int64]
 
 
 class PixelLabels(Protocol):
-    """Where labels come from. It travels to the loader's processes by pickle."""
+    """The interface of a source of pixel labels; it must be picklable for the loader's workers."""
 
     def labels(self, slice_index: int) -> Labels:
-        """(height, width) of the slice in that row of the cache: 1 object, 0 background, -1
-        unknown. Read-only."""
+        """The `PixelLabel`s (height, width) of one slice of the cache, read-only."""
         ...
 
 
 def count_labels(source: PixelLabels, slice_indices: Numbers) -> Numbers:
-    """How many pixels of each row are background and object, (len(rows), 2); one at a time."""
+    """The number of background and object pixels of each of these slices, (slices, 2)."""
     counts = np.zeros((len(slice_indices), 2), np.int64)
     for place, slice_index in enumerate(slice_indices):
         labels = source.labels(int(slice_index))

@@ -1,4 +1,4 @@
-"""Labelled pixels with their features: what the pixel decoder trains on.
+"""Labelled pixels with their features, on which the pixel decoder is trained.
 
 Features are gathered at the sampled pixels only, four neighbours a tap, from maps at native
 resolution; whole maps are never upsampled.
@@ -22,15 +22,15 @@ from cldf_dist.system.seeding import sample_seed
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-ACTIVATIONS = ("cam", "gradient_map")  # cached maps that speak for the object
+ACTIVATIONS = ("cam", "gradient_map")  # cached maps that are high on the object
 
 
 @dataclass(frozen=True)
 class TrainingPixels:
     """The cache with a label for each pixel of the slices that may be used.
 
-    `rows` are their rows of the cache; `counts` (slices, 2) is how many pixels of each of `rows`
-    are background and object (`count_labels`).
+    `slice_indices` are those of these slices in the cache; `counts` (slices, 2) are their numbers
+    of background and object pixels (`count_labels`).
     """
 
     cache: FeatureCache
@@ -40,27 +40,28 @@ class TrainingPixels:
     counts: IntArray
 
     def slices_with(self, label: int) -> IntArray:
-        """The rows that have a pixel of that label."""
+        """The indices of slices that have a pixel of that label."""
         return self.slice_indices[self.counts[:, label] > 0]
 
 
 @dataclass(frozen=True)
 class PixelsPerItem:
-    """How many pixels each item of the stream has, whatever its slices are like."""
+    """The number of pixels of each item of the stream, whatever its slices."""
 
     num_object: int
     num_background: int
-    hard_negatives: float  # share of a slice's background pixels that come from its hardest
-    hard_pool: float  # share of a slice's background that counts as its hardest
+    hard_negatives: float  # fraction of a slice's background pixels sampled from its hardest
+    hard_pool: float  # fraction of a slice's background that counts as its hardest
 
 
 class SeedPixels:
-    """Items of a stream: each is a positive slice and a negative partner, with a fixed number of
-    object and background pixels, so that the numbers per step depend on no chance and no rank.
+    """The items of a stream: pixels of a positive slice and of a negative partner.
 
-    The background pixels come half from the positive slice, half from the negative one (all from
-    one of them where the other has none; from another positive slice where there is no negative
-    one). In an epoch every positive slice has its turn once.
+    Each item has a fixed number of object and background pixels, so that the numbers per step
+    depend neither on chance nor on the rank. The background pixels come half from the positive
+    slice, half from the negative one (all from one of them where the other has none; from another
+    positive slice where there is no negative one). An epoch holds every positive slice once. Raises
+    ValueError where a class has no seed.
     """
 
     def __init__(self, pixels: TrainingPixels, numbers: PixelsPerItem, seed: int) -> None:
@@ -88,7 +89,7 @@ class SeedPixels:
         return len(self.positive)
 
     def get(self, position: int, sample_number: int) -> dict[str, Any]:
-        """features (pixels, channels) float32, labels (pixels,) 1 or 0, sample_number."""
+        """The "features" float32 (pixels, features), "labels" (pixels,) and "sample_number"."""
         cache, taps = self.pixels.cache, self.pixels.taps
         parts = self.choose(position, sample_number)
         features = np.concatenate(
@@ -108,8 +109,11 @@ class SeedPixels:
     def choose(
         self, position: int, sample_number: int
     ) -> list[tuple[int, IntArray, tuple[int, int]]]:
-        """The pixels of an item, a function of its sample number: rows of the cache, each with
-        (pixels, 2) rows and columns of its image and the image's size; object pixels first."""
+        """The pixels of an item, a function of its sample number; object pixels first.
+
+        For each slice: its index in the cache, rows and columns (pixels, 2) of the pixels, and the
+        size of its image.
+        """
         rng = np.random.default_rng(sample_seed(self.seed, sample_number, "seed pixels"))
         num_background = self.numbers.num_background
         slice_index = int(self.positive[position])
@@ -133,7 +137,7 @@ class SeedPixels:
     def _background(
         self, slice_index: int, labels: Labels, count: int, rng: np.random.Generator
     ) -> IntArray:
-        """Flat positions of background pixels; the first of them hard ones, where asked for."""
+        """Flat positions of `count` background pixels, the hard ones first."""
         if not count:
             return np.zeros(0, np.int64)
         candidates = np.flatnonzero(labels == PixelLabel.BACKGROUND)
@@ -150,10 +154,10 @@ class SeedPixels:
 
 
 def strongest_activation(cache: FeatureCache, slice_index: int, labels: Labels) -> FloatArray:
-    """How much a slice's maps speak for the object, (height, width) in [0, 1].
+    """The larger of a slice's activation and gradient map, (height, width) in [0, 1].
 
-    The larger of activation and gradient map, each scaled to [0, 1] over the labelled pixels of
-    the slice, as the maps that seeds were cut from are scaled over its subject.
+    Each is scaled to [0, 1] over the labelled pixels of the slice, as the maps of the seeds are
+    scaled over its body.
     """
     known = np.flatnonzero(labels >= 0)
     strongest = np.zeros(len(known), np.float32)
@@ -174,8 +178,11 @@ def gather_pixels(
     pixels: IntArray,
     size: tuple[int, int],
 ) -> FloatArray:
-    """Features (pixels, channels of all taps) of one slice at `pixels` (n, 2), rows and columns of
-    an image of `size`: the same values as bilinear upsampling (half-pixel centres) and indexing."""
+    """Features (pixels, channels of all taps) of one slice at some of its pixels.
+
+    `pixels` (pixels, 2) are rows and columns of an image of `size`. The values are those of
+    bilinear upsampling (half-pixel centres) and indexing.
+    """
     parts = []
     for tap in taps:
         values = interpolate_at(cache.read(tap, slice_index), pixels, size)
@@ -185,7 +192,7 @@ def gather_pixels(
 
 
 def interpolate_at(stored: npt.NDArray[Any], pixels: IntArray, size: tuple[int, int]) -> FloatArray:
-    """Bilinear values (pixels, levels x channels) of maps (levels, h, w, channels)."""
+    """Bilinear values (pixels, levels x channels) of maps (levels, height, width, channels)."""
     levels, height, width, channels = stored.shape
     low_y, high_y, weight_y = linear_neighbours(pixels[:, 0], target=size[0], source=height)
     low_x, high_x, weight_x = linear_neighbours(pixels[:, 1], target=size[1], source=width)
@@ -199,13 +206,16 @@ def interpolate_at(stored: npt.NDArray[Any], pixels: IntArray, size: tuple[int, 
 
 
 def _float32(values: npt.NDArray[Any]) -> FloatArray:
-    """As numpy would convert them, to the bit, in a tenth of its time; float32 is not copied."""
+    """The values as float32, bit-identical to numpy's conversion in a tenth of its time.
+
+    float32 is not copied.
+    """
     converted: FloatArray = torch.from_numpy(values).float().numpy()
     return converted
 
 
 def _lerp(first: FloatArray, second: FloatArray, weight: FloatArray) -> FloatArray:
-    """first + (second - first) * weight, in the memory of `second`."""
+    """The values first + (second - first) * weight, computed in the memory of `second`."""
     second -= first
     second *= weight
     second += first
@@ -213,15 +223,17 @@ def _lerp(first: FloatArray, second: FloatArray, weight: FloatArray) -> FloatArr
 
 
 def _draw(candidates: IntArray, count: int, rng: np.random.Generator) -> IntArray:
-    """`count` of the candidates; none of them twice where there are enough."""
+    """A random choice of `count` candidates; without repetition where there are enough."""
     chosen: IntArray = rng.choice(candidates, count, replace=len(candidates) < count)
     return chosen
 
 
-def _highest(values: FloatArray, share: float) -> npt.NDArray[np.bool_]:
-    """Which values belong to the highest `share`, at least one; all that equal the lowest of them
-    do too, so that a tie is not decided by the order of pixels."""
-    count = max(1, round(share * len(values)))
+def _highest(values: FloatArray, fraction: float) -> npt.NDArray[np.bool_]:
+    """True for the highest `fraction` of the values, at least one.
+
+    All values that equal the lowest of them count too, so that the order of pixels decides no tie.
+    """
+    count = max(1, round(fraction * len(values)))
     lowest = np.partition(values, len(values) - count)[len(values) - count]
     return np.asarray(values >= lowest)
 

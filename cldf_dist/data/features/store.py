@@ -1,7 +1,7 @@
-"""FeatureCache: one zarr v3 group of per-slice arrays, cut so that every file has one writer.
+"""FeatureCache: one zarr v3 group of per-slice arrays, sharded so that every file has one writer.
 
-A zarr shard that was never written reads as zeros without a word; `done` is what counts. It holds,
-per slice, 1 + the crc32c of all its arrays' bytes, and is written after they are on disk.
+A zarr shard that was never written silently reads as zeros; the array `done` tells which were. It
+holds, per slice, 1 + the crc32c of all its arrays' bytes, and is written after they are on disk.
 """
 
 from __future__ import annotations
@@ -25,26 +25,21 @@ from cldf_dist.data.features.chunk_file import (
     remove,
     write_shard_file,
 )  # fmt: skip
-from cldf_dist.data.features.store_creation import (
-    FORMAT,
-    OWN,
-    VERSION,
-    create_store,
-    encoded_key,
-)
+from cldf_dist.data.features.store_creation import FORMAT, OWN, VERSION, create_store, encoded_key
 
 Array = npt.NDArray[Any]
-SCALE = ".scale"  # after the name of an array: what its whole numbers are multiplied by
+SCALE = ".scale"  # suffix of the array by which another one's integers are multiplied
 MOST_MAPPED = 32768  # files; the system's own limit is 65530 mappings a process
 
 Stamp = tuple[int, int, int]
 
 
 class FeatureCache:
-    """Rows of features, maps, seeds, label and key, one row a slice.
+    """The features, maps, seeds, label and key of each slice, by slice index.
 
-    `names` are the stored arrays; `read(name, row)` gives one slice of one of them. It may be sent
-    to spawned processes. A shard that another process writes anew meanwhile is read anew.
+    It can be pickled to spawned processes. A shard that another process rewrites is read again.
+    Raises FileNotFoundError where there is no store, DamagedShardError for damaged metadata and
+    ValueError for another format or version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,7 +80,7 @@ class FeatureCache:
         slices_per_shard: int,
         attributes: Mapping[str, Any],
     ) -> FeatureCache:
-        """The store that `create_store` makes, opened."""
+        """Create a store by `create_store` and open it."""
         create_store(
             folder, num_slices, arrays, slices_per_shard=slices_per_shard, attributes=attributes
         )
@@ -96,30 +91,35 @@ class FeatureCache:
 
     @property
     def attributes(self) -> dict[str, Any]:
+        """The attributes of the zarr group."""
         return self._attributes
 
     @property
     def names(self) -> list[str]:
+        """The names of the arrays, without `key` and `done`."""
         return list(self._attributes["arrays"])
 
     @property
     def num_shards(self) -> int:
+        """The number of shards of each array."""
         return -(-len(self) // self.slices_per_shard)
 
     @property
     def slices_per_shard(self) -> int:
+        """The number of slices of each shard; the last one may hold fewer."""
         return int(self._attributes["slices_per_shard"])
 
     def slice_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one slice of an array."""
+        """The shape of one slice of an array."""
         return tuple(self._array(name).shape[1:])
 
     def slices_of(self, shard: int) -> range:
+        """The indices of a shard's slices."""
         first = shard * self.slices_per_shard
         return range(first, min(first + self.slices_per_shard, len(self)))
 
     def is_done(self, shard: int) -> bool:
-        """True where every slice of the shard is written and signed."""
+        """True if every slice of the shard is written, with its checksum."""
         if shard not in self._known_done:
             try:
                 marks = self._own("done", shard)
@@ -131,14 +131,14 @@ class FeatureCache:
         return shard in self._known_done
 
     def num_done(self, shards: range) -> int:
-        """How many slices of these shards all processes together have finished."""
+        """The number of slices in finished shards among these, over all processes."""
         folder = self.folder / "done" / "c"
         begun = set(os.listdir(folder)) if folder.is_dir() else set()
         done = (s for s in shards if s in self._known_done or (str(s) in begun and self.is_done(s)))
         return sum(len(self.slices_of(shard)) for shard in done)
 
     def write_shard(self, shard: int, keys: Sequence[str], values: Mapping[str, Array]) -> None:
-        """Write one whole shard; the caller is its only writer. `done` comes last."""
+        """Write one whole shard, `done` last; the caller is its only writer."""
         slice_indices = self.slices_of(shard)
         if len(keys) != len(slice_indices) or set(values) != set(self.names):
             raise ValueError(
@@ -160,7 +160,7 @@ class FeatureCache:
         self._write("done", shard, np.array(marks, dtype=np.uint64))
 
     def discard(self, shard: int) -> None:
-        """Make a shard count as never written; the caller is its only writer."""
+        """Delete a shard; the caller is its only writer."""
         for name in ("done", "key", *self.names):
             remove(self._path(name, shard))
             self._mapped.pop((name, shard), None)
@@ -169,7 +169,7 @@ class FeatureCache:
     def read(self, name: str, slice_index: int) -> Array:
         """One slice of an array, as stored, read-only.
 
-        KeyError for an unknown array, RuntimeError where the slice was never written,
+        Raises KeyError for an unknown array, RuntimeError where the slice was never written, and
         DamagedShardError (a ValueError) where its bytes are lost or changed.
         """
         shard, place = divmod(slice_index, self.slices_per_shard)
@@ -179,12 +179,12 @@ class FeatureCache:
         return stamped[1].chunk(place)
 
     def scale(self, tap: str, slice_index: int) -> npt.NDArray[np.float32] | None:
-        """(levels, channels) by which a tap's stored whole numbers are multiplied; else None."""
+        """The scale (levels, channels) of a tap's stored integers; None for floats."""
         return self.read(tap + SCALE, slice_index) if tap + SCALE in self.names else None
 
     def damaged_slices(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
-        """The rows of a shard whose bytes are lost or not those that were signed, or whose stored
-        key is not that of `keys`, the keys of all rows."""
+        """The indices of a shard's slices that are lost, fail their checksum, or whose stored key
+        differs from that of `keys`, the keys of all slices."""
         slice_indices = self.slices_of(shard)
         try:
             marks = self._own("done", shard)
@@ -205,11 +205,11 @@ class FeatureCache:
             return False
 
     def verify(self, slice_index: int) -> bool:
-        """True where the slice's bytes are those that were signed."""
+        """True if the slice's bytes match their checksum."""
         return slice_index not in self.damaged_slices(slice_index // self.slices_per_shard)
 
     def column(self, name: str) -> Array:
-        """A small array (labels, probabilities) whole; zeros for slices not yet written."""
+        """The whole of a small array (labels, probabilities); zeros for slices not yet written."""
         shape, dtype = self.slice_shape(name), self._array(name).dtype
         result = np.zeros((len(self), *shape), dtype)
         for shard in filter(self.is_done, range(self.num_shards)):
@@ -223,11 +223,11 @@ class FeatureCache:
 
     @property
     def keys(self) -> list[str]:
-        """Of every slice; empty for those not yet written."""
+        """The key of every slice; empty for those not yet written."""
         return [bytes(slice_index).rstrip(b"\0").decode() for slice_index in self.column("key")]
 
     def sweep(self, shards: Iterable[int]) -> int:
-        """Remove what killed writers of these shards left behind; the number of files."""
+        """Remove the temporary files of killed writers of these shards; returns their number."""
         count = 0
         for shard in shards:
             for name in ("done", "key", *self.names):
@@ -264,7 +264,7 @@ class FeatureCache:
         return self._files[name, shard]
 
     def _map(self, name: str, shard: int) -> MappedShard:
-        """The shard's file as it is now."""
+        """The shard's file, mapped again."""
         self._known_done.discard(shard)
         self._mapped.pop((name, shard), None)
         self._check_done(name, shard)
@@ -280,7 +280,7 @@ class FeatureCache:
             )
 
     def _own(self, name: str, shard: int) -> Array:
-        """`key` or `done` of a shard, whole. FileNotFoundError where it was not written."""
+        """`key` or `done` of a whole shard; raises FileNotFoundError where it was not written."""
         array = self._array(name)
         count = len(self.slices_of(shard))
         try:
@@ -295,7 +295,7 @@ class FeatureCache:
     def _mapped_file(self, name: str, shard: int) -> MappedShard:
         array, (text, path) = self._array(name), self._file(name, shard)
         try:
-            stamp = _stamp(text)  # before it is mapped: what is replaced in between is read anew
+            stamp = _stamp(text)  # before it is mapped: a file replaced in between is read again
             mapped = MappedShard(path, self.slices_per_shard, array.shape[1:], array.dtype)
         except FileNotFoundError as error:
             raise DamagedShardError(f"{path} is lost; {REPAIR}") from error
@@ -309,7 +309,7 @@ class FeatureCache:
 
 
 def _stamp(path: str) -> Stamp | None:
-    """What changes when a file is replaced; None without a file."""
+    """Inode, time and size, which change when a file is replaced; None without a file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""An empty feature store, and the mending of what describes its arrays."""
+"""The creation of an empty feature store, and the repair of its metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY_BYTES = 64  # zarr v3 strings are unstable: keys are fixed-width bytes
 FORMAT = "cldf-features"
 VERSION = 2
 OWN = {"key": ((KEY_BYTES,), "uint8"), "done": ((), "uint64")}  # arrays that every store has
-STALE_SECONDS = 3600.0  # an unfinished store untouched for so long has lost its maker
+STALE_SECONDS = 3600.0  # an unfinished store untouched for this long has lost its creator
 
 
 def create_store(
@@ -33,9 +33,9 @@ def create_store(
     slices_per_shard: int,
     attributes: Mapping[str, Any],
 ) -> None:
-    """Make an empty store of `num_slices` rows; `arrays` gives shape and dtype of one row each.
+    """Create an empty store of `num_slices`; `arrays` gives shape and dtype of one slice of each.
 
-    Several processes may do so at once: all get the store of the first.
+    Several processes may call it at once: all get the store of the first.
     """
     for stale in folder.parent.glob(f".{folder.name}.*.partial"):
         with suppress(OSError):
@@ -66,8 +66,10 @@ def create_store(
 
 
 def repair_metadata(folder: Path, fresh: Path) -> list[str]:
-    """Take over each zarr.json of the empty store `fresh` that is not in `folder` as it is
-    there; of the group's own only where it cannot be read. The names of those files."""
+    """Copy each zarr.json of the empty store `fresh` that is missing or differs in `folder`.
+
+    That of the group is copied only where it cannot be read. Returns the names of copied files.
+    """
     repaired = []
     for right in sorted(fresh.rglob("zarr.json")):
         name = right.relative_to(fresh)
@@ -100,7 +102,7 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
 
 
 def encoded_key(key: str) -> npt.NDArray[np.uint8]:
-    """A slice's key as the store holds it; ValueError where it is too long."""
+    """The stored bytes of a slice key; raises ValueError where it is too long."""
     raw = key.encode()
     if len(raw) > KEY_BYTES:
         raise ValueError(f"slice key {key!r} has {len(raw)} bytes; the cache takes {KEY_BYTES}")

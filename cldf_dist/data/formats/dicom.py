@@ -133,7 +133,7 @@ def _check_same_grid(slices: list[Header]) -> None:
 
 
 def _step(slices: list[Header], normal: Vector, name: str) -> float:
-    """mm from slice to slice; raises unless the sorted slices are equally spaced."""
+    """Distance in mm from slice to slice; raises unless the sorted slices are equally spaced."""
     if len(slices) == 1:
         return _lone_step(slices[0], name)
     places = [float(item.position @ normal) for item in slices]

@@ -37,6 +37,8 @@ NAMES_SHOWN = 5  # in one error
 
 @dataclass(frozen=True)
 class Row:
+    """The labels of one line of a label table."""
+
     line: int  # of the file, from 1
     values: tuple[int, ...]  # per object: 1, 0 or -2
 

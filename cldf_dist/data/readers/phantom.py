@@ -96,7 +96,7 @@ class _Grid:
 
     @cached_property
     def coordinates(self) -> Volume:
-        """mm from the centre of the field of view: (3, x, y, slices)."""
+        """Coordinates in mm from the centre of the field of view: (3, x, y, slices)."""
         axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(self.shape, self.spacing)]
         return np.stack(np.meshgrid(*axes, indexing="ij"))
 
@@ -137,7 +137,7 @@ class _Head:
         self._add_vessels(grid, rng)
 
     def _patient_coordinates(self, grid: _Grid, rng: np.random.Generator) -> Volume:
-        """mm from the middle of the brain, in a turned and gently warped frame."""
+        """Coordinates in mm from the middle of the brain, in a turned and gently warped frame."""
         x, y, z = grid.coordinates - np.array([*rng.uniform(-5, 5, 2), -18.0])[:, None, None, None]
         turn = np.deg2rad(rng.uniform(-9, 9))
         tilt = rng.uniform(-0.12, 0.12)

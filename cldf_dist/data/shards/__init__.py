@@ -1,1 +1,1 @@
-"""Prepared slices in indexed webdataset shards: written, read, staged from elsewhere."""
+"""Prepared slices in indexed webdataset shards: writing, reading, staging of remote ones."""

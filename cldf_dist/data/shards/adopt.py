@@ -1,5 +1,7 @@
-"""Shards that `prepare` made elsewhere, taken as this run's: manifest and truth are fetched, the
-shards stay where they are and are staged when they are read."""
+"""The adoption of shards that `prepare` wrote elsewhere.
+
+Manifest and true masks are fetched; the shards stay remote and are staged when they are read.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from cldf_dist.system.files import atomic_write
 
 
 def adopt_shards(settings: Data, folder: Path) -> Record:
-    """The manifest of `data.shards`, written into `folder` with their location, and the truth.
+    """Fetch the manifest of `data.shards` and the true masks into `folder`; returns the manifest.
 
-    Raises FileNotFoundError where there is no manifest, and ValueError where it was made with
-    other settings or other splits than these, or where the cache does not hold one shard.
+    The manifest gets the shards' location. Raises FileNotFoundError where there is no manifest, and
+    ValueError where it was written with other settings or splits than these, or where the shard
+    cache is smaller than one shard.
     """
     location = settings.shards.rstrip("/")
     manifest = _fetch_manifest(location)
@@ -48,7 +51,7 @@ def _fetch_manifest(location: str) -> Record:
         ) from None
     if manifest.get("location"):
         raise ValueError(
-            f"data.shards: the shards of {location} lie at {manifest['location']}; name that"
+            f"data.shards: the shards of {location} are at {manifest['location']}; use that"
         )
     if "truth" not in manifest:
         raise ValueError(
@@ -71,7 +74,7 @@ def _check_settings(settings: Data, manifest: Record, location: str) -> None:
 
 
 def _differing(settings: Data, theirs: Mapping[str, Any]) -> Iterator[str]:
-    """`data.KEY=theirs, not ours` for each setting that says what is in the shards."""
+    """`data.KEY=theirs, not ours` for each differing setting that affects the shards' content."""
     left_out = set(marked(Data, Mark.NOT_IN_SHARDS))
     if settings.splits or theirs.get("splits"):
         left_out.update(marked(Data, Mark.DRAWS_SPLIT))
@@ -92,14 +95,14 @@ def _check_splits(settings: Data, manifest: Record, location: str) -> None:
         if moved:
             raise ValueError(
                 f"data.splits: {settings.splits} is not the split of {location}: "
-                f"{', '.join(moved[:5])} lie elsewhere; leave data.splits out to follow the shards"
+                f"{', '.join(moved[:5])} differ; leave data.splits out to use that of the shards"
             )
     elif manifest["settings"].get("splits"):
-        print(f"prepare: the split is that of {location}, which a file gave", file=sys.stderr)
+        print(f"prepare: the split is that of {location}, read from a file", file=sys.stderr)
 
 
 def _fetch_truth(manifest: Record, location: str, folder: Path) -> None:
-    """The true masks of test patients, for the evaluation alone."""
+    """Fetch the true masks of test patients, for the evaluation alone."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.nii.gz"):
         old.unlink()

@@ -1,4 +1,4 @@
-"""The files of shards, opened where they are read: of a folder, or staged copies."""
+"""The open files of shards: of a local folder, or staged copies of remote ones."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ REMEDY = "delete the folder and prepare the data again, or set data.on_damaged=s
 
 
 class ShardFiles:
-    """The most recently read shards, kept open; a copy in another process opens its own."""
+    """The most recently read shards, kept open; a pickled copy opens its own."""
 
     def __init__(self, folder: Path, shards: Sequence[Record], remote: RemoteShards | None) -> None:
         about = ("name", "size", "sha256")  # the samples are the table's
@@ -32,13 +32,13 @@ class ShardFiles:
         self._damaged: dict[int, DamagedShardError] = {}  # fetched once, not for every slice
 
     def scratch(self, length: int) -> npt.NDArray[np.uint8]:
-        """Memory to read into, the same each time: to fault in new pages costs more than to read"""
+        """A reused buffer to read into: faulting in new pages would cost more than reading."""
         if len(self._scratch) < length:
             self._scratch = np.empty(length, np.uint8)
         return self._scratch[:length]
 
     def read(self, shard: int, offset: int, buffers: Sequence[Any]) -> int:
-        """Fill the buffers from the file; the number of bytes that were there."""
+        """Fill the buffers from the file; returns the number of bytes read."""
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
             descriptor = self._open(shard)
@@ -46,7 +46,7 @@ class ShardFiles:
         return os.preadv(descriptor, buffers, offset)
 
     def drop_copy(self, shard: int) -> bool:
-        """Remove a staged copy that has become damaged; False where the file is no copy."""
+        """Remove a staged copy that has become damaged; returns False for a local shard."""
         if self._remote is None:
             return False
         path = self.path(shard)
@@ -56,7 +56,7 @@ class ShardFiles:
         return True
 
     def path(self, shard: int) -> Path:
-        """Where the file lies, for errors; of a remote shard its copy."""
+        """The path of the file, for errors; of a remote shard that of its copy."""
         record = self._shards[shard]
         return self._remote.cache.path(record) if self._remote else self._folder / record["name"]
 
@@ -91,9 +91,9 @@ class ShardFiles:
 
 
 def _read_ahead(descriptor: int) -> None:
-    """Bring the whole file into memory in one sweep, unless samples show that it is there.
+    """Read the whole file into the page cache at once, unless probes find it there.
 
-    Slices are read in random order. That alone would fill memory with single pages, from which
+    Slices are read in random order. That alone would fill the cache with single pages, from which
     Linux copies at half the speed, now and in every later epoch.
     """
     if sys.platform != "linux":

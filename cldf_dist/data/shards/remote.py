@@ -1,8 +1,8 @@
-"""Shards that lie elsewhere, staged whole to a bounded folder of this node before they are read.
+"""Remote shards, staged whole to a folder of limited size on this node before they are read.
 
-A copy is called after its sha256, so that sets never mix. All processes of a node share the
+A copy is named by its sha256, so that data sets never mix. All processes of a node share the
 folder: a lock per shard, which the system frees when its owner dies, lets one of them download
-while the others wait. A lock of the folder guards the bound; a download reserves its room by the
+while the others wait. A lock of the folder guards the limit; a download reserves its space by the
 size in its file's name.
 """
 
@@ -35,11 +35,14 @@ T = TypeVar("T")
 
 
 class DamagedShardError(ValueError):
-    """A shard is not what the manifest says it is."""
+    """Raised where a shard differs from the manifest."""
 
 
 def read_remote(url: str) -> bytes:
-    """A small file whole. FileNotFoundError where there is none, ConnectionError after retries."""
+    """The content of a small file.
+
+    Raises FileNotFoundError where there is none, ConnectionError after retries.
+    """
     return _persistently(url, lambda files, path: bytes(files.cat_file(path)))
 
 
@@ -52,14 +55,14 @@ class ShardCache:
 
     @classmethod
     def of(cls, settings: Data) -> "ShardCache":
-        """The cache that `data.shard_cache` and `data.shard_cache_gb` ask for."""
+        """The cache by `data.shard_cache` and `data.shard_cache_gb`."""
         usual = Path(tempfile.gettempdir()) / f"cldf-shards-{os.getuid()}"
         folder = Path(settings.shard_cache).expanduser() if settings.shard_cache else usual
         return cls(folder.absolute(), int(settings.shard_cache_gb * 1e9))
 
     @classmethod
     def default(cls) -> "ShardCache":
-        """The cache that is used where nobody asks for another."""
+        """The cache by the default settings."""
         return cls.of(Data())
 
     def check_size(self, shards: Sequence[Record]) -> None:
@@ -76,7 +79,7 @@ class ShardCache:
             )
 
     def path(self, shard: Record) -> Path:
-        """Where the copy of a shard lies, if it does."""
+        """The path of a shard's copy, whether or not it exists."""
         digest = str(shard["sha256"])
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"{shard['name']}: its sha256 in the manifest is none: {digest!r}")
@@ -85,8 +88,8 @@ class ShardCache:
     def open(self, url: str, shard: Record) -> int:
         """A descriptor of the copy of the shard at `url`; it stays readable when evicted.
 
-        Raises DamagedShardError for other bytes than the manifest says, or none; ConnectionError
-        where the place does not answer.
+        Raises DamagedShardError where the shard is missing or differs from the manifest, and
+        ConnectionError where the server does not respond.
         """
         path = self.path(shard)
         descriptor = _open_whole(path, shard["size"])
@@ -111,7 +114,7 @@ class ShardCache:
         return descriptor
 
     def _reserve(self, partial: Path, size: int) -> None:
-        """Create `partial` when there is room for it: evict, or wait for other downloads."""
+        """Create `partial` once there is space for it: evict, or wait for other downloads."""
         while True:
             with _locked(self.folder / ".lock"):
                 if self._evict_for(size):
@@ -134,7 +137,7 @@ class ShardCache:
         return True
 
     def _reserved(self) -> int:
-        """Bytes that running downloads will take; what killed ones left is removed."""
+        """Bytes reserved by running downloads; removes the files of killed ones."""
         total = 0
         for partial in self.folder.glob("*.partial"):
             name = re.fullmatch(r"([0-9a-f]{64})\.(\d+)\.partial", partial.name)
@@ -170,6 +173,7 @@ class RemoteShards:
     cache: ShardCache
 
     def url(self, shard: Record) -> str:
+        """The URL of a shard."""
         return f"{self.location}/{shard['name']}"
 
     def open(self, shard: Record) -> int:
@@ -206,7 +210,10 @@ def _download(url: str, target: Path, shard: Record) -> None:
 
 
 def _persistently(url: str, fetch: Callable[[Any, str], T]) -> T:
-    """What `fetch` gets from a file system and a path in it, tried again where that may help."""
+    """The result of `fetch` for the URL's file system and path, with retries.
+
+    Raises the last error, or ConnectionError for the errors of a protocol.
+    """
     files, path = _file_system(url)
     pause = FIRST_PAUSE_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
@@ -244,7 +251,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor of the file, marked as just used; None where it is not there whole."""
+    """A descriptor of the file, marked as just used; None where it is missing or incomplete."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -268,7 +275,7 @@ def _states(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock; with wait=False, False where somebody else holds it."""
+    """Hold the lock; with wait=False yields False where another process holds it."""
     try:
         file = path.open("ab")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Slices on disk: plain webdataset tars plus a manifest that knows where each member lies.
+"""Prepared slices on disk: webdataset tars, and a manifest with the offset of each member.
 
 A slice is the members `<key>.image.npy` (channels, height, width) int16, `<key>.meta.json` and,
 where a mask exists, `<key>.mask.npy` uint8. Reading is indexed: one `pread` per member, checked
@@ -36,7 +36,7 @@ Stored = npt.NDArray[np.int16]
 
 
 def parse_manifest(content: bytes, source: str) -> Record:
-    """A manifest from its bytes; ValueError, with the source, where it is none of ours."""
+    """A manifest from its bytes; raises ValueError, with the source, for another format."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -49,11 +49,11 @@ def parse_manifest(content: bytes, source: str) -> Record:
 
 
 class ShardSet:
-    """The prepared slices of a folder; the manifest may say that their shards lie elsewhere.
+    """The prepared slices of a folder, whose shards are local or remote by the manifest.
 
-    Those are staged through `cache`. Raises FileNotFoundError without a manifest and
-    DamagedShardError where a shard of the folder is missing or has another size. With
-    `on_damaged="skip"` it drops damaged slices instead and warns.
+    Remote ones are staged through `cache`. Raises FileNotFoundError without a manifest and
+    DamagedShardError where a local shard is missing or has another size. With `on_damaged="skip"`
+    it leaves out damaged slices instead and warns.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class ShardSet:
 
     @property
     def patients(self) -> dict[str, list[str]]:
-        """Names of the patients of each split."""
+        """The names of the patients of each split."""
         return dict(self.manifest["splits"])
 
     def geometry(self, patient: str) -> Geometry:
-        """How the slices of a patient lie in its scan."""
+        """The place of a patient's slices in its scan; raises ValueError for another patient."""
         try:
             return Geometry.from_json(self.manifest["geometry"][patient])
         except KeyError:
             raise ValueError(f"{self.folder} has no patient {patient!r}") from None
 
     def split(self, name: str) -> "SliceTable":
-        """The slices of one split, in manifest order."""
+        """The slices of one split, in manifest order; raises ValueError for an unknown split."""
         if name not in self.manifest["splits"]:
             known = ", ".join(self.manifest["splits"])
             raise ValueError(f"{self.folder} has the splits {known}; got {name!r}")
@@ -98,7 +98,7 @@ class ShardSet:
         return self._tables[name]
 
     def verify(self) -> None:
-        """Read every byte: raise DamagedShardError unless each shard has its size and sha256."""
+        """Read every byte; raises DamagedShardError unless each shard has its size and sha256."""
         for shard in self.manifest["shards"]:
             remote = self._remote
             path = remote.cache.path(shard) if remote else _check_size(self.folder, shard)
@@ -109,9 +109,9 @@ class ShardSet:
 
 
 class SliceTable:
-    """Slices by row number: what the manifest says about them, and their pixels on demand.
+    """Slices by index: their records in the manifest, and their pixels on demand.
 
-    Safe to pickle and to fork: files are opened where they are read. Not for several threads.
+    Safe to pickle and to fork: files are opened when they are read. Not thread-safe.
     """
 
     def __init__(
@@ -134,17 +134,21 @@ class SliceTable:
 
     @property
     def has_mask(self) -> npt.NDArray[np.bool_]:
-        """True for each row that has a mask; nothing is read for it."""
+        """True for each slice that has a mask, by the manifest."""
         return np.asarray(self._masks[:, 0] >= 0)
 
     def read_image(self, slice_index: int) -> Floats:
-        """One slice, (channels, height, width) in [-1, 1]."""
+        """One slice, (channels, height, width) in [-1, 1].
+
+        Raises DamagedShardError where it fails its checksum.
+        """
         return dequantise(self._read_array(slice_index, self._images[slice_index], IMAGE))
 
     def read_stored(self, slice_index: int, out: Stored | None = None) -> Stored:
         """One slice as it is stored, (channels, height, width) int16.
 
-        `out`, where given, takes it without a copy in between; it must be contiguous.
+        `out`, where given, is filled without an intermediate copy. Raises ValueError where it is
+        not contiguous or of another shape or dtype.
         """
         span = self._images[slice_index]
         if out is None:
@@ -164,20 +168,20 @@ class SliceTable:
         return out
 
     def read_images(self, slice_indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
-        """Several slices, (num_rows, channels, height, width)."""
+        """The slices with these indices, (slices, channels, height, width)."""
         return np.stack([self.read_image(int(slice_index)) for slice_index in slice_indices])
 
     def read_mask(self, slice_index: int) -> Mask | None:
         """The mask, (height, width), or None where there is none.
 
-        For reference rows, evaluation and diagnostics only: CLDF never trains on masks.
+        For reference methods, evaluation and diagnostics only: CLDF never trains on masks.
         """
         if self._masks[slice_index, 0] < 0:
             return None
         return np.asarray(self._read_array(slice_index, self._masks[slice_index], MASK) > 0)
 
     def without_damaged(self) -> "SliceTable":
-        """The rows whose images pass their checksum; warns with the number of the others."""
+        """The slices whose images pass their checksum; warns with the number of the others."""
         intact, damaged = [], []
         for slice_index in range(len(self)):
             try:
@@ -207,7 +211,7 @@ class SliceTable:
     def _read_array(
         self, slice_index: int, span: npt.NDArray[np.int64], member: str
     ) -> npt.NDArray[Any]:
-        """A view that the next reading overwrites."""
+        """A member's array, as a view that the next read overwrites."""
         content = self._files.scratch(int(span[1]))
         self._read(slice_index, span, member, [content])
         start = _header_length(content)
@@ -221,7 +225,7 @@ class SliceTable:
         member: str,
         buffers: list[npt.NDArray[Any]],
     ) -> None:
-        """Fill the buffers, one after the other, with a member whose checksum is right."""
+        """Fill the buffers in turn with a member; raises DamagedShardError for a wrong checksum."""
         shard = int(self.shard_of[slice_index])
         offset, length, checksum = span.tolist()
         for _ in range(2):
@@ -239,7 +243,7 @@ class SliceTable:
 
 
 def _header_length(content: npt.NDArray[np.uint8]) -> int:
-    """Bytes before the array in a version-1 npy file."""
+    """The number of bytes before the array in a version-1 npy file."""
     return NPY_PREFIX + int(content[8]) + 256 * int(content[9])
 
 
@@ -253,7 +257,7 @@ def _npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _spans(samples: Sequence[Record], member: str) -> npt.NDArray[np.int64]:
-    """(num_samples, 3): offset, length and crc32c; -1 where the sample has no such member."""
+    """Offset, length and crc32c of a member, (samples, 3); -1 where a sample has no such member."""
     spans = [sample[member] or (-1, -1, -1) for sample in samples]
     return np.array(spans, np.int64).reshape(len(spans), 3)
 

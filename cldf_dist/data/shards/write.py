@@ -1,4 +1,4 @@
-"""Writing shards: each under a temporary name, read back, then renamed; the manifest last."""
+"""The writing of shards: each under a temporary name, read back, then renamed; manifest last."""
 
 import contextlib
 import hashlib
@@ -25,10 +25,11 @@ from cldf_dist.system.files import atomic_write
 def write_shards(
     folder: str | Path, split: str, slices: Iterable[Slice], slices_per_shard: int
 ) -> list[Record]:
-    """Write `<split>-00000.tar`, ... and return their records for the manifest.
+    """Write `<split>-00000.tar`, ...; returns their records for the manifest.
 
     The same slices give the same bytes. Each shard is written under a temporary name, read back,
-    then renamed. Older shards of this split are removed first.
+    then renamed. Older shards of this split are removed first. Raises ValueError unless
+    `slices_per_shard` >= 1, OSError where a file reads back differently.
     """
     if slices_per_shard < 1:
         raise ValueError(f"data.slices_per_shard must be >= 1, got {slices_per_shard}")
@@ -54,7 +55,7 @@ def write_manifest(
     shards: Sequence[Record],
     truth: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write manifest.json, whole or not at all; call it when all shards are there.
+    """Write manifest.json atomically, once all shards are written; returns its path.
 
     `truth` is the sha256 of the true mask of each patient that has one in `<folder>/truth`.
     """
@@ -129,7 +130,7 @@ def _members(item: Slice) -> dict[str, bytes]:
 def _verified_spans(
     path: Path, slices: list[Slice], members: list[dict[str, bytes]]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Name and [offset, length, crc32c] of each member, as found in the file just written."""
+    """Name and [offset, length, crc32c] of each member, read back from the written file."""
     expected = {
         f"{item.key}.{member}": content
         for item, contents in zip(slices, members)

@@ -189,7 +189,7 @@ def test_a_changed_byte_is_found_on_first_touch(cache: FeatureCache, name: str) 
 def test_a_truncated_shard_file_is_found(cache: FeatureCache) -> None:
     path = shard_file(cache, "up0.1", 2)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is damaged: its index is cut or changed"):
+    with pytest.raises(ValueError, match="is damaged: its index is truncated or changed"):
         FeatureCache(cache.folder).read("up0.1", 6)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):
