@@ -16,7 +16,7 @@ ORACLE_INTENSITY = "oracle_intensity"
 
 
 class Role(StrEnum):
-    """What a method's numbers may be compared with."""
+    """The group of methods whose numbers may be compared."""
 
     BASELINE = "baseline"
     OURS = "ours"

@@ -161,3 +161,12 @@ def test_what_the_command_line_loads_first_imports_no_torch(module: str) -> None
 def test_nothing_is_called_common() -> None:
     for module in MODULES:
         assert not {"utils", "common", "base", "misc", "helpers"} & set(module.split(".")), module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_docstrings_say_what_is_returned(module: str) -> None:
+    """None begins with a question word."""
+    words = ("What ", "Who ", "Whose ", "Where ", "How ", "Which ", "Whether ")
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            assert not (ast.get_docstring(node) or "").startswith(words), ast.get_docstring(node)

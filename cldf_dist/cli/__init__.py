@@ -1,1 +1,1 @@
-"""What the commands do: stages in order, several objects, new scans, answers for batch scripts."""
+"""The commands: stages in order, several objects, new scans, answers for batch scripts."""

@@ -46,7 +46,7 @@ OF_NEW_SCANS = (
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found in one scan, on the scan's own grid."""
+    """The segmentation of one scan, on the scan's own grid."""
 
     name: str
     mask: Mask  # (x, y, slices)
@@ -100,7 +100,7 @@ class ScanSegmenter:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """What a scan must have, in this order."""
+        """The channels that a scan must have, in this order."""
         return self.kind.channels
 
     def find(self, path: str | Path, *, leave_out: Path | None = None) -> list[Scan]:

@@ -1,4 +1,4 @@
-"""What the batch scripts ask, one answer a line: `python -m cldf_dist.cli.slurm done|chain WORDS`.
+"""Answers for the batch scripts, one a line: `python -m cldf_dist.cli.slurm done|chain WORDS`.
 
 `done STAGE CONFIG [...]` prints the file that says that a stage (or a part of it) is finished, one
 for each object; nothing where only the exit code counts. `chain PARTS CONFIG [...]` prints a line

@@ -26,7 +26,8 @@ ProperFraction = Annotated[float, Interval(gt=0, lt=1)]
 
 
 class Mark(Enum):
-    """What a setting means to code that must treat some settings alike; on a section, all of it."""
+    """A property of a setting, for code that treats some settings alike; on a section, of all in
+    it."""
 
     HARMLESS = auto()  # may differ between two starts of a stage: it computes the same
     DECIDES_CACHE = auto()  # with the nets it decides what the feature cache holds

@@ -97,7 +97,7 @@ def build_section(section: type[Section], plain: dict[str, Any]) -> Section:
 
 
 def _merged(paths: Sequence[str], overrides: Sequence[str], fit_section: str) -> dict[str, Any]:
-    """What the files say, overlaid by the words."""
+    """The settings of the files, overlaid by those of the words."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

@@ -30,7 +30,7 @@ class GradientMap:
 
 @dataclass(frozen=True)
 class Features:
-    """Which activations of the frozen CDM are the diffusion features."""
+    """The activations of the frozen CDM that are the diffusion features."""
 
     taps: tuple[str, ...] = ("up1.1", "up2.1", "up3.1")  # decoder level . resnet, coarse first
     timesteps: tuple[int, ...] = (50, 150, 300)

@@ -153,7 +153,7 @@ def _label_tuning(config: Config) -> Iterator[str]:
 
 
 def _unconditional(config: Config) -> Iterator[str]:
-    """What a diffusion model that never sees a label cannot do."""
+    """The rules of a diffusion model that never sees a label."""
     asked = config.segment.methods
     asks = (
         config.features.condition != "none"

@@ -1,4 +1,4 @@
-"""What is found: lines for the user, and what each process sees of its machine."""
+"""Findings: lines for the user, and the view that each process has of its machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def error(about: str, said: str, remedy: str) -> Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process sees of its machine."""
+    """The view that one process has of its machine."""
 
     rank: int
     local_rank: int
@@ -54,5 +54,5 @@ class Seen:
 
 
 def hosts(everyone: Sequence[Seen]) -> Counter[str]:
-    """How many processes each machine has."""
+    """The number of processes of each machine."""
     return Counter(seen.host for seen in everyone)

@@ -1,4 +1,4 @@
-"""What `cldf doctor` asks of the disks and of the tracking server."""
+"""The checks of `cldf doctor` on the disks and on the tracking server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _pace(folder: Path) -> tuple[float, float]:
 
 
 def _one_folder(folder: Path) -> Iterator[Finding]:
-    """Whether every process sees what the main one writes."""
+    """A finding: every process sees what the main one writes, or does not."""
     path = Path(broadcast_object(str(_test_file(folder))))
     if processes().is_main:
         path.write_text("here")

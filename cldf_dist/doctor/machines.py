@@ -1,4 +1,4 @@
-"""What `cldf doctor` asks of the machines: processes, versions, GPUs, memory, clocks, network.
+"""The checks of `cldf doctor` on the machines: processes, versions, GPUs, memory, clocks, network.
 
 Each check yields findings. Those with collectives run on every process.
 """

@@ -1,4 +1,4 @@
-"""How far two maps of the same slices agree: no mask in it."""
+"""Agreement of two maps of the same slices, without a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a mask agrees with the truth, with an explicit rule for every empty mask.
+"""Agreement of a mask with the truth, with an explicit rule for every empty mask.
 
 `score_case` is the strict protocol: a whole patient in 3-D, distances in mm, and a price for
 missing an object or for finding one in a healthy patient. The slice-level protocol of earlier

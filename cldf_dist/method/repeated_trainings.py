@@ -1,4 +1,4 @@
-"""What a table of several trainings can claim: every test patient is scored once by each.
+"""Means and differences over several trainings, each of which scores every test patient once.
 
 Scores are arrays (trainings, patients), NaN where a score is undefined (a true negative). The test
 patients are the same in all trainings, so a resampling draws trainings and patients each once, and
@@ -130,7 +130,7 @@ def _counted(claims: npt.NDArray[np.bool_]) -> tuple[int, ...]:
 def _how_often_drawn(
     rng: np.random.Generator, num_resamples: int, count: int
 ) -> npt.NDArray[np.float64]:
-    """How often each of `count` things is drawn (resamples, count)."""
+    """The number of times that each of `count` items is resampled, (resamples, count)."""
     return rng.multinomial(count, [1 / count] * count, size=num_resamples).astype(np.float64)
 
 

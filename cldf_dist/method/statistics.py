@@ -1,4 +1,4 @@
-"""What a table of patients can claim: intervals, paired tests, and their correction.
+"""Statistics over patients: intervals, paired tests, and their correction.
 
 The unit is always the patient, never the slice: slices of one patient are not independent.
 """

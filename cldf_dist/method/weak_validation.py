@@ -1,4 +1,4 @@
-"""How well score maps agree with slice labels: what may choose settings where no mask may.
+"""Agreement of score maps with slice labels, by which settings may be chosen without a mask.
 
 Neither number sees a mask. They say whether the pixels above a threshold lie on the right slices,
 not whether they lie at the right place within them: a necessary condition, not an estimate of Dice.

@@ -1,4 +1,4 @@
-"""What made a result: commit, machine and versions."""
+"""Provenance of a result: commit, machine and versions."""
 
 from __future__ import annotations
 

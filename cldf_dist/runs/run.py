@@ -274,7 +274,7 @@ def seconds_of(folder: Path) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of a stage folder holds; ValueError, with the file, where that is not JSON."""
+    """The content of a JSON file of a stage folder; ValueError, with the file, if it is damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:

@@ -25,7 +25,7 @@ SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql")
 
 @dataclass
 class Counts:
-    """What was sent, and what was there already."""
+    """Counts of what was sent and of what was there already."""
 
     runs: int = 0
     runs_there: int = 0
@@ -147,7 +147,7 @@ def _is_at_work(folder: Path) -> bool:
 
 @contextmanager
 def _errors_with(uri: str) -> Iterator[None]:
-    """What MLflow raises (it has no common class) becomes an OSError with the address."""
+    """Turns MLflow's errors, which have no common class, into an OSError with the address."""
     try:
         yield
     except (ValueError, OSError, RuntimeError):

@@ -266,7 +266,7 @@ def _id_of_run(folder: Path) -> str:
 
 
 def _tags_of_starts(folder: Path) -> dict[str, str]:
-    """How often the stage was started, and by which jobs of SLURM."""
+    """The number of starts of the stage, and the SLURM jobs that made them."""
     starts = _read(folder / "provenance.json")["starts"]
     jobs = dict.fromkeys(start["slurm_job"] for start in starts if start["slurm_job"])
     tags = {"cldf.starts": str(len(starts))}

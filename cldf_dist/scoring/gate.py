@@ -1,4 +1,4 @@
-"""How well the classifiers of a run, the gate, tell labelled slices apart."""
+"""The quality of the gate: classifiers of a run on labelled slices."""
 
 from __future__ import annotations
 

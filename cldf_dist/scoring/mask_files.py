@@ -1,4 +1,4 @@
-"""Where the masks of a run lie, and how they are read."""
+"""The mask files of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ HEADLINE, OTSU, ORACLE = "headline", "otsu", "oracle"
 
 
 def truth_path(prepare: Path, patient: str) -> Path:
-    """Where `prepare` puts a test patient's mask, if there is one."""
+    """The path at which `prepare` keeps a test patient's true mask, if there is one."""
     return prepare / "truth" / f"{patient}.nii.gz"
 
 
 def mask_path(segment: Path, method: str, patient: str) -> Path:
-    """Where `segment` puts the mask of the headline rule."""
+    """The path of the mask that `segment` wrote by the headline rule."""
     return segment / "masks" / method / f"{patient}.nii.gz"
 
 

@@ -29,7 +29,7 @@ PROBABILITY_WIDTH = 0.05  # score units: how fast the probability map turns arou
 
 @dataclass(frozen=True)
 class PatientScores:
-    """What `segment` knows about one patient, at the prepared resolution."""
+    """The scores of one patient, at the prepared resolution."""
 
     patient: str
     scores: dict[str, FloatArray]  # method -> (slices, height, width); higher means object
@@ -104,7 +104,7 @@ def smoothed_over_slices(probability: FloatArray) -> FloatArray:
 
 
 def open_slices(patient: PatientScores, gate_probability: float) -> Mask:
-    """Which slices (slices,) may hold the object: the classifier does not call them negative."""
+    """True (slices,) for slices that may hold the object: p(object) reaches the gate."""
     passed: Mask = patient.probability >= gate_probability
     return passed
 

@@ -1,4 +1,4 @@
-"""What the slice labels of the validation patients say about each method, without any mask."""
+"""Agreement of each method with the slice labels of the validation patients, without any mask."""
 
 from __future__ import annotations
 

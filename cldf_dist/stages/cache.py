@@ -132,7 +132,7 @@ def _extract(
 
 
 def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: bytes and time before anything is computed."""
+    """Bytes and time, as `--dry-run` prints them before anything is computed."""
     num_channels = len(datasets.channels(config.data))
     nets = FrozenNets.untrained(config, num_channels)
     shapes = slice_shapes(nets.diffusion, config)
@@ -178,7 +178,7 @@ def _existing(folder: Path) -> Path:
 
 
 def bytes_to_come(config: Config, slices: Slices) -> int:
-    """What the slices that are not in the cache yet will take on the disk."""
+    """The bytes on the disk of the slices that are not in the cache yet."""
     folder, done = store_folder(config), 0
     if (folder / "zarr.json").exists():
         cache = FeatureCache(folder)

@@ -79,7 +79,7 @@ def _prepare(config: Config, run: Run) -> dict[str, Any]:
 
 
 def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: counts and bytes before anything is written."""
+    """Counts and bytes, as `--dry-run` prints them before anything is written."""
     if config.data.shards:
         return {"shards": f"those of {config.data.shards}, staged when they are read"}
     names = datasets.patients(config.data)
@@ -153,7 +153,8 @@ def _check_before_reading(settings: Data, names: Sequence[str]) -> None:
 
 
 def _spooled_fingerprint(path: Path) -> str:
-    """What the patient was spooled from; empty where it is not spooled, or unreadably."""
+    """The fingerprint of the source that a patient was spooled from; empty without a readable
+    spool."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return str(stored["fingerprint"])
@@ -270,7 +271,7 @@ def _check_labels(shards: Sequence[dict[str, Any]]) -> None:
 def _summary(
     splits: Mapping[str, Sequence[str]], shards: Sequence[dict[str, Any]], labels: str
 ) -> dict[str, Any]:
-    """What DONE keeps; `labels` is the digest of the labels file."""
+    """The numbers that DONE keeps; `labels` is the digest of the labels file."""
     return {
         "patients": {split: len(splits[split]) for split in SPLITS},
         "slices": {

@@ -270,7 +270,7 @@ def _times(folder: Path) -> list[tuple[str, float]]:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Where and by what each stage was last started."""
+    """The last start of each stage: time, host, job, processes, commit."""
     rows = []
     for stage in STAGES:
         path = folder / stage.name / "provenance.json"

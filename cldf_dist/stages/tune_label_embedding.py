@@ -94,7 +94,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
 
 
 def estimate(config: Config, folder: Path) -> dict[str, str]:
-    """What `--dry-run` prints: size of what is trained, and time."""
+    """The size of what is trained and the time, as `--dry-run` prints them."""
     settings = config.label_tuning
     if not settings.enabled:
         return {"time": "none: label_tuning.enabled=false"}

@@ -85,7 +85,7 @@ def wait_for_others(folder: Path, child: Child) -> bool:
 
 
 def _in_use(folder: Path) -> str:
-    """Who works in a stage of the run; nothing where nobody does."""
+    """The owner of the lock of a stage of the run; nothing where none is held."""
     for lock in folder.glob("*/.lock"):
         if (lock.parent / DONE).exists():
             continue

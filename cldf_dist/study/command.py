@@ -128,7 +128,7 @@ def _is_finished(planned: PlannedRun) -> bool:
 
 
 def _changed(planned: PlannedRun) -> str:
-    """How a finished run differs from what the study asks for now."""
+    """The differences between a finished run and the study's present request."""
     for stage in STAGES:
         folder = planned.config.run_folder / stage.name
         made_with = read_config(folder / "config.yaml")
@@ -142,8 +142,8 @@ def _changed(planned: PlannedRun) -> str:
 
 
 def _of_other_nets(planned: PlannedRun, runs: Sequence[PlannedRun]) -> str:
-    """Whether a finished run has stages of inputs, or a variant of a base, that have been made anew
-    since; in words, or nothing."""
+    """True where a finished run has stages of inputs, or a variant of a base, that have been made
+    anew since; in words, or nothing."""
     folder = planned.config.run_folder
     for stage in STAGES:
         for name, identity in read_json(folder / stage.name / "run.json")["inputs"].items():

@@ -1,4 +1,4 @@
-"""What a study file asks for: which runs, with which settings, in which folders."""
+"""The runs that a study file requests, with their settings and folders."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PlannedRun:
 
     @property
     def key(self) -> dict[str, str]:
-        """What its rows begin with."""
+        """The first cells of its rows."""
         return {"experiment": self.experiment, "seed": str(self.seed), "variant": self.variant}
 
 
@@ -123,7 +123,7 @@ def planned_runs(study: Study, folder: Path, words: Sequence[str]) -> list[Plann
 
 
 def launcher_words(study: Study) -> list[str]:
-    """What starts `cldf`."""
+    """The words that start `cldf`."""
     return shlex.split(study.launcher) or [sys.executable, "-m", "cldf_dist"]
 
 
@@ -169,7 +169,7 @@ def _key(word: str) -> str:
 
 
 def _is_own(word: str) -> bool:
-    """Whether a word is about the study; `seeds.rule` and the like are settings of runs."""
+    """True for a word about the study; `seeds.rule` and the like are settings of runs."""
     key = _key(word)
     return key in ("runs", "results", "launcher", "seeds") or key.startswith(
         ("experiments.", "ablations.")

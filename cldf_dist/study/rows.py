@@ -128,7 +128,7 @@ def _means(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What slice labels say about each method, and beside it the mean strict Dice."""
+    """Rows of weak validation, each with the method's mean strict Dice."""
     strict = summary["strict"]["methods"]
     return [
         {"method": method, **row, "dice": strict[method]["dice"]["mean"]}
@@ -149,7 +149,7 @@ def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _provenance(run_folder: Path) -> dict[str, Any]:
-    """Where the run was made, without a word about paths; the seconds are those of all its stages,
+    """The provenance of a run, without paths; the seconds are those of all its stages,
     taken over ones too."""
     starts = read_json(run_folder / "evaluate" / "provenance.json")["starts"]
     training = read_json(run_folder / "train-decoder" / "provenance.json")["starts"]

@@ -50,7 +50,7 @@ class StrictScores:
         )
 
     def count(self, method: str, outcome: str) -> list[int | None]:
-        """How many patients ended so, in each training; None where the row does not exist."""
+        """The number of patients with this outcome, in each training; None without the method."""
         return [
             sum(
                 self.rows[method, seed, patient]["outcome"] == outcome
@@ -63,7 +63,7 @@ class StrictScores:
         ]
 
     def exists(self, method: str) -> list[bool]:
-        """Whether each training has the row: one of ours may have been left out in some."""
+        """True for each training that has the method; some may have left one of ours out."""
         return [
             any((method, seed, patient) in self.rows for patient in self.patients)
             for seed in self.seeds

@@ -59,7 +59,7 @@ def _would_be_same(source: Config, target: Config, stage: Stage) -> bool:
 
 
 def _is_linked(source: Path, target: Path) -> bool:
-    """Whether a stage was taken over before: its identity is the same."""
+    """True where a stage was taken over before: its identity is the same."""
     one, other = source / "run.json", target / "run.json"
     return other.is_file() and one.read_bytes() == other.read_bytes()
 

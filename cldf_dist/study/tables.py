@@ -102,7 +102,7 @@ def _experiment(name: str, rows: Files, results: Path) -> list[str]:
 
 
 def _seeds_table(rows: Sequence[Row]) -> str:
-    """How good the seeds of each of our methods are, by training."""
+    """The table of seed quality of each of our methods, by training."""
     seeds = tuple(dict.fromkeys(row["seed"] for row in rows))
     lines = [
         [
@@ -219,7 +219,7 @@ def _pictures(name: str, scores: StrictScores, results: Path) -> list[str]:
 
 
 def _weak_table(rows: Sequence[Row]) -> str:
-    """How well slice labels alone order the rows as strict Dice does."""
+    """The table of rank correlations between slice labels alone and strict Dice."""
     lines = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
         pairs = [

@@ -35,7 +35,7 @@ class KeyRange(Enum):
 
 
 class TableKey(NamedTuple):
-    """What a table of blocks depends on."""
+    """The sizes that a table of blocks depends on."""
 
     key_range: KeyRange
     block_queries: int

@@ -143,7 +143,7 @@ def supcon_loss(
 
 @dataclass(frozen=True)
 class _LossState:
-    """What forward leaves to backward besides tensors of the local anchors."""
+    """State that forward leaves to backward besides tensors of the local anchors."""
 
     index: PairIndex
     passes: Passes

@@ -167,7 +167,7 @@ def _constants(job: Job, shape: "TileShape") -> dict[str, int | str]:
 
 
 def broken_rules(row: Row) -> list[str]:
-    """What is wrong with one configuration."""
+    """The faults of one configuration, a sentence each."""
     where = (
         f"sm_{row.architecture} {row.kernel} online={row.online} {row.precision} D={row.features}"
     )

@@ -104,7 +104,7 @@ def _written_values(
 
 
 def _right_side(geometry: Geometry) -> Mask:
-    """Where voxels lie to the patient's right of the body's middle; has the file's number of
+    """A mask of the voxels to the patient's right of the body's middle; has the file's number of
     axes and is as long as the file along the one from right to left."""
     axis = next(number for number, letter in enumerate(geometry.axes) if letter in "LR")
     length = geometry.shape[axis]

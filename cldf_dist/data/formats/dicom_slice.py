@@ -42,7 +42,7 @@ _PIXEL_TAGS = [
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a file says about its slice; nothing about the patient."""
+    """The elements of a file that are about its slice; nothing about the patient."""
 
     file: Path
     series: str

@@ -53,7 +53,7 @@ class LabelTable:
     rows: Mapping[str, Mapping[str, Row]]  # by patient, then by slice ("" for the volume)
 
     def named_slices(self, patient: str) -> tuple[str, ...]:
-        """What the file calls the slices of a patient; none for labels of volumes."""
+        """The names of a patient's slices in the file; none for labels of volumes."""
         return tuple(self.rows.get(patient, ())) if self.has_slices else ()
 
     def parts(self, object_name: str) -> tuple[str, ...]:

@@ -139,7 +139,8 @@ def stack_channels(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 
 def _header(array: npt.NDArray[Any], affine: Affine) -> Any:
-    """What `write_nifti` puts before the voxels; raises what nibabel says of a wrong affine."""
+    """The bytes that `write_nifti` puts before the voxels; raises nibabel's error for a wrong
+    affine."""
     whole_numbers = array.dtype == np.bool_ or array.dtype == np.uint8
     kind = np.uint8 if whole_numbers else np.float32
     image = nib.Nifti1Image(np.broadcast_to(kind(0), array.shape), affine)  # no memory for voxels

@@ -49,7 +49,7 @@ def patient_files(settings: Data, patient: str) -> list[Path]:
 
 
 def listing_faults(settings: Data, patient: str) -> list[str]:
-    """What is wrong with a patient's file names, a sentence each; no file is opened."""
+    """The faults of a patient's file names, a sentence each; no file is opened."""
     folder, faults = Path(settings.root) / patient, []
     for kind in ENDINGS:
         if kind == "seg" and not _files(folder, kind):
@@ -128,7 +128,7 @@ def read_scan(
 
 
 def _where_else(root: Path) -> str:
-    """What the user may have meant by a folder without patients."""
+    """A remedy for a folder without patients."""
     if is_patient_folder(root):
         return f"it is one patient's folder, set data.root={root.parent}"
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))

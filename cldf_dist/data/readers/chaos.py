@@ -75,7 +75,7 @@ def patient_files(settings: Data, patient: str) -> list[Path]:
 
 
 def listing_faults(settings: Data, patient: str) -> list[str]:
-    """What is wrong with a patient's folders, a sentence each; no file is opened."""
+    """The faults of a patient's folders, a sentence each; no file is opened."""
     return _faults(_scan(settings, patient))
 
 

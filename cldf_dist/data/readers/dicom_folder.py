@@ -40,7 +40,7 @@ def channels(settings: Data) -> tuple[str, ...]:
 
 
 def objects(settings: Data) -> tuple[str, ...]:
-    """What `data.object` may name: the columns of the labels."""
+    """The names that `data.object` may be: the columns of the labels."""
     return _table(settings).objects
 
 
@@ -72,7 +72,7 @@ def patient_files(settings: Data, patient: str) -> list[Path]:
 
 
 def listing_faults(settings: Data, patient: str) -> list[str]:
-    """What is wrong with a patient's folders, a sentence each; no pixels are read."""
+    """The faults of a patient's folders, a sentence each; no pixels are read."""
     folder, faults = Path(settings.root) / patient, []
     if len(_masks(folder)) > 1:
         faults.append(f"{folder} has more than one mask: {', '.join(MASKS)}; keep one")
@@ -223,7 +223,7 @@ def _slice_labels(settings: Data, folder: Path, series: Sequence[Series]) -> npt
 
 
 def _file_names(folder: Path, files: Sequence[Path]) -> set[str]:
-    """What the files of a slice may be called: without its ending, by itself, with its folders."""
+    """The names of a slice's file: without its ending, by itself, with its folders."""
     names: set[str] = set()
     for file in files:
         ending = file.suffix if not file.suffix[1:].isdecimal() else ""  # names may be UIDs

@@ -25,7 +25,7 @@ BRATS_CHANNELS = ("brats", "phantom")  # the data sets whose channels are the fo
 
 @dataclass(frozen=True)
 class ScanKind:
-    """What the scans of a run are."""
+    """The kind of scans that a run was trained on."""
 
     settings: Data
     channels: tuple[str, ...]  # what a scan must have, in this order
@@ -158,7 +158,7 @@ def _brats_scan(folder: Path, kind: ScanKind) -> Scan:
 
 
 def _nifti_files(folder: Path) -> list[Path]:
-    """What may be scans, by the names."""
+    """The files that may be scans, by their names."""
     return [
         file
         for file in sorted(folder.iterdir())

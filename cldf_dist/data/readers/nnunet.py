@@ -37,7 +37,7 @@ FAULTS_SHOWN = 5  # in one error
 
 @dataclass(frozen=True)
 class Description:
-    """What `dataset.json` says."""
+    """The content of `dataset.json`."""
 
     path: Path
     channels: tuple[str, ...]
@@ -51,7 +51,7 @@ def channels(settings: Data) -> tuple[str, ...]:
 
 
 def objects(settings: Data) -> tuple[str, ...]:
-    """What `data.object` may name."""
+    """The names that `data.object` may be."""
     if settings.labels:
         return read_labels(settings.labels).objects
     return tuple(read_description(settings.root).labels)
@@ -97,7 +97,7 @@ def patient_files(settings: Data, patient: str) -> list[Path]:
 
 
 def listing_faults(settings: Data, patient: str) -> list[str]:
-    """What is wrong with a case's file names, a sentence each; no image is opened."""
+    """The faults of a case's file names, a sentence each; no image is opened."""
     description = read_description(settings.root)
     return [
         f"{path} is missing: every case needs a file for each of {', '.join(description.channels)}"
@@ -134,7 +134,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
 
 
 def read_description(root: str | Path) -> Description:
-    """What the `dataset.json` in `root` says, in either version of the format.
+    """The content of the `dataset.json` in `root`, in either version of the format.
 
     Raises FileNotFoundError where there is none, ValueError with the key that is wrong.
     """

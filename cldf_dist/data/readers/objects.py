@@ -1,4 +1,4 @@
-"""Which labelled object is the target: `data.object`, and the mask it makes of a label array."""
+"""The labelled object that is the target: `data.object`, and the mask it makes of a label array."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ LABEL_TOLERANCE = 0.01  # a label saved as a scaled float comes back as 4.000000
 
 
 def object_title(settings: Data) -> str:
-    """What the target is called in words, such as "whole tumour"."""
+    """The target in words, such as "whole tumour"."""
     name = settings.object or USUAL_OBJECTS.get(settings.dataset, "object")
     return name.replace("_", " ").replace("+", " and ")
 
@@ -42,7 +42,7 @@ def object_values(name: str, labels: Mapping[str, Collection[int]], *, usual: st
 def object_mask(
     labels: npt.NDArray[Any], path: Path, *, wanted: Collection[int], allowed: Collection[int]
 ) -> npt.NDArray[np.bool_]:
-    """Where the rounded labels are `wanted`; ValueError, with the file, for one not `allowed`."""
+    """The mask of the rounded labels that are `wanted`; ValueError for one that is not `allowed`."""
     rounded = np.rint(labels)
     wrong = ~np.isin(rounded, list(allowed)) | (np.abs(labels - rounded) > LABEL_TOLERANCE)
     if wrong.any():
