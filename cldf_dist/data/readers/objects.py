@@ -42,7 +42,7 @@ def object_values(name: str, labels: Mapping[str, Collection[int]], *, usual: st
 def object_mask(
     labels: npt.NDArray[Any], path: Path, *, wanted: Collection[int], allowed: Collection[int]
 ) -> npt.NDArray[np.bool_]:
-    """The mask of the rounded labels that are `wanted`; ValueError for one that is not `allowed`."""
+    """The mask of the rounded labels that are `wanted`; ValueError for one not `allowed`."""
     rounded = np.rint(labels)
     wrong = ~np.isin(rounded, list(allowed)) | (np.abs(labels - rounded) > LABEL_TOLERANCE)
     if wrong.any():
