@@ -12,6 +12,7 @@ from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.stream import Stream
 from cldf_dist.inference.seed_sources import SeedLabels
 from cldf_dist.nets.decoder import PixelDecoder
+from cldf_dist.system.process_end import end_process
 from cldf_dist.tasks.contrast import Contrast, CrossEntropy
 
 Kind = type[Contrast] | type[CrossEntropy]
@@ -207,8 +208,10 @@ def _one_process(rank: int, kind: Kind, folder: str) -> None:
         gradients = [parameter.grad for parameter in plain.parameters()]
         found = {"loss": result["loss"].detach(), "gradients": gradients}
         torch.save(found, Path(folder) / f"{rank}.pt")
+        distributed.barrier()  # nobody leaves while another one still talks to it
     finally:
         distributed.destroy_process_group()
+    end_process(0)  # the interpreter's own end aborts where a thread of torch wants it then
 
 
 def unequal_batch() -> dict[str, Tensor]:
