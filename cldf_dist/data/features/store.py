@@ -183,8 +183,10 @@ class FeatureCache:
         return self.read(tap + SCALE, slice_index) if tap + SCALE in self.names else None
 
     def damaged_slices(self, shard: int, keys: Sequence[str] | None = None) -> list[int]:
-        """The indices of a shard's slices that are lost, fail their checksum, or whose stored key
-        differs from that of `keys`, the keys of all slices."""
+        """The indices of a shard's slices that are lost or fail their checksum.
+
+        With `keys`, those of all slices, also the slices whose stored key differs.
+        """
         slice_indices = self.slices_of(shard)
         try:
             marks = self._own("done", shard)
