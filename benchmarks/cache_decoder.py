@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import train_setup
+from cldf_kernels import supcon_loss
 from torch import Tensor
 from torch.nn import functional
 
@@ -165,7 +166,11 @@ class _Training:
                 number += 1
             labels = torch.zeros(batch_size, sum(map(len, embedded)) // batch_size)
             labels[:, : items.numbers.num_object] = 1
-            yield self.task.loss(torch.cat(embedded), labels.long().flatten())
+            yield supcon_loss(
+                torch.cat(embedded),
+                labels.long().flatten(),
+                temperature=self.task.temperature,
+            )
 
     def _upsampled(self, row: int, size: tuple[int, int]) -> Tensor:
         """(height, width, features) float32."""

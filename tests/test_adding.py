@@ -31,7 +31,7 @@ def test_a_baseline_is_one_record_and_one_function(tmp_path: Path) -> None:
     methods, scores = package / "methods.py", package / "inference" / "score_maps.py"
     text = methods.read_text()
     assert text.count("METHODS = (\n") == 1
-    methods.write_text(text.replace("METHODS = (\n", f"METHODS = (\n{record}"))
+    methods.write_text(text.replace("METHODS = (\n", f"METHODS = (\n    {record.strip()},\n"))
     with scores.open("a") as file:
         file.write(f"\n\n{function}")
     study = {

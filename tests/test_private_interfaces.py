@@ -34,6 +34,7 @@ class Numbers(Dataset[int]):
 @pytest.mark.slow
 def test_dataloader_iterators_have_the_workers_queues_and_flags_that_loader_workers_uses() -> None:
     """`cldf_dist/data/loader_workers.py`: `_workers`, `_shutdown_workers`, `_shutdown`,
+    `_worker_pids_set`, `_remove_worker_pids`,
     `_pin_memory`, `_index_queues`; closing leaves no process and marks the iterator shut down."""
     loader = DataLoader(Numbers(), batch_size=4, num_workers=2, multiprocessing_context="spawn")
     loaded: Any = iter(loader)
@@ -41,11 +42,13 @@ def test_dataloader_iterators_have_the_workers_queues_and_flags_that_loader_work
     assert len(loaded._index_queues) == 2
     assert loaded._pin_memory is False
     assert loaded._shutdown is False
+    assert loaded._worker_pids_set is True
     batches = LoadedBatches(loaded)
     assert next(batches).tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
     workers = loaded._workers
     batches.close()
     assert loaded._shutdown is True
+    assert loaded._worker_pids_set is False
     assert not any(worker.is_alive() for worker in workers)
 
 

@@ -16,6 +16,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
+from torch.utils.data._utils import signal_handling
+
 from cldf_dist.system.signals import STOP_SIGNALS
 
 Batch = dict[str, Any]
@@ -92,6 +94,10 @@ def _stop_workers(loaded: Any, workers: Iterable[Any]) -> None:
     with suppress(RuntimeError):
         if all(worker.exitcode is None for worker in workers):
             loaded._shutdown_workers()  # torch has no public name
+    if loaded._worker_pids_set:  # else a later iterator at the same address would be refused
+        handling: Any = signal_handling
+        handling._remove_worker_pids(id(loaded))
+        loaded._worker_pids_set = False
     if not loaded._shutdown:  # a dead one may hold for ever what torch would wait for
         loaded._shutdown = True
         if loaded._pin_memory:

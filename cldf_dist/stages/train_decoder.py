@@ -276,7 +276,7 @@ def _has_masks(table: SliceTable) -> bool:
         use = "is trained on those alone" if num_masks else "is left out"
         print(
             f"train-decoder: {num_masks} of {len(table)} training slices have a mask; the "
-            f"reference methods {SUPERVISED} {use}",
+            f"reference method {SUPERVISED} {use}",
             file=sys.stderr,
         )
     return num_masks > 0

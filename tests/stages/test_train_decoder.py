@@ -193,7 +193,7 @@ def test_a_patient_without_a_mask_leaves_the_reference_row_to_the_others(
     assert main(["train-decoder", *run.words]) == 0
     assert (
         f"train-decoder: {total - missing} of {total} training slices have a mask; the reference "
-        f"row {SUPERVISED} is trained on those alone"
+        f"method {SUPERVISED} is trained on those alone"
     ) in capsys.readouterr().err
     done = json.loads((run.folder / "train-decoder" / SUPERVISED / "DONE").read_text())
     table = ShardSet(run.folder / "prepare").split("train")
