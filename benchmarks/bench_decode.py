@@ -11,203 +11,212 @@ its scores included: resident memory on CPU, allocated memory on CUDA. Rows are 
     python benchmarks/bench_decode.py --device cuda --slices 4 --rounds 20
 """
 
-import argparse
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-import train_setup
-from contrast_device import call_peak_mb, call_seconds, measure_ceilings
-from decode_orders import Decoding, make_decoding, orders
+from cases import BRATS_256, DEBUG, DEMO, GUIDED_DIFFUSION, Case, arithmetic, meta_net
+from harness import ABOUT, Benchmark, positive
+from measure import alternate, matrix_product_flop, peaks_mb, seconds_of
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from train_results import Circumstances, append_rows, check_columns, circumstances
-from train_setup import Case
 
-RESULTS = Path(__file__).parent / "results" / "decode.csv"
-PACKAGES = ("numpy", "torch", "monai")
-CASES = (train_setup.DEMO, train_setup.BRATS_256, train_setup.GUIDED_DIFFUSION)
+from cldf_dist.config import Config
+from cldf_dist.inference.score_maps import prototype_scores
+from cldf_dist.method.features import tap_shapes
+from cldf_dist.method.prototypes import prototype_score
+from cldf_dist.nets.decoder import PixelDecoder
+
+# times and work are per slice, the peak is of the whole batch; features are those of a pixel:
+# timesteps times channels, over all taps
+COLUMNS = (
+    *ABOUT,
+    *("config", "implementation", "image_size", "batch_size", "features", "hidden", "embedding"),
+    "rounds",
+    *("floor_gflop", "floor_mb"),  # features read once, scores written once
+    "floor_ms",  # the longer of the two, at the rates measured in the same run
+    "gflop",  # of the matrix products
+    "max_difference",  # of scores, from the naive order's
+    "times_floor",
+    "over_naive",  # its time over this one's, the median of the rounds
+    "peak_mb",
+    *("cpu_ms", "cpu_min_ms", "cpu_max_ms"),  # user and system; median of the rounds
+    "device_ms",
+)
 TILE_PIXELS = (4_096, 16_384, 65_536)
 LARGEST_DIFFERENCE = 1e-4  # of scores in [0, 1], between two orders
 COPIED_BYTES = 2**28
+Calls = Mapping[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
-class Row(Circumstances):
-    """One line of the CSV; empty where nothing was measured. Times and work are per slice."""
+class Decoding:
+    """A decoder with its prototypes (2, embedding), and made-up taps of some slices."""
 
-    config: str
-    implementation: str
-    image_size: int  # pixels
-    batch_size: int  # slices
-    features: int  # of a pixel: noise levels times channels, over all taps
-    hidden: int
-    embedding: int
-    rounds: int
-    floor_gflop: float
-    floor_mb: float  # features read once, scores written once
-    floor_ms: float  # the longer of the two, at the rates measured in the same run
-    gflop: float  # of the matrix products
-    max_difference: float  # of scores, from the naive order's
-    times_floor: float
-    over_naive: float  # its time over ours, the median of the rounds
-    peak_mb: float  # of the whole batch
-    cpu_ms: float | None = None  # user and system; median of the rounds
-    cpu_min_ms: float | None = None
-    cpu_max_ms: float | None = None
-    device_ms: float | None = None
+    decoder: PixelDecoder
+    prototypes: Tensor
+    taps: Mapping[str, Tensor]  # (slices, channels, height, width)
+    side: int  # of a slice, pixels
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
 
-@dataclass(frozen=True)
-class Rates:
-    """What the device does in a second."""
+    @property
+    def floor_flop(self) -> int:
+        """Of one slice: the first layer at the taps' own resolutions, the others at each pixel.
 
-    flop: float  # of a large float32 matrix product
-    bytes: float  # read and written, of a large copy
+        Upsampling, activations and the comparison with the prototypes are left out.
+        """
+        hidden, embedding = self.decoder.first.out_features, len(self.prototypes[0])
+        first = sum(tap[0].numel() for tap in self.taps.values()) * hidden
+        return 2 * (first + self.side**2 * hidden * (hidden + embedding))
 
-    def floor_seconds(self, work: Decoding) -> float:
-        return max(work.floor_flop / self.flop, work.floor_bytes / self.bytes)
+    @property
+    def floor_bytes(self) -> int:
+        """Of one slice: each feature is read once, each score written once."""
+        return sum(tap[0].nbytes for tap in self.taps.values()) + 4 * self.side**2
 
 
 def main() -> None:
-    """Measure every net in every order, print a table, append the rows."""
-    arguments = _parse_arguments()
-    try:
-        check_columns(arguments.output, Row)
-    except ValueError as error:
-        sys.exit(f"bench_decode.py: {error}")
-    torch.set_num_threads(1)
-    device = torch.device(arguments.device)
-    about = circumstances(device, script="bench_decode.py", packages=PACKAGES)
-    print(f"{about.device}; {about.versions}")
-    with train_setup.arithmetic(tf32=False), torch.no_grad():
-        rates = _measure_rates(device, tiny=arguments.tiny)
-        print(f"matrix product {rates.flop / 1e9:.4g} GFLOP/s, copy {rates.bytes / 1e9:.3g} GB/s")
-        for case in [train_setup.DEBUG] if arguments.tiny else CASES:
-            for row in _measure(case, arguments, about, rates):
-                _print(row)
-                append_rows(arguments.output, [row])
-    print(f"\nrows appended to {arguments.output}")
+    """Measure every net in every order, append the rows."""
+    bench = Benchmark(__file__, __doc__, COLUMNS, packages=("numpy", "torch", "monai"))
+    bench.shared_options("device", "tiny")
+    bench.numbers(slices=(2, "decoded at once"), rounds=(5, "of which the median counts"))
+    bench.option("--tile-pixels", type=positive(int), nargs="+", default=TILE_PIXELS, metavar="N")
+    arguments = bench.parse()
+    bench.begin()
+    with arithmetic(tf32=False), torch.no_grad():
+        flop = matrix_product_flop(bench.device, "fp32", tiny=arguments.tiny)
+        copied = _copied_bytes(bench.device, COPIED_BYTES // (64 if arguments.tiny else 1))
+        print(f"matrix product {flop / 1e9:.4g} GFLOP/s, copy {copied / 1e9:.3g} GB/s")
+        for case in [DEBUG] if arguments.tiny else [DEMO, BRATS_256, GUIDED_DIFFUSION]:
+            _measure(bench, case, flop, copied)
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for name, default, what in (
-        ("slices", 2, "decoded at once"),
-        ("rounds", 5, "of which the median counts"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default %(default)s"
-        )
-    parser.add_argument("--tile-pixels", type=int, nargs="+", default=TILE_PIXELS, metavar="N")
-    parser.add_argument("--tiny", action="store_true", help="the debug net: does it run?")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
-    arguments = parser.parse_args()
-    for name in ("slices", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be >= 1, got {getattr(arguments, name)}")
-    if min(arguments.tile_pixels) < 1:
-        parser.error(f"--tile-pixels must be >= 1, got {min(arguments.tile_pixels)}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    return arguments
-
-
-def _measure_rates(device: torch.device, *, tiny: bool) -> Rates:
-    flop = measure_ceilings(device, tiny=tiny).flop["fp32"]
-    source = torch.ones(COPIED_BYTES // (64 if tiny else 1), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = min(call_seconds(device, lambda: target.copy_(source)) for _ in range(5))
-    return Rates(flop, 2 * source.nbytes / seconds)
-
-
-def _measure(
-    case: Case, arguments: argparse.Namespace, about: Circumstances, rates: Rates
-) -> Iterator[Row]:
-    """The rows of one net; the first look at each order also counts and compares."""
-    config, device = case.config(), torch.device(arguments.device)
-    work = make_decoding(config, arguments.slices, device)
-    floor_gflop, floor_mb = work.floor_flop / 1e9, work.floor_bytes / 1e6
-    floor = rates.floor_seconds(work)
-    print(
-        f"\n{case.name}: {work.decoder.num_features} features a pixel\n"
-        f"floor: {floor_gflop:.4g} GFLOP and {floor_mb:.4g} MB a slice, {1000 * floor:.4g} ms",
-        flush=True,
-    )
-    calls = orders(work, list(arguments.tile_pixels))
-    flop, differences = _compare(calls)
-    seconds = _alternate(calls, device, arguments.rounds)
-    naive = next(iter(seconds.values()))
-    for name, found in seconds.items():
-        milliseconds = [1000 * value / work.num_slices for value in found]
-        yield Row(
-            **asdict(about),
+def _measure(bench: Benchmark, case: Case, flop: float, copied: float) -> None:
+    """The rows of one net; `flop` and `copied` bytes are those of a second."""
+    arguments, config, device = bench.arguments, case.config(), bench.device
+    count = arguments.slices
+    work = make_decoding(config, count, device)
+    floor_ms = 1000 * max(work.floor_flop / flop, work.floor_bytes / copied)
+    floor = {
+        "floor_gflop": work.floor_flop / 1e9,
+        "floor_mb": work.floor_bytes / 1e6,
+        "floor_ms": floor_ms,
+    }
+    print(f"\n{case.name}: {work.decoder.num_features} features a pixel")
+    print(f"floor: {work.floor_flop / 1e9:.4g} GFLOP, {floor_ms:.4g} ms a slice", flush=True)
+    calls = orders(work, arguments.tile_pixels)
+    compared = compare(calls)
+    timed = {name: partial(seconds_of, device, call) for name, call in calls.items()}
+    found = {
+        name: [1000 * seconds / count for (seconds,) in rounds]
+        for name, rounds in alternate(timed, arguments.rounds, warmup=1).items()
+    }
+    naive = next(iter(found.values()))
+    for name, milliseconds in found.items():
+        median = statistics.median(milliseconds)
+        cpu = {"cpu_ms": median, "cpu_min_ms": min(milliseconds), "cpu_max_ms": max(milliseconds)}
+        flops, difference = compared[name]
+        bench.add(
             config=case.name,
             implementation=name,
             image_size=work.side,
-            batch_size=work.num_slices,
+            batch_size=count,
             features=work.decoder.num_features,
             hidden=config.decoder.hidden,
             embedding=config.decoder.embedding,
             rounds=arguments.rounds,
-            floor_gflop=floor_gflop,
-            floor_mb=floor_mb,
-            floor_ms=1000 * floor,
-            gflop=flop[name] / work.num_slices / 1e9,
-            max_difference=differences[name],
-            times_floor=statistics.median(milliseconds) / (1000 * floor),
-            over_naive=statistics.median(n / own for n, own in zip(naive, found, strict=True)),
-            peak_mb=call_peak_mb(device, calls[name]),
-            **_times(device, milliseconds),
+            **floor,
+            gflop=flops / count / 1e9,
+            max_difference=difference,
+            times_floor=median / floor_ms,
+            over_naive=statistics.median(n / own for n, own in zip(naive, milliseconds)),
+            peak_mb=peaks_mb(device, calls[name])[0],
+            **({"device_ms": median} if device.type == "cuda" else cpu),
         )
 
 
-def _times(device: torch.device, milliseconds: list[float]) -> dict[str, float]:
-    median = statistics.median(milliseconds)
-    if device.type == "cuda":
-        return {"device_ms": median}
-    return {"cpu_ms": median, "cpu_min_ms": min(milliseconds), "cpu_max_ms": max(milliseconds)}
+def make_decoding(config: Config, num_slices: int, device: torch.device) -> Decoding:
+    """What `segment` would decode with these settings; weights and features are random."""
+    torch.manual_seed(0)
+    side = config.data.image_size
+    shapes = tap_shapes(meta_net(config), side, config.features, config.cam.channels)
+    taps = {
+        name: torch.randn(num_slices, levels * channels, height, width, device=device)
+        for name, (levels, channels, height, width) in shapes.items()
+    }
+    channels = {name: tap.shape[1] for name, tap in taps.items()}
+    decoder = PixelDecoder(channels, config.decoder.hidden, config.decoder.embedding)
+    decoder.standardise(torch.randn(decoder.num_features), torch.rand(decoder.num_features) + 0.5)
+    prototypes = functional.normalize(torch.randn(2, config.decoder.embedding), dim=1)
+    return Decoding(decoder.to(device).eval(), prototypes.to(device), taps, side)
 
 
-def _compare(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, int], dict[str, float]]:
-    """FLOPs of each order, and how far its scores are from the first one's."""
-    flop, differences = {}, {}
+def orders(work: Decoding, tile_pixels: Sequence[int]) -> Calls:
+    """Ways from the taps to score maps (slices, height, width), by name, the naive order first."""
+    tiled = {
+        f"ours, tiles of {pixels} pixels": partial(
+            prototype_scores,
+            work.decoder,
+            work.prototypes,
+            work.taps,
+            work.size,
+            tile_pixels=pixels,
+        )
+        for pixels in tile_pixels
+    }
+    naive, whole = partial(_naive, work), partial(_whole, work)
+    return {"upsample, concatenate, project": naive, "ours, whole slices": whole, **tiled}
+
+
+def compare(calls: Calls) -> dict[str, tuple[int, float]]:
+    """FLOPs of each order, and how far its scores are from the first one's.
+
+    Raises RuntimeError where they differ: times of other work are not compared.
+    """
+    found: dict[str, tuple[int, float]] = {}
     expected = None
     for name, call in calls.items():
         with FlopCounterMode(display=False) as counter:
             scores = call()
-        flop[name] = counter.get_total_flops()
         expected = scores if expected is None else expected
-        differences[name] = (scores - expected).abs().max().item()
-        if not differences[name] <= LARGEST_DIFFERENCE:
-            raise RuntimeError(f"{name} gives scores that differ by up to {differences[name]:.3g}")
-    return flop, differences
+        difference = (scores - expected).abs().max().item()
+        if not difference <= LARGEST_DIFFERENCE:
+            raise RuntimeError(f"{name} gives scores that differ by up to {difference:.3g}")
+        found[name] = counter.get_total_flops(), difference
+    return found
 
 
-def _alternate(
-    calls: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each order, a round after the other; the first one is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            found = call_seconds(device, call)
-            if number:
-                seconds[name].append(found)
-    return seconds
+def _naive(work: Decoding) -> Tensor:
+    """Standardisation is folded into the first layer, as in ours: it would only cost more."""
+    decoder = work.decoder
+    upsampled = [
+        functional.interpolate(work.taps[name], work.size, mode="bilinear", align_corners=False)
+        for name in decoder.tap_channels
+    ]
+    weight = decoder.first.weight / decoder.std
+    bias = decoder.first.bias - weight @ decoder.mean
+    hidden = functional.conv2d(torch.cat(upsampled, dim=1), weight[:, :, None, None], bias)
+    embedding = functional.normalize(decoder.rest(hidden.movedim(1, -1)), dim=-1)
+    return prototype_score(embedding, work.prototypes)
 
 
-def _print(row: Row) -> None:
-    milliseconds = row.device_ms if row.cpu_ms is None else row.cpu_ms
-    print(
-        f"{row.implementation:<32}{milliseconds:>10.4g} ms{row.times_floor:>8.3g} x floor"
-        f"{row.over_naive:>8.3g} x as fast{row.peak_mb:>9.4g} MB{row.gflop:>8.4g} GFLOP",
-        flush=True,
-    )
+def _whole(work: Decoding) -> Tensor:
+    embedding = work.decoder.embed_maps(work.taps, work.size)
+    return prototype_score(embedding.movedim(1, -1), work.prototypes)
+
+
+def _copied_bytes(device: torch.device, count: int) -> float:
+    """Bytes read and written in a second of a large copy."""
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = min(seconds_of(device, lambda: target.copy_(source))[0] for _ in range(5))
+    return 2 * count / seconds
 
 
 if __name__ == "__main__":

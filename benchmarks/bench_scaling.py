@@ -12,189 +12,113 @@ appended to --output.
     python benchmarks/bench_scaling.py --parts predict --config configs/brats.yaml
 """
 
-import argparse
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scaling_files
 import scaling_launches
 import scaling_table
-import torch
-import train_setup
-from bench_stages import TRAININGS
-from contrast_device import call_seconds
-from stage_work import write_slices
-from train_results import Circumstances, append_rows, check_columns, circumstances
-from train_setup import Case
+from cases import BRATS, DEBUG, DEMO, ROOT, Case, num_channels
+from harness import ABOUT, RESULTS, Benchmark
+from made_up import write_slices
+from measure import CPU, seconds_of
+from stage_work import SECTIONS
 
 from cldf_dist.config import Config
-from cldf_dist.data.readers import datasets
 from cldf_dist.data.stream import LabelledSlices, Stream
 
-RESULTS = Path(__file__).parent / "results" / "scaling.csv"
-STAGE_RESULTS = Path(__file__).parent / "results" / "stages.csv"
+COLUMNS = (
+    *ABOUT,
+    *("part", "config", "what", "processes"),
+    *("batch_size", "count"),  # the global one; of steps, slices or calls
+    *("median_ms", "min_ms", "cpu_ms"),  # of the steps, by the wall's clock; of one process, median
+    *("predicted_median_ms", "predicted_min_ms", "predicted_cpu_ms"),  # by the model
+    *("error_median_ms", "error_min_ms", "error_cpu_ms"),  # predicted / measured - 1
+    *("bytes", "bytes_per_second", "slices_per_second"),
+)
 PACKAGES = ("numpy", "torch", "accelerate", "monai", "zarr")
-PARTS = ("check", "loader", "files", "predict")
-NETS = {"debug": train_setup.DEBUG, "demo": train_setup.DEMO}
+NETS = {"debug": DEBUG, "demo": DEMO}
 LOADED = (
-    train_setup.BRATS,
-    Case(train_setup.BRATS.files, ("data.image_size=256",)),
+    BRATS,
+    Case(BRATS.files, ("data.image_size=256",)),
     Case(("configs/chaos_liver.yaml",)),
 )
 LOADED_SLICES = 64
-COUNTED = ("prepare", *TRAININGS, "cache", "train-decoder", "segment")
-
-
-@dataclass(frozen=True)
-class Row(Circumstances):
-    """One line of the CSV; empty where it means nothing."""
-
-    part: str
-    config: str
-    what: str
-    processes: int
-    batch_size: int | None = None  # global
-    count: int | None = None  # of steps, slices or calls
-    median_ms: float | None = None  # of the steps, by the clock on the wall
-    min_ms: float | None = None
-    cpu_ms: float | None = None  # user and system, of one process; the median
-    predicted_median_ms: float | None = None  # by the model
-    predicted_min_ms: float | None = None
-    predicted_cpu_ms: float | None = None
-    error_median_ms: float | None = None  # predicted / measured - 1
-    error_min_ms: float | None = None
-    error_cpu_ms: float | None = None
-    bytes: int | None = None
-    bytes_per_second: float | None = None
-    slices_per_second: float | None = None
+COUNTED = ("prepare", *SECTIONS, "cache", "train-decoder", "segment")
 
 
 def main() -> None:
-    """Measure the parts that were asked for, print, append the rows."""
-    arguments = _parse_arguments()
-    try:
-        check_columns(arguments.output, Row)
-    except ValueError as error:
-        sys.exit(f"bench_scaling.py: {error}")
-    torch.set_num_threads(1)
-    about = circumstances(torch.device("cpu"), script="bench_scaling.py", packages=PACKAGES)
-    print(f"{about.device}; {about.versions}")
-    measure: dict[str, Callable[..., Iterator[Row]]] = {
-        "check": _check,
-        "loader": _loader,
-        "files": _files,
-    }
-    for part in arguments.parts:
-        if part == "predict":
-            print(scaling_table.predictions(arguments.config, arguments.stages))
-            continue
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            for row in measure[part](arguments, about, Path(folder)):
-                _print(row)
-                append_rows(arguments.output, [row])
-    if set(arguments.parts) != {"predict"}:
-        print(f"\nrows appended to {arguments.output}")
+    """Measure the parts that were asked for, append the rows."""
+    parts = {"check": _check, "loader": _loader, "files": _files, "predict": _predict}
+    bench = Benchmark(__file__, __doc__, COLUMNS, PACKAGES)
+    bench.option("--parts", choices=parts, nargs="+", default=list(parts))
+    bench.option("--nets", choices=NETS, nargs="+", default=list(NETS), help="of the check")
+    bench.numbers(steps=(10, "of each launch, that count"), rounds=(3, "launches of each kind"))
+    bench.option("--config", nargs="+", default=list(BRATS.files), help="of the predictions")
+    stages = RESULTS / "stages.csv"
+    bench.option("--stages", type=Path, default=stages, help="rows to predict from")
+    bench.shared_options("tiny", "folder")
+    bench.parse()
+    bench.begin()
+    bench.run_parts(parts)
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--nets", choices=NETS, nargs="+", default=list(NETS), help="of the check")
-    parser.add_argument("--steps", type=int, default=10, help="of each launch, that count")
-    parser.add_argument("--rounds", type=int, default=3, help="launches of each kind")
-    parser.add_argument(
-        "--tiny", action="store_true", help="small slices and one stage: does it run?"
-    )
-    parser.add_argument(
-        "--config", nargs="+", default=list(train_setup.BRATS.files), help="of the predictions"
-    )
-    parser.add_argument("--stages", type=Path, default=STAGE_RESULTS, help="rows to predict from")
-    parser.add_argument("--folder", type=Path, help="where runs are written, then removed")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
-    arguments = parser.parse_args()
-    for name in ("steps", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be >= 1, got {getattr(arguments, name)}")
-    return arguments
-
-
-def _check(arguments: argparse.Namespace, about: Circumstances, folder: Path) -> Iterator[Row]:
+def _check(bench: Benchmark, folder: Path) -> None:
     """Steps of one process, then of two with the same batch and with twice as much."""
-    for case in [NETS[name] for name in arguments.nets]:
-        found = scaling_launches.measure(case, arguments.steps, arguments.rounds, folder)
-        for line in scaling_launches.compare(case, found):
-            yield Row(**asdict(about), part="check", config=case.name, **line)
+    given = bench.arguments
+    for case in [NETS[name] for name in given.nets]:
+        found = scaling_launches.measure(case, given.steps, given.rounds, folder)
+        for columns in scaling_launches.compare(case, found):
+            bench.add(part="check", config=case.name, **columns)
 
 
-def _loader(arguments: argparse.Namespace, about: Circumstances, folder: Path) -> Iterator[Row]:
+def _loader(bench: Benchmark, folder: Path) -> None:
     """The training stream, read and changed at random, on one core."""
-    for number, case in enumerate([train_setup.DEBUG] if arguments.tiny else LOADED):
-        config = case.config(f"runs={folder}")
-        seconds = _seconds_per_slice(config, folder / str(number), LOADED_SLICES)
-        side, channels = config.data.image_size, len(datasets.channels(config.data))
-        yield Row(
-            **asdict(about),
+    for number, case in enumerate([DEBUG] if bench.arguments.tiny else LOADED):
+        config = case.config_in(folder)
+        seconds = _seconds_per_slice(config, folder / str(number))
+        bench.add(
             part="loader",
             config=case.name,
             what="training stream, one core, pages in memory",
             processes=1,
             count=LOADED_SLICES,
             cpu_ms=1000 * seconds,
-            bytes=2 * channels * side**2,
+            bytes=2 * num_channels(config) * config.data.image_size**2,
             slices_per_second=1 / seconds,
         )
 
 
-def _seconds_per_slice(config: Config, folder: Path, count: int) -> float:
+def _seconds_per_slice(config: Config, folder: Path) -> float:
     """CPU time; the median of eight batches."""
-    items = LabelledSlices(
-        write_slices(config, folder, count).tables[0], config.diffusion.augment, config.seed
-    )
-    batches = Stream(items, items.groups, config.seed).batches(0, batch_size=count // 4)
-    cpu = torch.device("cpu")
-    seconds = [call_seconds(cpu, lambda: next(batches)) for _ in range(9)]
-    return statistics.median(seconds[1:]) / (count // 4)
+    table = write_slices(config, folder, LOADED_SLICES).tables[0]
+    items = LabelledSlices(table, config.diffusion.augment, config.seed)
+    size = LOADED_SLICES // 4
+    batches = Stream(items, items.groups, config.seed).batches(0, batch_size=size)
+    seconds = seconds_of(CPU, *[lambda: next(batches)] * 9)
+    return statistics.median(seconds[1:]) / size
 
 
-def _files(arguments: argparse.Namespace, about: Circumstances, folder: Path) -> Iterator[Row]:
+def _files(bench: Benchmark, folder: Path) -> None:
     """Each stage of the debug run, on one process and on two."""
     if not scaling_files.can_count():
         print("files: left out, there is no strace")
         return
     for processes in (1, 2):
-        environment = scaling_launches.environment(processes)
+        environment = scaling_launches.environment()
         runs = folder / str(processes)
-        for stage in COUNTED[:1] if arguments.tiny else COUNTED:
-            command = scaling_launches.command(
-                processes, "-m", "cldf_dist", stage, str(train_setup.ROOT / "configs/debug.yaml"),
-                f"runs={runs}", "tracking.enabled=false",
-            )  # fmt: skip
+        words = [str(ROOT / "configs/debug.yaml"), f"runs={runs}", "tracking.enabled=false"]
+        for stage in COUNTED[:1] if bench.arguments.tiny else COUNTED:
+            command = scaling_launches.command(processes, "-m", "cldf_dist", stage, *words)
             counts = scaling_files.count_calls(command, runs, folder / "log", environment)
-            for place, kinds in counts.items():
-                for kind, count in kinds.items():
-                    what = f"{stage}: {kind}, {place}"
-                    yield Row(
-                        **asdict(about),
-                        part="files",
-                        config=train_setup.DEBUG.name,
-                        what=what,
-                        processes=processes,
-                        count=count,
-                    )
+            for (place, kind), count in counts.items():
+                what = f"{stage}: {kind}, {place}"
+                about = {"part": "files", "config": DEBUG.name, "what": what}
+                bench.add(**about, processes=processes, count=count)
 
 
-def _print(row: Row) -> None:
-    named = {*Circumstances.__annotations__, "part", "config", "what"}
-    shown = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in asdict(row).items()
-        if value is not None and name not in named
-    ]
-    print(f"{row.config}: {row.what}: {', '.join(shown)}", flush=True)
+def _predict(bench: Benchmark, folder: Path) -> None:
+    print(scaling_table.predictions(bench.arguments.config, bench.arguments.stages))
 
 
 if __name__ == "__main__":

@@ -10,29 +10,33 @@ differences within a round. Rows are appended to --output.
     python benchmarks/bench_start.py --running-cluster --folder /scratch/me/start
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import torch
-from train_results import Circumstances, append_rows, check_columns, circumstances
+from harness import ABOUT, Benchmark
+from measure import alternate
 
+COLUMNS = (
+    *ABOUT,
+    *("nodes", "rounds", "bare_s", "stage_s", "over_bare_s", "over_bare_max_s"),
+    *("tracked_s", "tracked_over_bare_s"),  # the same with MLflow's local store
+)
+PACKAGES = ("torch", "triton", "monai", "accelerate", "xformers", "mlflow-skinny", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "start.csv"
 PATIENCE = 300.0  # seconds
 BARE = """#!/usr/bin/env bash
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-export {variables}
+export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
 srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 bash -c 'exec {python} \\
     -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" --config_file {hardware} \\
     --num_machines {nodes} --num_processes {nodes} --main_process_ip '"$address"' \\
@@ -40,67 +44,52 @@ srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 bash -c 'exec {python}
 """
 
 
-@dataclass(frozen=True)
-class Row(Circumstances):
-    """One line of the CSV."""
-
-    nodes: int
-    rounds: int
-    bare_s: float
-    stage_s: float
-    over_bare_s: float
-    over_bare_max_s: float
-    tracked_s: float  # the same with MLflow's local store
-    tracked_over_bare_s: float
-
-
 def main() -> None:
-    """Measure, print, append a row."""
-    arguments = _parse_arguments()
-    check_columns(arguments.output, Row)
-    with (
-        tempfile.TemporaryDirectory(dir=arguments.folder) as folder,
-        _cluster(Path(folder), arguments.running_cluster),
-    ):
-        row = _measure(Path(folder), arguments.nodes, arguments.rounds, arguments.warmup)
-    for name, value in asdict(row).items():
-        if name.endswith("_s"):
-            print(f"{name:<20} {value:6.1f}")
-    append_rows(arguments.output, [row])
-
-
-def _measure(folder: Path, nodes: int, rounds: int, warmup: int) -> Row:
-    config = str(ROOT / "configs" / "debug.yaml")
-    words = [config, f"runs={folder}", "cam.fit.steps=1", "cam.fit.log_every=1"]
-    prepared = [sys.executable, "-m", "cldf_dist", "prepare", *words, "tracking.enabled=false"]
-    subprocess.run([*prepared, "name=prepared"], cwd=ROOT, check=True, capture_output=True)
-    bare, stage, tracked = [], [], []
-    for number in range(warmup + rounds):
-        bare.append(_bare(folder, nodes, number))
-        stage.append(_stage(folder, nodes, f"plain{number}", [*words, "tracking.enabled=false"]))
-        tracked.append(_stage(folder, nodes, f"tracked{number}", words))
-    bare, stage, tracked = bare[warmup:], stage[warmup:], tracked[warmup:]
-    over = [mine - least for mine, least in zip(stage, bare, strict=True)]
-    tracked_over = [mine - least for mine, least in zip(tracked, bare, strict=True)]
-    return Row(
-        **asdict(circumstances(torch.device("cpu"), script="bench_start.py")),
-        nodes=nodes,
-        rounds=rounds,
-        bare_s=round(statistics.median(bare), 2),
-        stage_s=round(statistics.median(stage), 2),
-        over_bare_s=round(statistics.median(over), 2),
-        over_bare_max_s=round(max(over), 2),
-        tracked_s=round(statistics.median(tracked), 2),
-        tracked_over_bare_s=round(statistics.median(tracked_over), 2),
+    """Measure, append a row."""
+    bench = Benchmark(__file__, __doc__, COLUMNS, PACKAGES)
+    bench.numbers(nodes=(2, "of a job"), rounds=(3, "of which the median counts"))
+    bench.option("--warmup", type=int, default=1, help="rounds first, to read the files")
+    bench.option("--running-cluster", action="store_true", help="submit to this one")
+    bench.shared_options("folder")  # on a cluster one that all nodes see
+    arguments = bench.parse()
+    bench.begin()
+    with bench.folder() as folder, _cluster(folder, arguments.running_cluster):
+        seconds = _measure(folder, arguments.nodes, arguments.rounds, arguments.warmup)
+    bare, stage, tracked = seconds.values()
+    over = [more - less for more, less in zip(stage, bare, strict=True)]
+    tracked_over = [more - less for more, less in zip(tracked, bare, strict=True)]
+    bench.add(
+        nodes=arguments.nodes,
+        rounds=arguments.rounds,
+        bare_s=statistics.median(bare),
+        stage_s=statistics.median(stage),
+        over_bare_s=statistics.median(over),
+        over_bare_max_s=max(over),
+        tracked_s=statistics.median(tracked),
+        tracked_over_bare_s=statistics.median(tracked_over),
     )
 
 
+def _measure(folder: Path, nodes: int, rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of the bare script, of the stage, and of the stage with tracking."""
+    config = str(ROOT / "configs" / "debug.yaml")
+    words = [config, f"runs={folder}", "cam.fit.steps=1", "cam.fit.log_every=1"]
+    untracked = "tracking.enabled=false"
+    prepared = [sys.executable, "-m", "cldf_dist", "prepare", *words, untracked, "name=prepared"]
+    subprocess.run(prepared, cwd=ROOT, check=True, capture_output=True)
+    jobs = count()
+    calls = {
+        "bare": lambda: _bare(folder, nodes, next(jobs)),
+        "stage": lambda: _stage(folder, nodes, next(jobs), [*words, untracked]),
+        "tracked": lambda: _stage(folder, nodes, next(jobs), words),
+    }
+    return alternate(calls, rounds, warmup)
+
+
 def _bare(folder: Path, nodes: int, number: int) -> float:
-    output = folder / f"bare{number}"
-    script = folder / f"bare{number}.sbatch"
+    output, script = folder / f"bare{number}", folder / f"bare{number}.sbatch"
     script.write_text(
         BARE.format(
-            variables="OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true",
             nodes=nodes,
             python=sys.executable,
             hardware=ROOT / "configs" / "accelerate" / "cpu.yaml",
@@ -110,41 +99,35 @@ def _bare(folder: Path, nodes: int, number: int) -> float:
         )
     )
     begin = time.time()
-    _submit(folder, f"--nodes={nodes}", str(script))
-    _wait_for(output)
+    _run_job(output, folder, nodes, str(script))
     return float(output.read_text()) - begin
 
 
-def _stage(folder: Path, nodes: int, name: str, words: list[str]) -> float:
+def _stage(folder: Path, nodes: int, number: int, words: list[str]) -> float:
+    name = f"stage{number}"
     (folder / name).mkdir()
     (folder / name / "prepare").symlink_to(folder / "prepared" / "prepare")
     metrics = folder / name / "train-cam" / "metrics.jsonl"
     begin = time.time()
-    _submit(folder, f"--nodes={nodes}", "slurm/stage.sbatch", "train-cam", *words, f"name={name}")
-    _wait_for(metrics)
-    first = float(json.loads(metrics.read_text().splitlines()[0])["time"])
-    return first - begin
+    _run_job(metrics, folder, nodes, "slurm/stage.sbatch", "train-cam", *words, f"name={name}")
+    first = json.loads(metrics.read_text().splitlines()[0])
+    return float(first["time"]) - begin
 
 
-def _submit(folder: Path, *words: str) -> None:
-    """Submit a job and come back when nothing of it is needed any more: the next one waits."""
-    output = f"--output={folder}/job-%j.log"
-    subprocess.run(["sbatch", output, *words], cwd=ROOT, check=True, capture_output=True)
-
-
-def _wait_for(path: Path) -> None:
-    """Wait until a file holds something and no job is left."""
+def _run_job(output: Path, folder: Path, nodes: int, *words: str) -> None:
+    """Submit a job; returns when its output holds something and no job is left."""
+    submit = ["sbatch", f"--output={folder}/job-%j.log", f"--nodes={nodes}", *words]
+    run = partial(subprocess.run, cwd=ROOT, check=True, capture_output=True, text=True)
+    run(submit)
     until = time.monotonic() + PATIENCE
-    while not (path.exists() and path.stat().st_size) or _queued():
+    while (
+        not (output.exists() and output.stat().st_size)
+        or run(["squeue", "--noheader", "--me"]).stdout.strip()
+    ):
         if time.monotonic() > until:
-            logs = sorted(path.parent.rglob("job-*.log"))
-            raise TimeoutError(f"no {path}: {logs[-1].read_text() if logs else 'no job started'}")
+            logs = sorted(folder.rglob("job-*.log"))
+            raise TimeoutError(f"no {output}: {logs[-1].read_text() if logs else 'not started'}")
         time.sleep(0.2)
-
-
-def _queued() -> bool:
-    words = ["squeue", "--noheader", "--me"]
-    return bool(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
 
 
 @contextmanager
@@ -157,26 +140,14 @@ def _cluster(folder: Path, running: bool) -> Iterator[None]:
         yield
         return
     script = str(ROOT / "tests" / "slurm" / "cluster.sh")
-    (folder / "cluster.env").write_text("")
-    os.environ.update(
-        SLURM_CONF=str(folder / "slurm.conf"), CLDF_CLUSTER_ENV=str(folder / "cluster.env")
-    )
+    variables = folder / "cluster.env"
+    variables.write_text("")
+    os.environ.update(SLURM_CONF=str(folder / "slurm.conf"), CLDF_CLUSTER_ENV=str(variables))
     subprocess.run([script, "start", str(folder)], check=True, capture_output=True)
     try:
         yield
     finally:
         subprocess.run([script, "stop", str(folder)], check=False, capture_output=True)
-
-
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds first, to read the files")
-    parser.add_argument("--folder", help="for runs and logs; on a cluster one that all nodes see")
-    parser.add_argument("--running-cluster", action="store_true", help="submit to this one")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -9,190 +9,189 @@ what a training gets from it, float32 batches. One CSV row per reader and state 
     OMP_NUM_THREADS=1 python benchmarks/bench_stream.py --slices 2048 --image-size 128
 """
 
-import argparse
-import csv
-import importlib.metadata
-import platform
-import re
-import shlex
-import subprocess
-import sys
-import tempfile
-from dataclasses import astuple, dataclass, fields
-from datetime import UTC, datetime
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
-from contrast_device import device_name
-from stream_readers import COLD, FLOOR, WARM, Reader, Sizes, make_readers
+import numpy as np
+import numpy.typing as npt
+import webdataset
+from harness import Benchmark
+from made_up import write_tars
+from reading import COLD, WARM, Reader, measure_readers
 
-RESULTS = Path(__file__).parent / "results" / "stream.csv"
+from cldf_dist.data.shards.table import ShardSet, SliceTable
+from cldf_dist.data.slices import STEPS, dequantise
+from cldf_dist.data.stream import LabelledSlices, Stream
+
+# times and bytes are per slice; CPU time is user and system
+COLUMNS = (
+    *("date", "commit", "command", "device", "versions"),
+    *("implementation", "pages", "slices", "channels", "image_size", "file_bytes"),
+    *("cpu_ms", "ratio_to_floor", "wall_ms"),
+)
 PACKAGES = ("numpy", "torch", "webdataset", "litdata", "google-crc32c")
+FLOOR = "read() of the tars"
+BLOCK = 2**18  # bytes of the floor's buffer: it fits into the second-level cache
+BATCH = 32
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the CSV; times and bytes are per slice."""
+class Sizes:
+    """How many slices of what size, and how they are packed."""
 
-    date: str
-    commit: str
-    command: str
-    device: str
-    versions: str
-    implementation: str
-    pages: str  # cold or warm
-    slices: int
-    channels: int
+    num_slices: int
+    num_channels: int
     image_size: int
-    file_bytes: int
-    cpu_ms: float  # user and system
-    ratio_to_floor: float
-    wall_ms: float
+    slices_per_shard: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.num_channels, self.image_size, self.image_size)
 
-COLUMNS = [column.name for column in fields(Row)]
+    def stored(self) -> Iterator[npt.NDArray[np.int16]]:
+        """The slices: noise, since nothing here compresses; never below -1 of the range."""
+        source = np.random.default_rng(0)
+        for _ in range(self.num_slices):
+            yield source.integers(-STEPS, STEPS, self.shape, np.int16, endpoint=True)
 
 
 def main() -> None:
     """Write the slices in every form, measure, append the rows."""
-    arguments = _parse_arguments()
-    try:
-        _check_columns(arguments.output)
-    except ValueError as error:
-        sys.exit(f"bench_stream.py: {error}")
-    torch.set_num_threads(1)
-    sizes = Sizes(
-        arguments.slices, arguments.channels, arguments.image_size, arguments.slices_per_shard
+    bench = Benchmark(__file__, __doc__, COLUMNS, PACKAGES)
+    bench.numbers(
+        slices=(512, "how many; multiples of 32 fill every batch"),
+        channels=(4, "of a slice"),
+        image_size=(224, "pixels"),
+        slices_per_shard=(64, "and per chunk of LitData"),
+        rounds=(9, "of which the median counts"),
     )
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        readers = make_readers(Path(folder), sizes)
-        floor = readers[0]
-        print(f"floor: {floor.num_bytes / sizes.num_slices:.0f} bytes per slice of {sizes.shape}")
-        states = _measure(readers, arguments.rounds)
-        rows = [row for state in states for row in _rows(readers, state, sizes)]
-    _print_table(rows)
-    _append(arguments.output, rows)
-    print(f"\nrows appended to {arguments.output}")
+    bench.shared_options("folder")
+    arguments = bench.parse()
+    bench.begin()
+    count = arguments.slices
+    sizes = Sizes(count, arguments.channels, arguments.image_size, arguments.slices_per_shard)
+    with bench.folder() as folder:
+        readers = make_readers(folder, sizes)
+        print(f"floor: {readers[0].num_bytes / count:.0f} bytes per slice of {sizes.shape}")
+        found = measure_readers(readers, (COLD, WARM), arguments.rounds)
+        for state, times in found.items():
+            for reader in readers:
+                if reader.name in times:
+                    cpu, wall = times[reader.name]
+                    bench.add(
+                        implementation=reader.name,
+                        pages=state,
+                        slices=count,
+                        channels=sizes.num_channels,
+                        image_size=sizes.image_size,
+                        file_bytes=round(reader.num_bytes / count),
+                        cpu_ms=1000 * cpu / count,
+                        ratio_to_floor=cpu / times[FLOOR][0],
+                        wall_ms=1000 * wall / count,
+                    )
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default, what in (
-        ("slices", 512, "how many; multiples of 32 fill every batch"),
-        ("channels", 4, "of a slice"),
-        ("image-size", 224, "pixels"),
-        ("slices-per-shard", 64, "and per chunk of LitData"),
-        ("rounds", 9, "of which the median counts"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default %(default)s"
-        )
-    parser.add_argument("--folder", type=Path, help="where the slices are written, then removed")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
-    arguments = parser.parse_args()
-    for name in ("slices", "channels", "image_size", "slices_per_shard", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be >= 1")
-    return arguments
+def make_readers(folder: Path, sizes: Sizes) -> list[Reader]:
+    """Write the slices in every form and return their readers, the floor first.
+
+    LitData is left out, with a word, where it is not installed.
+    """
+    tars = folder / "shards"
+    channels = [str(channel) for channel in range(sizes.num_channels)]
+    write_tars(tars, map(dequantise, sizes.stored()), channels, sizes.slices_per_shard)
+    files = sorted(tars.glob("*.tar"))
+    readers = [
+        Reader(FLOOR, files, lambda: lambda: _read_bytes(files)),
+        Reader("webdataset", files, lambda: lambda: _read_webdataset(files)),
+        _npy_files(folder / "npy", sizes),
+        *_litdata(folder / "litdata", sizes),
+        Reader("ours", files, lambda: _start_ours(tars, sizes)),
+        Reader("ours, float32 batches", files, lambda: _start_batches(tars)),
+    ]
+    expected = readers[1].start()()
+    for reader in readers[2:]:  # a reader that skips slices would be fast
+        if reader.start()() != expected:
+            raise RuntimeError(f"{reader.name} did not read the {sizes.num_slices} slices")
+    return readers
 
 
-def _measure(readers: list[Reader], rounds: int) -> list[str]:
-    """Fill the readers' seconds; the states that could be measured, of the floor at least."""
-    forgetful = [reader.name for reader in readers if reader.forget_pages()]
-    if FLOOR not in forgetful:
-        forgetful = []  # nothing to compare with
-    for reader in readers:
-        if reader.name not in forgetful:
-            print(f"{reader.name}, cold: left out, its pages cannot be dropped from memory")
-        reader.start()()  # into memory, and every cache of the libraries filled
-    for _ in range(rounds):
-        for reader in readers:
-            if reader.name in forgetful and reader.forget_pages():
-                reader.measure(COLD)
-            reader.measure(WARM)
-    return [COLD, WARM] if forgetful else [WARM]
+def _read_bytes(files: list[Path]) -> int:
+    total, buffer = 0, bytearray(BLOCK)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while taken := file.readinto(buffer):
+                total += taken
+    return total
 
 
-def _rows(readers: list[Reader], state: str, sizes: Sizes) -> list[Row]:
-    floor_cpu, _ = readers[0].medians(state)
-    rows = []
-    for reader in readers:
-        if state not in reader.seconds:
-            continue
-        cpu, wall = reader.medians(state)
-        rows.append(
-            Row(
-                date=datetime.now(UTC).date().isoformat(),
-                commit=_commit(),
-                command=_command(),
-                device=device_name(torch.device("cpu")),
-                versions=_versions(),
-                implementation=reader.name,
-                pages=state,
-                slices=sizes.num_slices,
-                channels=sizes.num_channels,
-                image_size=sizes.image_size,
-                file_bytes=round(reader.num_bytes / sizes.num_slices),
-                cpu_ms=_round(1000 * cpu / sizes.num_slices),
-                ratio_to_floor=_round(cpu / floor_cpu),
-                wall_ms=_round(1000 * wall / sizes.num_slices),
-            )
-        )
-    return rows
+def _read_webdataset(files: list[Path]) -> int:
+    samples = webdataset.WebDataset([str(path) for path in files], shardshuffle=False)
+    return sum(_first(np.load(io.BytesIO(sample["image.npy"]))) for sample in samples)
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "none"
+def _npy_files(folder: Path, sizes: Sizes) -> Reader:
+    folder.mkdir()
+    files = [folder / f"{index:06d}.npy" for index in range(sizes.num_slices)]
+    for path, stored in zip(files, sizes.stored(), strict=True):
+        np.save(path, stored)
+    order = np.random.default_rng(0).permutation(len(files))
+
+    def read() -> int:
+        return sum(_first(np.load(files[position])) for position in order)
+
+    return Reader("npy files", files, lambda: read)
 
 
-def _command() -> str:
-    # folders of this machine mean nothing elsewhere
-    words = [re.sub(r"^(--\w+=)?/.*/", r"\1", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/bench_stream.py", *words])
+def _litdata(folder: Path, sizes: Sizes) -> list[Reader]:
+    if importlib.util.find_spec("litdata") is None:
+        print("LitData: left out, litdata is not installed")
+        return []
+    from litdata import StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_size=sizes.slices_per_shard)
+    for index, stored in enumerate(sizes.stored()):
+        cache[index] = {"image": stored, "label": index % 2}
+    cache.done()
+    cache.merge(1)
+
+    def start() -> Callable[[], int]:
+        dataset = StreamingDataset(str(folder))
+        return lambda: sum(_first(item["image"]) for item in dataset)
+
+    return [Reader("LitData", sorted(folder.glob("*.bin")), start)]
 
 
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return " ".join(found)
+def _start_ours(folder: Path, sizes: Sizes) -> Callable[[], int]:
+    """Verified stored arrays, in the order of an epoch, into memory that is there."""
+    table, stream = _open(folder)
+    out = np.empty(sizes.shape, np.int16)
+    rows = [stream.position(number) for number in range(len(table))]
+    return lambda: sum(_first(table.read_stored(row, out)) for row in rows)
 
 
-def _round(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
+def _start_batches(folder: Path) -> Callable[[], int]:
+    """What a training gets: tensors of float32, collated, without augmentation and workers."""
+    table, stream = _open(folder)
+    size = BATCH if len(table) % BATCH == 0 else len(table)  # whole epochs alone
+    batches = islice(stream.batches(0, batch_size=size), len(table) // size)
+    firsts = (batch["image"][:, 0, 0, 0].tolist() for batch in batches)
+    return lambda: sum(round(value * STEPS) for values in firsts for value in values)
 
 
-def _print_table(rows: list[Row]) -> None:
-    print(f"\n{'per slice:':<24}{'':>6}{'CPU ms':>10}{'x floor':>10}{'wall ms':>10}{'bytes':>10}")
-    for row in rows:
-        times = f"{row.cpu_ms:>10.4f}{row.ratio_to_floor:>10.2f}{row.wall_ms:>10.4f}"
-        print(f"{row.implementation:<24}{row.pages:>6}{times}{row.file_bytes:>10}")
+def _open(folder: Path) -> tuple[SliceTable, Stream]:
+    table = ShardSet(folder).split("train")
+    items = LabelledSlices(table, None, 0)
+    return table, Stream(items, items.groups, seed=0)
 
 
-def _check_columns(path: Path) -> None:
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open(newline="") as file:
-        header = next(csv.reader(file))
-    if header != COLUMNS:
-        raise ValueError(
-            f"{path} has the columns {','.join(header)}, not {','.join(COLUMNS)}; "
-            "choose another --output"
-        )
-
-
-def _append(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not file.tell():
-            writer.writerow(COLUMNS)
-        writer.writerows(astuple(row) for row in rows)
+def _first(stored: npt.NDArray[Any]) -> int:
+    return int(stored.flat[0])
 
 
 if __name__ == "__main__":

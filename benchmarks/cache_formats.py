@@ -5,17 +5,15 @@ reading, and the features at some pixels of a slice in the quickest way that its
 """
 
 import importlib.util
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from made_up import fill_store
 from zarr.codecs import Crc32cCodec
 
 from cldf_dist.data.features.pixels import gather_pixels, interpolate_at
@@ -46,6 +44,10 @@ class Sizes:
         """Of the image whose pixels are asked for: twice the map's side, as for an inner tap."""
         return 2 * self.side
 
+    def shards(self) -> Iterator[slice]:
+        for start in range(0, self.num_slices, self.slices_per_shard):
+            yield slice(start, min(start + self.slices_per_shard, self.num_slices))
+
     def values(self) -> Array:
         """(slices, levels, height, width, channels) float16: noise, which does not compress."""
         rng = np.random.default_rng(0)
@@ -55,18 +57,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Opened:
-    """An open store. `pixels` takes a row, and rows and columns of the map."""
+    """An open store."""
 
     read: Callable[[int], Array]  # the slice, every byte of it, in memory of its own
-    pixels: Callable[[int, Array, Array], Array]  # (levels, pixels, channels)
+    # (levels, pixels, channels) of a slice, at rows and columns of the map
+    pixels: Callable[[int, Array, Array], Array]
     # the loader's form, (pixels, levels x channels) float32 at pixels (n, 2) of the image
     interpolated: Callable[[int, Array], Array] | None = None
 
 
 @dataclass(frozen=True)
 class Format:
+    """`write` takes a folder that is there and empty, `open` the folder of what it `reads`."""
+
     name: str
-    write: Callable[[Path, Array, Sizes], None]  # into a folder that is there and empty
+    write: Callable[[Path, Array, Sizes], None]
     open: Callable[[Path, Sizes], Opened]
     reads: str = ""  # the format whose store it reads; empty: its own
 
@@ -81,21 +86,28 @@ def formats() -> list[Format]:
         Format("zarr-python", _write_zarr, _open_zarr, reads=OURS),
         Format("tensorstore", _write_tensorstore, _open_tensorstore, reads=OURS),
     ]
-    found = []
-    for form in known:
-        if form.name in ("h5py", "tensorstore") and importlib.util.find_spec(form.name) is None:
-            print(f"{form.name}: left out, it is not installed")
-        else:
-            found.append(form)
-    return found
+    missing = [name for name in ("h5py", "tensorstore") if not importlib.util.find_spec(name)]
+    for name in missing:
+        print(f"{name}: left out, it is not installed")
+    return [form for form in known if form.name not in missing]
 
 
-def sync_files(folder: Path) -> None:
-    """Bring every file of a folder to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file)
+def _mapped(
+    sizes: Sizes, view: Callable[[int], Array], interpolated: Callable[[int, Array], Array]
+) -> Opened:
+    """Where a library gives a view of the slice."""
+    buffer = np.empty(sizes.shape, np.float16)
+
+    def read(row: int) -> Array:
+        np.copyto(buffer, view(row))
+        return buffer
+
+    return Opened(read, lambda row, y, x: view(row)[:, y, x], interpolated)
+
+
+def _whole(read: Callable[[int], Array]) -> Opened:
+    """Where a library has no quicker way to some pixels than the whole slice."""
+    return Opened(read, lambda row, y, x: read(row)[:, y, x])
 
 
 def _write_memmap(folder: Path, values: Array, sizes: Sizes) -> None:
@@ -106,38 +118,30 @@ def _write_memmap(folder: Path, values: Array, sizes: Sizes) -> None:
 
 def _open_memmap(folder: Path, sizes: Sizes) -> Opened:
     mapped = np.memmap(folder / "features", np.float16, "r", shape=(sizes.num_slices, *sizes.shape))
-    buffer = np.empty(sizes.shape, np.float16)
     size = (sizes.image_size, sizes.image_size)
-    return Opened(
-        lambda row: _copied(buffer, mapped[row]),
-        lambda row, y, x: mapped[row][:, y, x],
+    return _mapped(
+        sizes,
+        lambda row: mapped[row],
         lambda row, pixels: interpolate_at(np.asarray(mapped[row]), pixels, size),
     )
 
 
 def _write_ours(folder: Path, values: Array, sizes: Sizes) -> None:
-    arrays = {TAP: (sizes.shape, "float16")}
-    cache = FeatureCache.create(
+    fill_store(
         folder / "store",
         len(values),
-        arrays,
-        slices_per_shard=sizes.slices_per_shard,
-        attributes={},
+        {TAP: (sizes.shape, "float16")},
+        lambda indices: {TAP: values[indices.start : indices.stop]},
+        sizes.slices_per_shard,
     )
-    for shard in range(cache.num_shards):
-        rows = cache.slices_of(shard)
-        cache.write_shard(
-            shard, [f"slice_{row}" for row in rows], {TAP: values[rows.start : rows.stop]}
-        )
 
 
 def _open_ours(folder: Path, sizes: Sizes) -> Opened:
     cache = FeatureCache(folder / "store")
-    buffer = np.empty(sizes.shape, np.float16)
     size = (sizes.image_size, sizes.image_size)
-    return Opened(
-        lambda row: _copied(buffer, cache.read(TAP, row)),
-        lambda row, y, x: cache.read(TAP, row)[:, y, x],
+    return _mapped(
+        sizes,
+        lambda row: cache.read(TAP, row),
         lambda row, pixels: gather_pixels(cache, (TAP,), row, pixels, size),
     )
 
@@ -159,7 +163,7 @@ def _open_h5py(folder: Path, sizes: Sizes) -> Opened:
         stored.read_direct(buffer, np.s_[row])
         return buffer
 
-    return Opened(read, partial(_read_whole, read))
+    return _whole(read)
 
 
 def _write_safetensors(folder: Path, values: Array, sizes: Sizes) -> None:
@@ -173,11 +177,7 @@ def _open_safetensors(folder: Path, sizes: Sizes) -> Opened:
 
     file: Any = safe_open(folder / "features.safetensors", "numpy")
     stored = file.get_slice("features")
-
-    def read(row: int) -> Array:
-        return np.asarray(stored[row])
-
-    return Opened(read, partial(_read_whole, read))
+    return _whole(lambda row: np.asarray(stored[row]))
 
 
 def _write_zarr(folder: Path, values: Array, sizes: Sizes) -> None:
@@ -190,47 +190,31 @@ def _write_zarr(folder: Path, values: Array, sizes: Sizes) -> None:
         compressors=[Crc32cCodec()],
         fill_value=0,
     )
-    for rows in _shards(values, sizes):
+    for rows in sizes.shards():
         stored[rows] = values[rows]
 
 
 def _open_zarr(folder: Path, sizes: Sizes) -> Opened:
     stored: Any = zarr.open_array(folder / "store" / TAP, mode="r")
-
-    def read(row: int) -> Array:
-        return np.asarray(stored[row])
-
-    return Opened(read, partial(_read_whole, read))
+    return _whole(lambda row: np.asarray(stored[row]))
 
 
 def _write_tensorstore(folder: Path, values: Array, sizes: Sizes) -> None:
+    """As zarr-python writes it: slices in shards, with checksums."""
     import tensorstore
 
-    stored = tensorstore.open(
-        {
-            **_spec(folder / "features"),
-            "create": True,
-            "metadata": {
-                "shape": values.shape,
-                "data_type": "float16",
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": [sizes.slices_per_shard, *sizes.shape]},
-                },
-                "codecs": [
-                    {
-                        "name": "sharding_indexed",
-                        "configuration": {
-                            "chunk_shape": [1, *sizes.shape],
-                            "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-                            "index_codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-                        },
-                    }
-                ],
-            },
-        }
-    ).result()
-    for rows in _shards(values, sizes):
+    codecs = [{"name": "bytes"}, {"name": "crc32c"}]
+    chunks = {"chunk_shape": [1, *sizes.shape], "codecs": codecs, "index_codecs": codecs}
+    shard = {"chunk_shape": [sizes.slices_per_shard, *sizes.shape]}
+    metadata = {
+        "shape": values.shape,
+        "data_type": "float16",
+        "chunk_grid": {"name": "regular", "configuration": shard},
+        "codecs": [{"name": "sharding_indexed", "configuration": chunks}],
+    }
+    spec = {**_spec(folder / "features"), "create": True, "metadata": metadata}
+    stored = tensorstore.open(spec).result()
+    for rows in sizes.shards():
         stored[rows] = values[rows]
 
 
@@ -245,21 +229,7 @@ def _open_tensorstore(folder: Path, sizes: Sizes) -> Opened:
 
 
 def _spec(folder: Path) -> dict[str, Any]:
+    """Of one thread."""
     limits = {name: {"limit": 1} for name in ("data_copy_concurrency", "file_io_concurrency")}
     kvstore = {"driver": "file", "path": f"{folder}/"}
-    return json.loads(json.dumps({"driver": "zarr3", "kvstore": kvstore, "context": limits}))
-
-
-def _shards(values: Array, sizes: Sizes) -> Sequence[slice]:
-    step = sizes.slices_per_shard
-    return [slice(start, min(start + step, len(values))) for start in range(0, len(values), step)]
-
-
-def _copied(buffer: Array, values: Array) -> Array:
-    np.copyto(buffer, values)
-    return buffer
-
-
-def _read_whole(read: Callable[[int], Array], row: int, y: Array, x: Array) -> Array:
-    """Where a library has no quicker way to some pixels than the whole slice."""
-    return read(row)[:, y, x]
+    return {"driver": "zarr3", "kvstore": kvstore, "context": limits}

@@ -5,32 +5,25 @@ a small supervised U-Net, which never saw the test patients, at least 0.85. Both
 averaged over the test patients that have an object.
 """
 
-import argparse
-import csv
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import scipy
 import torch
+from harness import Benchmark
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cldf_dist.data.readers.phantom import CHANNELS, PhantomSettings, phantom_patient
 
+COLUMNS = ("date", "commit", "seed", "measure", "value", "seconds", "versions")
 THRESHOLD_RANGE = (0.30, 0.55)
 SUPERVISED_LOW = 0.85
 SCALP_AND_SKULL_MM = 14.0
-RESULTS = Path(__file__).parent / "results" / "phantom_check.csv"
-COLUMNS = ("date", "commit", "seed", "measure", "value", "seconds", "versions")
 
 
 @dataclass(frozen=True)
@@ -59,37 +52,34 @@ TINY = Training(num_patients=(2, 1, 2), steps=2, batch_size=2, width=4)
 
 def main() -> int:
     """Print and record every measure; return 1 where one is outside its promise."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the phantom")
-    parser.add_argument("--tiny", action="store_true", help="only run, promise nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    bench = Benchmark(__file__, __doc__, COLUMNS, ("numpy", "scipy", "torch"))
+    bench.option("--seed", type=int, default=0, help="seed of the phantom")
+    bench.shared_options("tiny")
+    arguments = bench.parse()
+    bench.begin()
+
+    def record(started: float, **found: float) -> None:
+        seconds = time.perf_counter() - started
+        for name, value in found.items():
+            bench.add(seed=arguments.seed, measure=name, value=value, seconds=seconds)
+
     training = TINY if arguments.tiny else Training()
+    num_train, num_validation, _ = training.num_patients
     start = time.perf_counter()
     patients = _load_patients(arguments.seed, sum(training.num_patients), tiny=arguments.tiny)
-    num_train, num_validation, _ = training.num_patients
     test = patients[num_train + num_validation :]
-    rows = [("num_patients", float(len(patients)), time.perf_counter() - start)]
+    record(start, num_patients=float(len(patients)))
 
     start = time.perf_counter()
-    thresholds = dict(best_thresholds(test))
+    thresholds = {f"threshold_{name}": dice for name, dice in best_thresholds(test)}
     best = max(thresholds.values())
-    seconds = time.perf_counter() - start
-    rows += [(f"threshold_{name}", dice, seconds) for name, dice in thresholds.items()]
-    rows += [("threshold_best", best, seconds)]
+    record(start, **thresholds, threshold_best=best)
 
     start = time.perf_counter()
     net = train_unet(patients[:num_train], training)
-    validation_dice = unet_dice(net, patients[num_train : num_train + num_validation])
+    validation = unet_dice(net, patients[num_train : num_train + num_validation])
     supervised = unet_dice(net, test)
-    seconds = time.perf_counter() - start
-    rows += [("supervised_unet_validation", validation_dice, seconds)]
-    rows += [("supervised_unet", supervised, seconds)]
-
-    for name, value, seconds in rows:
-        print(f"{name:40s} {value:6.3f} {seconds:8.1f} s")
-    _append_rows(arguments.output, arguments.seed, rows)
+    record(start, supervised_unet_validation=validation, supervised_unet=supervised)
     kept = THRESHOLD_RANGE[0] <= best <= THRESHOLD_RANGE[1] and supervised >= SUPERVISED_LOW
     print(f"best threshold {best:.3f}, promised {THRESHOLD_RANGE[0]} to {THRESHOLD_RANGE[1]}")
     print(f"supervised U-Net {supervised:.3f}, promised at least {SUPERVISED_LOW}")
@@ -240,24 +230,6 @@ def _head_mask(image: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     for index in range(head.shape[2]):
         head[:, :, index] = ndimage.binary_fill_holes(head[:, :, index])
     return np.asarray(head, dtype=np.bool_)
-
-
-def _append_rows(path: Path, seed: int, rows: list[tuple[str, float, float]]) -> None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
-    versions = (
-        f"python {platform.python_version()} numpy {np.__version__} scipy {scipy.__version__}"
-        f" torch {torch.__version__}"
-    )
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for name, value, seconds in rows:
-            writer.writerow((date, commit, seed, name, f"{value:.4f}", f"{seconds:.1f}", versions))
 
 
 if __name__ == "__main__":

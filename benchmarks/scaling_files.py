@@ -30,7 +30,7 @@ CALL = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(?:<\.\.\. )?(\w+)(?: resumed>|\()(
 PATH = re.compile(r'"([^"]*)"|<(/[^>]*)>')
 STORE, CHECKPOINTS, RUN, OUTSIDE = "store", "checkpoints", "run folder", "outside"
 
-Counts = dict[str, Counter[str]]  # place -> kind of call -> how many
+Counts = Counter[tuple[str, str]]  # by place and kind of call
 
 
 def can_count() -> bool:
@@ -57,14 +57,14 @@ def count_calls(
 
 def sort_calls(lines: Iterable[str], folder: Path) -> Counts:
     """Calls of a log of strace, without those of which only the end stands in a line."""
-    counts: Counts = {place: Counter() for place in (STORE, CHECKPOINTS, RUN, OUTSIDE)}
+    counts: Counts = Counter()
     for line in lines:
         found = CALL.match(line)
         if found is None or found[1] not in KIND_OF or "resumed>" in line:
             continue
         paths = ["".join(pair) for pair in PATH.findall(found[2])]
         if paths:
-            counts[_place(_joined(paths), str(folder))][KIND_OF[found[1]]] += 1
+            counts[_place(_joined(paths), str(folder)), KIND_OF[found[1]]] += 1
     return counts
 
 

@@ -5,12 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import scaling_model
-import train_setup
+from cases import Case, meta_net, num_channels, size_of
 from scaling_model import Network, Store, Training
-from train_setup import Case
 
 from cldf_dist.config import Config
-from cldf_dist.data.readers import datasets
 from cldf_dist.inference.feature_extraction import bytes_per_slice, slice_shapes
 
 GPUS = (1, 8, 64, 128, 256)
@@ -35,7 +33,7 @@ def predictions(files: Sequence[str], path: Path) -> str:
 
 
 def _steps(config: Config, seconds: dict[int, float]) -> Iterator[str]:
-    parameters = train_setup.size_of(config).parameters
+    parameters = round(size_of(config)["parameters"])
     measured = ", ".join(f"{batch}: {1000 * s:.4g} ms" for batch, s in sorted(seconds.items()))
     yield (
         f"Measured steps of one GPU, by slices: {measured}. {parameters / 1e6:.2f} M parameters: "
@@ -83,10 +81,8 @@ def _checkpoints(config: Config, parameters: int, seconds: dict[int, float]) -> 
 
 
 def _disks(config: Config, rates: dict[str, float]) -> Iterator[str]:
-    side = config.data.image_size
-    slice_bytes = 2 * len(datasets.channels(config.data)) * side**2
-    net = train_setup.meta_net(config)
-    shapes = slice_shapes(net, config)
+    slice_bytes = 2 * num_channels(config) * config.data.image_size**2
+    shapes = slice_shapes(meta_net(config), config)
     size = bytes_per_slice(shapes)
     ranks = {name: 1 + len(shape) for name, (shape, _) in shapes.items()} | {"key": 2, "done": 1}
     store = Store(ranks, config.cache.slices_per_shard)

@@ -4,27 +4,25 @@ Every rung is the bare loop on batches that lie on the device already, and is me
 came before it is freed. The last measurement is a real `fit` with loader processes.
 """
 
-import gc
-import json
-import shutil
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
-from train_setup import BareLoop, arithmetic, made_up_batches, make_task, meta_net
+from cases import DIFFUSION, BareLoop, arithmetic, make_task, meta_net, run_fit
+from made_up import batches_on
+from measure import peak_bytes, reset_peak, seconds_of
 
 from cldf_dist.config import Config
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.nets.attention import use_attention, xformers_fault
-from cldf_dist.runs.run import Run
-from cldf_dist.training.fit import fit
-from cldf_dist.training.on_slices import shard_set, training_stream
+from cldf_dist.training.on_slices import training_stream
 
 NUM_BATCHES = 4  # in turn
-STAGE = "train-diffusion"
+GRAPHS = "reduce-overhead"
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,7 @@ RUNGS = (
     Rung("bf16, fused AdamW", "bf16", fused=True),
     Rung("bf16, compile", "bf16", compile_mode="default"),
     Rung("bf16, compile, fused AdamW", "bf16", compile_mode="default", fused=True),
-    Rung(
-        "bf16, compile, fused AdamW, CUDA graphs",
-        "bf16",
-        compile_mode="reduce-overhead",
-        fused=True,
-    ),
+    Rung("bf16, compile, fused AdamW, CUDA graphs", "bf16", compile_mode=GRAPHS, fused=True),
     Rung("bf16, channels_last, compile", "bf16", channels_last=True, compile_mode="default"),
 )
 
@@ -82,7 +75,7 @@ def measure_rung(rung: Rung, config: Config, plan: Plan) -> Speed | str:
     fault = _fault(rung, config, plan.device)
     if fault:
         return fault
-    _free(plan.device)
+    reset_peak(plan.device)
     try:
         with arithmetic(tf32=rung.precision != "fp32"):
             return _measured(rung, config, plan)
@@ -95,45 +88,32 @@ def measure_rung(rung: Rung, config: Config, plan: Plan) -> Speed | str:
     finally:
         if rung.compile_mode:
             torch.compiler.reset()
-        _free(plan.device)
+        reset_peak(plan.device)
 
 
 def measure_loaded(config: Config, plan: Plan, num_workers: int, *, compiled: bool) -> Speed:
-    """`fit` with loader processes, from its own log: the median of its lines after the warm-up."""
+    """`fit` with loader processes on the prepared slices, from its own log: medians of its lines
+    after the warm-up."""
     settings = replace(
         config.diffusion.fit,
         steps=plan.warmup + plan.rounds * plan.steps,
         log_every=plan.steps,
         num_workers=num_workers,
         compile=compiled,
-        checkpoint_every=0,
-        validate_every=0,
-        preview_every=0,
     )
-    precision = "bf16" if plan.device.type == "cuda" else "no"
-    diffusion = replace(config.diffusion, fit=settings)
-    config = replace(config, diffusion=diffusion, mixed_precision=precision)
-    shutil.rmtree(config.run_folder / STAGE, ignore_errors=True)
-    run = Run(config, STAGE, ("diffusion",), ("prepare",))
-    run.open()
-    try:
-        stream = training_stream(config, shard_set(config, run), config.diffusion.augment)
-        with arithmetic():
-            fit(make_task(config), stream, settings, run)
-        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    finally:
-        run.close()
-    return _from_log([json.loads(line) for line in lines], settings.batch_size, plan)
-
-
-def _from_log(lines: list[dict[str, Any]], batch_size: int, plan: Plan) -> Speed:
+    on_gpu = plan.device.type == "cuda"
+    config = replace(config, mixed_precision="bf16" if on_gpu else "no")
+    shards = ShardSet(config.run_folder / "prepare")
+    stream = training_stream(config, shards, config.diffusion.augment)
+    with arithmetic():
+        lines = run_fit(config, DIFFUSION, make_task(config), stream, settings)
     # the line that the warm-up ends in holds some of it
     settled = [line for line in lines if line["step"] - plan.steps >= plan.warmup]
-    rate, share, memory = (
+    rate, waited, memory = (
         statistics.median(line[f"speed/{name}"] for line in settled)
         for name in ("slices_per_second", "data_wait_fraction", "memory_gb")
     )
-    return Speed(batch_size / rate, memory if plan.device.type == "cuda" else None, share)
+    return Speed(settings.batch_size / rate, memory if on_gpu else None, waited)
 
 
 def _fault(rung: Rung, config: Config, device: torch.device) -> str:
@@ -148,51 +128,27 @@ def _fault(rung: Rung, config: Config, device: torch.device) -> str:
 
 
 def _measured(rung: Rung, config: Config, plan: Plan) -> Speed:
-    task = make_task(config).to(plan.device)
+    task: Any = make_task(config).to(plan.device)
     if rung.channels_last:
         task = task.to(memory_format=torch.channels_last)
     use_attention(task.net, rung.attention)
     if rung.compile_mode:
         task.net.compile(mode=rung.compile_mode)
     loop = BareLoop(task, config, fused=rung.fused, dtype=rung.dtype)
-    batches = cycle(made_up_batches(config, plan.device, NUM_BATCHES))
+    batches = cycle(batches_on(plan.device, config, NUM_BATCHES))
 
-    def steps(num_steps: int) -> Callable[[], None]:
-        def take() -> None:
-            for _ in range(num_steps):
-                if rung.compile_mode == "reduce-overhead":
-                    torch.compiler.cudagraph_mark_step_begin()
-                loop.step(next(batches))
+    def steps(num_steps: int) -> None:
+        for _ in range(num_steps):
+            if rung.compile_mode == GRAPHS:
+                torch.compiler.cudagraph_mark_step_begin()
+            loop.step(next(batches))
 
-        return take
-
-    steps(plan.warmup)()
-    on_gpu = plan.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(plan.device)
-    seconds = [_seconds(plan.device, steps(plan.steps)) for _ in range(plan.rounds)]
-    peak = torch.cuda.max_memory_allocated(plan.device) / 1e9 if on_gpu else None
+    steps(plan.warmup)
+    reset_peak(plan.device)
+    taken: Callable[[], None] = partial(steps, plan.steps)
+    seconds = [seconds_of(plan.device, taken)[0] for _ in range(plan.rounds)]
+    peak = peak_bytes(plan.device) / 1e9 if plan.device.type == "cuda" else None
     return Speed(statistics.median(seconds) / plan.steps, peak)
-
-
-def _seconds(device: torch.device, call: Callable[[], None]) -> float:
-    if device.type == "cpu":
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,25 +2,19 @@
 
 import csv
 import math
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = ("--tiny", "--rounds", "1", "--tile-pixels", "100", "4096")
 NAIVE = "upsample, concatenate, project"
 OURS = {"ours, whole slices", "ours, tiles of 100 pixels", "ours, tiles of 4096 pixels"}
-Command = Callable[..., None]
 
 
 def test_benchmark_runs_at_tiny_size_and_appends_its_rows(tmp_path, command, capsys):
     output = tmp_path / "decode.csv"
-    command(*TINY, "--output", str(output))
+    command("bench_decode", *TINY, "--output", str(output))
     with output.open() as file:
         rows = {row["implementation"]: row for row in csv.DictReader(file)}
     assert set(rows) == {NAIVE} | OURS
@@ -43,7 +37,7 @@ def test_benchmark_runs_at_tiny_size_and_appends_its_rows(tmp_path, command, cap
 @pytest.mark.gpu
 def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     output = tmp_path / "decode.csv"
-    command(*TINY, "--device", "cuda", "--output", str(output))
+    command("bench_decode", *TINY, "--device", "cuda", "--output", str(output))
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert {row["implementation"] for row in rows} == {NAIVE} | OURS
@@ -51,10 +45,10 @@ def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     assert all(float(row["peak_mb"]) > 0 for row in rows)
 
 
-def test_our_order_does_the_floor_and_the_naive_one_projects_every_pixel(modules):
-    work = _debug_work(modules, num_slices=3)
+def test_our_order_does_the_floor_and_the_naive_one_projects_every_pixel(module):
+    work = _debug_work(module, num_slices=3)
     flop = {}
-    for name, call in modules["decode_orders"].orders(work, [100]).items():
+    for name, call in module("bench_decode").orders(work, [100]).items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
         flop[name] = counter.get_total_flops()
@@ -64,11 +58,11 @@ def test_our_order_does_the_floor_and_the_naive_one_projects_every_pixel(modules
     assert flop[NAIVE] == 3 * work.floor_flop + extra
 
 
-def test_the_naive_order_is_the_decoder_at_every_upsampled_pixel(modules):
+def test_the_naive_order_is_the_decoder_at_every_upsampled_pixel(module):
     """Were it another net, the difference of times would mean nothing."""
-    work = _debug_work(modules, num_slices=2)
+    work = _debug_work(module, num_slices=2)
     with torch.no_grad():
-        scores = modules["decode_orders"].orders(work, [])[NAIVE]()
+        scores = module("bench_decode").orders(work, [])[NAIVE]()
         upsampled = [
             torch.nn.functional.interpolate(tap, size=work.size, mode="bilinear")
             for tap in work.taps.values()
@@ -79,62 +73,25 @@ def test_the_naive_order_is_the_decoder_at_every_upsampled_pixel(modules):
     torch.testing.assert_close(scores, expected.view(2, *work.size), atol=1e-5, rtol=0)
 
 
-def test_orders_that_disagree_are_not_compared(modules):
+def test_orders_that_disagree_are_not_compared(module):
     calls = {"one": lambda: torch.zeros(2), "other": lambda: torch.full((2,), 0.1)}
     with pytest.raises(RuntimeError, match=r"other gives scores that differ by up to 0\.1"):
-        modules["bench_decode"]._compare(calls)
+        module("bench_decode").compare(calls)
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--slices", "0"], "--slices must be >= 1, got 0"),
-        (["--tile-pixels", "9", "0"], "--tile-pixels must be >= 1, got 0"),
+        (["--slices", "0"], "--slices: must be > 0, got 0"),
+        (["--tile-pixels", "9", "0"], "--tile-pixels: must be > 0, got 0"),
     ],
 )
 def test_a_wrong_option_is_refused(words, reason, command, capsys):
     with pytest.raises(SystemExit):
-        command(*words)
+        command("bench_decode", *words)
     assert reason in capsys.readouterr().err
 
 
-def test_a_file_with_other_columns_is_refused_and_left_as_it_is(tmp_path, command):
-    output = tmp_path / "decode.csv"
-    output.write_text("date,seconds\n2026-01-01,1\n")
-    with pytest.raises(SystemExit, match=r"has the columns date,seconds, not .*; choose another"):
-        command(*TINY, "--output", str(output))
-    assert output.read_text() == "date,seconds\n2026-01-01,1\n"
-
-
-def test_published_rows_have_the_columns_of_the_benchmark(modules):
-    path = FOLDER / "results" / "decode.csv"
-    modules["train_results"].check_columns(path, modules["bench_decode"].Row)
-
-
-@pytest.fixture
-def modules(monkeypatch) -> dict[str, ModuleType]:
-    """The files of the benchmark, imported as the script does."""
-    monkeypatch.syspath_prepend(FOLDER)
-    import bench_decode
-    import decode_orders
-    import train_results
-    import train_setup
-
-    modules = [bench_decode, decode_orders, train_results, train_setup]
-    return {module.__name__: module for module in modules}
-
-
-@pytest.fixture
-def command(modules, monkeypatch) -> Command:
-    """Run the benchmark's command line in this process."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench_decode.py", *words])
-        modules["bench_decode"].main()
-
-    return run
-
-
-def _debug_work(modules, num_slices):
-    config = modules["train_setup"].DEBUG.config()
-    return modules["decode_orders"].make_decoding(config, num_slices, torch.device("cpu"))
+def _debug_work(module, num_slices):
+    config = module("cases").DEBUG.config()
+    return module("bench_decode").make_decoding(config, num_slices, torch.device("cpu"))

@@ -1,15 +1,10 @@
 """The benchmark of the stages runs at tiny size, and its hours are steps times seconds."""
 
 import csv
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = (
     *("--config", "configs/debug.yaml", "--seconds", "0.2", "--rounds", "2"),
     *("--workers", "0", "--cached-slices", "8", "--train-slices", "60"),
@@ -29,13 +24,12 @@ MEASURED = {
     ("segment", "cldf"): 3,
     ("segment", "all rows"): 3,
 }
-Command = Callable[..., None]
 
 
 @pytest.mark.slow
 def test_benchmark_runs_at_tiny_size_and_appends_its_rows(tmp_path, command, capsys):
     output = tmp_path / "stages.csv"
-    command(*TINY, "--folder", str(tmp_path), "--output", str(output))
+    command("bench_stages", *TINY, "--folder", str(tmp_path), "--output", str(output))
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["stage"], row["what"]): int(row["units"] or 0) for row in rows} == MEASURED
@@ -57,7 +51,7 @@ def test_benchmark_runs_at_tiny_size_and_appends_its_rows(tmp_path, command, cap
 @pytest.mark.gpu
 def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     output = tmp_path / "stages.csv"
-    command(*TINY, "--output", str(output))
+    command("bench_stages", *TINY, "--output", str(output))
     with output.open() as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert rows["train-diffusion"]["precision"] == "bfloat16"
@@ -65,41 +59,41 @@ def test_benchmark_runs_at_tiny_size_on_cuda(tmp_path, command):
     assert all(0 < float(row["peak_gb"]) < 10 for row in rows.values())
 
 
-def test_batch_that_does_not_fit_is_split_until_it_does(modules, monkeypatch):
+def test_batch_that_does_not_fit_is_split_until_it_does(module, monkeypatch):
     """Measured is the step of the whole batch, not of a smaller one."""
-    work, pace = modules["stage_work"], modules["stage_pace"]
-    training = work.trainings_of_slices(modules["train_setup"].DEBUG.config())[0]
+    work = module("stage_work")
+    training = work.trainings_of_slices(module("cases").DEBUG.config())[0]
     tried = []
 
-    def measured(config, plan, gradient_accumulation_steps):
-        tried.append(gradient_accumulation_steps)
-        if gradient_accumulation_steps < 4:
+    def measured(config, plan, num_micro_batches):
+        tried.append(num_micro_batches)
+        if num_micro_batches < 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradient_accumulation_steps
+        return num_micro_batches
 
     monkeypatch.setattr(work.Training, "measure", lambda _, *arguments: measured(*arguments))
-    plan = pace.Plan(torch.device("cpu"), 1.0, 1)
+    plan = work.Plan(torch.device("cpu"), 1.0, 1)
     assert training.measure_fitting(None, plan) == (4, 4)
     assert tried == [1, 2, 4]
 
 
-def test_work_that_takes_longer_than_the_time_is_measured_once(modules):
-    pace = modules["stage_pace"]
+def test_work_that_takes_longer_than_the_time_is_measured_once(module):
+    work = module("stage_work")
     calls = []
-    plan = pace.Plan(torch.device("cpu"), 1e-9, 5)
-    speed = pace.measure(lambda: calls.append(1), plan, warmup=3)
+    plan = work.Plan(torch.device("cpu"), 1e-9, 5)
+    speed = work.measure_call(lambda: calls.append(1), plan, warmup=3)
     assert len(calls) == 3 + 1
     assert speed.num_rounds == 1
     assert 0 < speed.seconds == speed.fastest == speed.slowest
 
 
-def test_rounds_share_the_time_out(modules, monkeypatch):
+def test_rounds_share_the_time_out(module, monkeypatch):
     """A call takes a tenth of a second: of one second, each of two rounds gets five calls."""
-    pace = modules["stage_pace"]
+    work = module("stage_work")
     calls = []
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: 0.1 * len(calls))
-    plan = pace.Plan(torch.device("cpu"), 1.0, 2)
-    speed = pace.measure(lambda: calls.append(1), plan, warmup=1)
+    monkeypatch.setattr(work.time, "perf_counter", lambda: 0.1 * len(calls))
+    plan = work.Plan(torch.device("cpu"), 1.0, 2)
+    speed = work.measure_call(lambda: calls.append(1), plan, warmup=1)
     assert len(calls) == 1 + 1 + 2 * 5, "the warm-up, the call that tells, two rounds"
     assert speed.num_rounds == 2
     assert speed.seconds == pytest.approx(0.1)
@@ -108,35 +102,5 @@ def test_rounds_share_the_time_out(modules, monkeypatch):
 @pytest.mark.parametrize("word", ["--seconds=0", "--rounds=-1", "--train-slices=0"])
 def test_a_wrong_option_is_refused(word, command, capsys):
     with pytest.raises(SystemExit):
-        command(word)
+        command("bench_stages", word)
     assert "must be > 0, got" in capsys.readouterr().err
-
-
-def test_published_rows_have_the_columns_of_the_benchmark(modules):
-    path = FOLDER / "results" / "stages.csv"
-    modules["train_results"].check_columns(path, modules["bench_stages"].Row)
-
-
-@pytest.fixture
-def modules(monkeypatch) -> dict[str, ModuleType]:
-    """The files of the benchmark, imported as the script does."""
-    monkeypatch.syspath_prepend(FOLDER)
-    import bench_stages
-    import stage_pace
-    import stage_work
-    import train_results
-    import train_setup
-
-    modules = [bench_stages, stage_pace, stage_work, train_results, train_setup]
-    return {module.__name__: module for module in modules}
-
-
-@pytest.fixture
-def command(modules, monkeypatch) -> Command:
-    """Run the benchmark's command line in this process."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench_stages.py", *words])
-        modules["bench_stages"].main()
-
-    return run

@@ -1,18 +1,14 @@
 """The training benchmark runs at tiny size, and what it counts is what `fit` does and counts."""
 
 import csv
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from cldf_dist.data.readers import datasets
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = (
     "--tiny",
     "--rounds",
@@ -38,13 +34,12 @@ OVERHEAD = {
 LADDER = {
     "eager fp32", "bf16", "bf16, channels_last", "bf16, fused AdamW", "fit, 1 loader processes",
 }  # fmt: skip
-Command = Callable[..., None]
 
 
 @pytest.mark.slow
 def test_cpu_part_runs_at_tiny_size_and_appends_its_rows(tmp_path, command):
     output = tmp_path / "train.csv"
-    command(*TINY, "--parts", "sizes", "overhead", "large", "--output", str(output))
+    command("bench_train", *TINY, "--parts", "sizes", "overhead", "large", "--output", str(output))
     rows = _read(output)
     names = {row["implementation"] for row in rows}
     assert names == OVERHEAD | {"size of the net", "bare loop"}
@@ -61,7 +56,7 @@ def test_cpu_part_runs_at_tiny_size_and_appends_its_rows(tmp_path, command):
 @pytest.mark.slow
 def test_ladder_runs_at_tiny_size_and_says_what_it_leaves_out(tmp_path, command, capsys):
     output = tmp_path / "train.csv"
-    command(*TINY, "--parts", "ladder", "--output", str(output))
+    command("bench_train", *TINY, "--parts", "ladder", "--output", str(output))
     rows = _read(output)
     assert {row["implementation"] for row in rows} == LADDER
     for row in rows:
@@ -79,7 +74,7 @@ def test_ladder_runs_at_tiny_size_and_says_what_it_leaves_out(tmp_path, command,
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's, about torch itself
 def test_ladder_runs_at_tiny_size_on_cuda(tmp_path, command):
     output = tmp_path / "train.csv"
-    command(*TINY, "--device", "cuda", "--output", str(output))
+    command("bench_train", *TINY, "--device", "cuda", "--output", str(output))
     rows = [row for row in _read(output) if row["device_ms"]]
     assert {"TF32", "bf16, compile, fused AdamW, CUDA graphs"} <= {
         row["implementation"] for row in rows
@@ -87,25 +82,25 @@ def test_ladder_runs_at_tiny_size_on_cuda(tmp_path, command):
     assert all(float(row["peak_gb"]) > 0 for row in rows)
 
 
-def test_size_is_what_the_training_counts(modules):
+def test_size_is_what_the_training_counts(module):
     """On a CPU too, where torch alone counts no attention."""
     from cldf_dist.training.throughput import Throughput
 
-    setup = modules["train_setup"]
-    config = setup.DEBUG.config()
-    batch = setup.made_up_batches(config, torch.device("cpu"), 1)[0]
+    cases = module("cases")
+    config = cases.DEBUG.config()
+    batch = module("made_up").batches_on(torch.device("cpu"), config, 1)[0]
     throughput = Throughput(torch.device("cpu"), None, 1)
-    throughput.count(setup.make_task(config), batch, len(batch["image"]))
+    throughput.count(cases.make_task(config), batch, len(batch["image"]))
     throughput.start(0)
     speed = throughput.metrics(1, len(batch["image"]), 0.0)
     counted = 1000 * speed["speed/model_tflops"] / speed["speed/slices_per_second"]
-    assert counted == pytest.approx(setup.size_of(config).gflop_per_image)
+    assert counted == pytest.approx(cases.size_of(config)["gflop_per_image"])
 
 
-def test_guided_diffusion_sizes_are_those_of_the_paper(modules):
+def test_guided_diffusion_sizes_are_those_of_the_paper(module):
     """Dhariwal and Nichol's 256x256 levels: 128 channels times 1, 1, 2, 2, 4, 4."""
-    setup = modules["train_setup"]
-    config = setup.GUIDED_DIFFUSION.config()
+    cases = module("cases")
+    config = cases.GUIDED_DIFFUSION.config()
     levels = config.diffusion.net.channels
     assert [width // 128 for width in levels] == [1, 1, 2, 2, 4, 4]
     sides = [config.data.image_size >> level for level in range(len(levels))]
@@ -114,64 +109,27 @@ def test_guided_diffusion_sizes_are_those_of_the_paper(modules):
     assert len(datasets.channels(config.data)) == 4
 
 
-def test_different_trainings_are_not_compared(tmp_path, modules):
+def test_different_trainings_are_not_compared(tmp_path, module):
     """Were the bare loop to train something else, the difference of times would mean nothing."""
-    setup, overhead = modules["train_setup"], modules["train_overhead"]
-    config = setup.DEBUG.config(f"runs={tmp_path}", "tracking.enabled=false")
-    first, second = setup.make_task(config), setup.make_task(replace(config, seed=1))
-    overhead.check_same_weights(first, setup.make_task(config))
+    cases = module("cases")
+    config = cases.DEBUG.config(f"runs={tmp_path}", "tracking.enabled=false")
+    first, second = cases.make_task(config), cases.make_task(replace(config, seed=1))
+    module("bench_train").check_same_weights(first, cases.make_task(config))
     with pytest.raises(RuntimeError, match="trained different nets"):
-        overhead.check_same_weights(first, second)
-
-
-def test_a_file_with_other_columns_is_refused_and_left_as_it_is(tmp_path, command):
-    output = tmp_path / "train.csv"
-    output.write_text("date,seconds\n2026-01-01,1\n")
-    with pytest.raises(SystemExit, match=r"has the columns date,seconds, not .*; choose another"):
-        command(*TINY, "--output", str(output))
-    assert output.read_text() == "date,seconds\n2026-01-01,1\n"
+        module("bench_train").check_same_weights(first, second)
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--device", "cuda", "--parts", "overhead"], "belong to --device cpu"),
-        (["--steps", "0"], "--steps must be >= 1, got 0"),
+        (["--steps", "0"], "--steps: must be > 0, got 0"),
     ],
 )
 def test_a_wrong_option_is_refused(words, reason, command, capsys):
     with pytest.raises(SystemExit):
-        command(*words)
+        command("bench_train", *words)
     assert reason in capsys.readouterr().err
-
-
-def test_published_rows_have_the_columns_of_the_benchmark(modules):
-    modules["train_results"].check_columns(FOLDER / "results" / "train.csv")
-
-
-@pytest.fixture
-def modules(monkeypatch) -> dict[str, ModuleType]:
-    """The files of the benchmark, imported as the script does."""
-    monkeypatch.syspath_prepend(FOLDER)
-    import bench_train
-    import train_ladder
-    import train_overhead
-    import train_results
-    import train_setup
-
-    modules = [bench_train, train_ladder, train_overhead, train_results, train_setup]
-    return {module.__name__: module for module in modules}
-
-
-@pytest.fixture
-def command(modules, monkeypatch) -> Command:
-    """Run the benchmark's command line in this process."""
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench_train.py", *words])
-        modules["bench_train"].main()
-
-    return run
 
 
 def _read(path: Path) -> list[dict[str, str]]:

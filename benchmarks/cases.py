@@ -1,26 +1,31 @@
-"""What the training benchmark trains: nets of the configurations, the bare loop, phantom slices."""
+"""What the benchmarks train: nets of the configurations, `fit` alone, and a bare loop beside it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cldf_dist.cli.pipeline import run_stage
-from cldf_dist.config import Config, load
+from cldf_dist.config import Config, Fit, load
 from cldf_dist.data.readers import datasets
-from cldf_dist.inference.loading import noise_schedule
+from cldf_dist.inference.loading import place
 from cldf_dist.nets.unet import build_unet
+from cldf_dist.runs.run import Run
 from cldf_dist.stages import stage_named
-from cldf_dist.tasks.denoise import Denoise
+from cldf_dist.stages.tune_label_embedding import tell_apart
+from cldf_dist.system.distributed import wait_for_everyone
 from cldf_dist.training.engine import autocast
+from cldf_dist.training.fit import Batch, Batches, fit
 from cldf_dist.training.schedule import learning_rate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+DIFFUSION = "train-diffusion"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Case:
 
     def config(self, *words: str) -> Config:
         return load([str(ROOT / file) for file in self.files], [*self.words, *words])
+
+    def config_in(self, folder: Path, *words: str) -> Config:
+        """With its runs in a folder, and no tracking."""
+        return self.config(f"runs={folder}", "tracking.enabled=false", *words)
 
 
 DEBUG = Case(("configs/debug.yaml",))
@@ -70,60 +79,83 @@ GUIDED_DIFFUSION = Case(
 )
 
 
-@dataclass(frozen=True)
-class Size:
-    parameters: int
-    gflop_per_image: float  # one forward, and twice as much for the backward
+def num_channels(config: Config) -> int:
+    return len(datasets.channels(config.data))
 
 
-def size_of(config: Config) -> Size:
-    """As `cldf_dist.training.throughput` counts, but on the meta device: nothing is computed."""
+def meta_net(config: Config) -> nn.Module:
+    """The diffusion model without memory for its weights."""
+    with torch.device("meta"):
+        return build_unet(config.diffusion.net, num_channels(config))
+
+
+def size_of(config: Config) -> dict[str, float]:
+    """The diffusion model's `parameters` and `gflop_per_image`: a forward, and twice that back.
+
+    As `cldf_dist.training.throughput` counts, but on the meta device: nothing is computed.
+    """
     net, side = meta_net(config), config.data.image_size
-    images = torch.empty(1, len(datasets.channels(config.data)), side, side, device="meta")
+    images = torch.empty(1, num_channels(config), side, side, device="meta")
     zeros = torch.empty(1, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(images, zeros, class_labels=zeros)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    return Size(parameters, 3 * counter.get_total_flops() / 1e9)
+    return {"parameters": parameters, "gflop_per_image": 3 * counter.get_total_flops() / 1e9}
 
 
-def meta_net(config: Config) -> nn.Module:
-    """The net without memory for its weights."""
-    with torch.device("meta"):
-        return build_unet(config.diffusion.net, len(datasets.channels(config.data)))
+def make_task(config: Config, stage: str = DIFFUSION) -> nn.Module:
+    """The task of a stage that trains on slices, made by the stage itself, its nets untrained."""
+    if stage == "tune-label-embedding":
+        return tell_apart(config, place(build_unet(config.diffusion.net, num_channels(config))))
+    task: nn.Module = stage_named(stage).module._task(config, num_channels(config))
+    return task
 
 
-def make_task(config: Config) -> Denoise:
-    """The diffusion model's task as its stage makes it, without previews."""
-    torch.manual_seed(config.seed)
-    return Denoise(
-        build_unet(config.diffusion.net, len(datasets.channels(config.data))),
-        noise_schedule(config),
-        min_snr_gamma=config.diffusion.min_snr_gamma,
-        label_dropout=config.diffusion.label_dropout,
-        seed=config.seed,
-    )
+class Enough(Exception):
+    """The time is over: what was measured is known."""
 
 
-def prepare_slices(config: Config) -> None:
-    """Write the phantom's shards into the run's folder, unless they are there."""
-    run_stage(config, stage_named("prepare"))
+def run_fit(
+    config: Config, stage: str, task: nn.Module, stream: Batches, settings: Fit
+) -> list[dict[str, Any]]:
+    """Train from the start with no checkpoints, validation or previews; the lines of the log.
+
+    The stream may end it by raising `Enough`.
+    """
+    settings = replace(settings, checkpoint_every=0, validate_every=0, preview_every=0)
+    run = Run(config, stage, ())
+    if run.is_main:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.open()
+    wait_for_everyone()
+    try:
+        with suppress(Enough):
+            fit(task, stream, settings, run)
+        log = run.folder / "metrics.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if run.is_main else []
+    finally:
+        run.close()
 
 
-def made_up_batches(config: Config, device: torch.device, count: int) -> list[dict[str, Tensor]]:
-    """Made-up slices; sample numbers stay on the host, as in `cldf_dist.training.prefetch`."""
-    size, side = config.diffusion.fit.batch_size, config.data.image_size
-    channels = len(datasets.channels(config.data))
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (size, channels, side, side)
-    return [
-        {
-            "image": torch.rand(shape, generator=generator, device=device) * 2 - 1,
-            "label": torch.randint(2, (size,), generator=generator, device=device),
-            "sample_number": torch.arange(number * size, (number + 1) * size),
-        }
-        for number in range(count)
-    ]
+class Watched:
+    """A stream with a context around the use of each batch: from its arrival to the next call."""
+
+    def __init__(
+        self, stream: Batches, around: Callable[[Batch], AbstractContextManager[None]]
+    ) -> None:
+        self._stream, self._around = stream, around
+        self.fingerprint, self.fixed = stream.fingerprint, stream.fixed
+
+    def batches(self, consumed: int, **place: Any) -> Iterator[Batch]:
+        batches = self._stream.batches(consumed, **place)
+        try:
+            for batch in batches:
+                with self._around(batch):
+                    yield batch
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:  # ends loader workers
+                close()
 
 
 class BareLoop:
