@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None, *, own_process: bool = False) -
         if options.stage == STUDY:
             from cldf_dist.study import command
 
-            return command.run(options.words, dry=options.dry_run, tables_only=options.tables_only)
+            return command.conduct_study(
+                options.words, dry=options.dry_run, tables_only=options.tables_only
+            )
         if options.tables_only:
             raise ValueError(f"--tables-only is for study, not for {options.stage}")
         return _run(options.stage, options.words, options.dry_run, own_process)

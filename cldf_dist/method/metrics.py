@@ -1,8 +1,8 @@
 """Agreement of a mask with the truth, with an explicit rule for every empty mask.
 
-`score_case` is the strict protocol: a whole patient in 3-D, distances in mm, and a price for
-missing an object or for finding one in a healthy patient. The slice-level protocol of earlier
-publications is in `legacy_metrics`.
+`score_case` is the strict protocol: a whole patient in 3-D, distances in mm, and a penalty for a
+missed object and for a false alarm. The slice-level protocol of earlier publications is in
+`slice_metrics`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from scipy.spatial import KDTree
 from scipy.stats import rankdata
 
 Mask = npt.NDArray[np.bool_]
-VOXELS_PER_QUERY = 100  # of a distance transform, in the time of one question to a tree
+VOXELS_PER_QUERY = 100  # of a distance transform, in the time of one query to a tree
 Outcome = Literal["overlap", "miss", "false_alarm", "true_negative"]
 
 
@@ -30,7 +30,7 @@ Outcome = Literal["overlap", "miss", "false_alarm", "true_negative"]
 class CaseScore:
     """One patient. `None` marks a true negative: it enters the specificity, not the means.
 
-    The outcome "overlap" says that both masks hold something; they may still be disjoint (Dice 0).
+    The outcome "overlap" means that neither mask is empty; they may still be disjoint (Dice 0).
     """
 
     dice: float | None

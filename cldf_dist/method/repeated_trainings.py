@@ -1,8 +1,8 @@
 """Means and differences over several trainings, each of which scores every test patient once.
 
 Scores are arrays (trainings, patients), NaN where a score is undefined (a true negative). The test
-patients are the same in all trainings, so a resampling draws trainings and patients each once, and
-crosses them: drawing other patients for each training would average the patients' spread away.
+patients are the same in all trainings, so a resample draws trainings and patients independently and
+crosses them. Separate patients for each training would average out the variance between patients.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One row minus another, over the patients that both score in some training."""
+    """One method minus another, over the patients that both score in some training."""
 
     difference: float | None  # mean over trainings of the mean over patients
     low: float | None  # over trainings and patients
     high: float | None
-    p: float | None  # over patients, for these trainings
+    p: float | None  # two-sided, over patients, for these trainings
     of_trainings: tuple[float | None, ...]
     num_patients: int
     num_better: tuple[int, ...]  # patients, in each training
@@ -41,7 +41,7 @@ def mean_of_trainings(scores: Scores) -> float | None:
 
 
 def training_means(scores: Scores) -> list[float | None]:
-    """The mean over the patients with a score, of each training."""
+    """For each training the mean over its patients with a score."""
     _check(scores)
     rows = [row[~np.isnan(row)] for row in scores]
     return [float(row.mean()) if row.size else None for row in rows]
@@ -52,9 +52,9 @@ def crossed_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of `mean_of_trainings`, over trainings and patients.
 
-    Both are drawn with replacement, in each resampling the same patients for all drawn trainings.
-    With one training it is the interval over patients. Fewer than two patients with a score say
-    nothing about their spread: (nan, nan). Few trainings make it too narrow, as few patients do.
+    Both are drawn with replacement; a resample has the same patients for all drawn trainings. With
+    one training it is the interval over patients. With fewer than two scored patients it is
+    undefined: (nan, nan). With few trainings or few patients it is too narrow.
     """
     _check(scores)
     defined = ~np.isnan(scores)
@@ -67,11 +67,11 @@ def crossed_interval(
         )
     num_trainings, num_patients = scores.shape
     rng = np.random.default_rng(seed)
-    drawn = _how_often_drawn(rng, num_resamples, num_patients)
+    drawn = _draw_counts(rng, num_resamples, num_patients)
     counts = drawn @ defined.T.astype(float)  # (resamples, trainings)
     with np.errstate(invalid="ignore"):
         means = drawn @ np.where(defined, scores, 0).T / counts
-    weights = np.where(counts > 0, _how_often_drawn(rng, num_resamples, num_trainings), 0)
+    weights = np.where(counts > 0, _draw_counts(rng, num_resamples, num_trainings), 0)
     total = weights.sum(axis=1)
     resampled = (weights * np.where(counts > 0, means, 0)).sum(axis=1)[total > 0] / total[total > 0]
     tail = 50 * (1 - confidence)
@@ -90,15 +90,15 @@ def paired_over_trainings(
     """`first` minus `second`: the mean over trainings of that over the patients that both score.
 
     The interval is over trainings and patients (`crossed_interval`). The two-sided permutation test
-    is over patients alone, each patient's difference averaged over its trainings: three trainings
-    allow no test, and its p holds for these trainings.
+    is over patients alone, on each patient's difference averaged over its trainings. Its p-value
+    holds for these trainings, since three trainings are too few for a test over trainings.
 
     Raises ValueError where the shapes differ.
     """
     _check(first)
     if first.shape != second.shape:
         raise ValueError(
-            "both rows must hold the same trainings and patients, got shapes "
+            "both methods must have the same trainings and patients, got shapes "
             f"{first.shape} and {second.shape}"
         )
     differences = first - second
@@ -123,11 +123,11 @@ def paired_over_trainings(
 
 
 def _counted(claims: npt.NDArray[np.bool_]) -> tuple[int, ...]:
-    """For how many patients a claim holds, in each training."""
+    """Number of patients for whom the claim holds, in each training."""
     return tuple(int(number) for number in claims.sum(axis=1))
 
 
-def _how_often_drawn(
+def _draw_counts(
     rng: np.random.Generator, num_resamples: int, count: int
 ) -> npt.NDArray[np.float64]:
     """The number of times that each of `count` items is resampled, (resamples, count)."""

@@ -1,8 +1,8 @@
 """Scores of single slices by the rules of the published CDM code, for comparison with papers only.
 
 The rules were read in `xhu248/cond_ddpm_wsss`: scripts/image_p_seg.py, utils/metrics.py,
-utils/postprocess.py; they are written down, with what each of them inflates, in docs/method.md.
-Nothing here is a measure of clinical use; `metrics.score_case` is.
+utils/postprocess.py; docs/method.md lists them, with the bias of each. None is a clinical measure;
+`metrics.score_case` is.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ SMOOTHING = 1e-5  # theirs; it makes Dice and IoU of two empty masks 1
 class SliceScore:
     """One slice; both distances are in pixels, not in mm, and 0 where a mask is empty.
 
-    `hd95_pixels` is what the published code computes: it hands MedPy a batch of one slice, and in
-    an array one slice thick every pixel is surface, so the percentile runs over all pixels of both
-    masks, those that both hold at distance 0. `hd95_contour_pixels` is MedPy's HD95 of the plain
-    slice, over the contours alone, as papers usually mean it.
+    `hd95_pixels` is computed as in the published code, which passes MedPy a batch of one slice. In
+    an array one slice thick every pixel is surface, so the percentile is over all pixels of both
+    masks, with distance 0 for common pixels. `hd95_contour_pixels` is MedPy's HD95 of the 2-D
+    slice, over the contours alone, the usual definition.
     """
 
     dice: float

@@ -24,9 +24,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over patients, reproducible from the seed.
 
-    Fewer than two patients say nothing about their spread: (nan, nan). Equal values give an
-    interval of no width. With a handful of patients any bootstrap is too narrow: it holds the true
-    mean less often than `confidence` says.
+    It is (nan, nan) for fewer than two patients, and has no width for equal values. With few
+    patients any bootstrap interval is too narrow: its coverage is below `confidence`.
     Raises ValueError for values that are not finite and settings out of range.
     """
     patients = _finite(values, name="values")
@@ -57,9 +56,9 @@ def paired_permutation_test(
 ) -> float:
     """Two-sided p-value of the mean paired difference, by flipping the signs of the differences.
 
-    `first[i]` and `second[i]` belong to one patient. All 2**patients sign patterns are counted if
-    they are at most `num_permutations`; otherwise that many are drawn from the seed, the observed
-    one is added to them, and so the p-value is never 0.
+    `first[i]` and `second[i]` are of one patient. All 2**patients sign patterns are enumerated if
+    they are at most `num_permutations`. Otherwise that many are drawn and the observed one is
+    added, so that the p-value is never 0.
     Raises ValueError for no patients, unequal lengths and values that are not finite.
     """
     first_values, second_values = _finite(first, name="first"), _finite(second, name="second")
@@ -86,7 +85,7 @@ def paired_permutation_test(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment, in the order given: compare the results with one level.
+    """p-values with Holm's step-down adjustment, in the order given.
 
     Raises ValueError for a p-value outside [0, 1].
     """
@@ -114,8 +113,8 @@ def summarise(
 ) -> dict[str, float | int | None]:
     """Mean over patients and its bootstrap interval: mean, low, high, num_patients, JSON-ready.
 
-    Patients with None (true negatives) are left out and not counted. What is undefined is None:
-    the mean of no patients, the interval of fewer than two.
+    Patients with None (true negatives) are left out and not counted. The mean of no patients and
+    the interval of fewer than two are None.
     """
     defined = [value for value in values if value is not None]
     low, high = bootstrap_interval(
@@ -130,7 +129,7 @@ def summarise(
 
 
 def specificity(scores: Iterable[CaseScore]) -> dict[str, float | int | None]:
-    """Share of the patients without the object whose prediction is empty too, with the counts.
+    """Fraction of the patients without the object whose prediction is empty too, with the counts.
 
     Keys: specificity (None where every patient has the object), num_true_negatives and
     num_empty_truth. JSON-ready.

@@ -17,8 +17,8 @@ NUM_THRESHOLDS = 256  # tried by the oracle
 def negative_threshold(scores: Scores, fraction: float) -> float:
     """The lowest score with at most `fraction` of `scores` strictly above it.
 
-    `scores` are those of all subject pixels of negative validation slices: the threshold is set
-    without masks, by the share of false alarms it allows where there is nothing to find."""
+    `scores` are those of all subject pixels of negative validation slices. So the threshold is set
+    without masks, by the fraction of false alarms that it allows where there is no object."""
     _check(scores)
     if not 0 <= fraction < 1:
         raise ValueError(f"segment.negative_fraction must be in [0, 1), got {fraction}")
@@ -34,9 +34,9 @@ def otsu_threshold(scores: Scores) -> float:
 
 
 class OracleSearch:
-    """Mean Dice of many thresholds at once, patient by patient: memory does not grow with patients.
+    """Mean Dice of many thresholds at once; memory does not grow with the number of patients.
 
-    It uses the test masks, so it says what a score map could reach, not what a method does. True
+    It uses the test masks, so it is an upper bound of a score map, not a result of a method. True
     negatives are left out of the mean, as in the table; small components are not removed.
     """
 
@@ -46,7 +46,7 @@ class OracleSearch:
         self._num_defined = np.zeros(len(thresholds), dtype=np.int64)
 
     def add(self, scores: Scores, truth: npt.NDArray[np.bool_], num_true: int) -> None:
-        """One patient: `scores` and `truth` of the voxels that a mask may hold, both 1-D.
+        """Add a patient: `scores` and `truth` of the voxels that a mask may hold, both 1-D.
 
         `num_true` counts the true voxels of the whole scan.
         """
@@ -69,20 +69,20 @@ class OracleSearch:
 def _num_above(
     num_thresholds_below: npt.NDArray[np.intp], num_thresholds: int
 ) -> npt.NDArray[np.int64]:
-    """For each threshold, how many scores exceed it."""
+    """For each threshold the number of scores that exceed it."""
     counts = np.bincount(num_thresholds_below, minlength=num_thresholds + 1)
     return np.cumsum(counts[::-1])[::-1][1:]
 
 
 def candidate_thresholds(sampled: Sequence[Scores], headline_threshold: float) -> Scores:
-    """Ascending; quantiles that get denser towards the highest score."""
+    """Thresholds for a search, ascending: quantiles that get denser towards the highest score."""
     thresholds = [np.float32(headline_threshold)]
     if sampled:
         scores = np.concatenate(sampled)
-        shares = np.geomspace(1.0, 1.0 / scores.size, NUM_THRESHOLDS)
+        fractions = np.geomspace(1.0, 1.0 / scores.size, NUM_THRESHOLDS)
         thresholds += [
             np.nextafter(scores.min(), np.float32(-np.inf)),
-            *np.quantile(scores, 1 - shares),
+            *np.quantile(scores, 1 - fractions),
         ]
     return np.unique(np.asarray(thresholds, dtype=np.float32))
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,11 +20,12 @@ from matplotlib.patches import Patch
 
 from cldf_dist.config import Config, Seeds
 from cldf_dist.data.shards.table import SliceTable
-from cldf_dist.data.slices import ORIENTATION, OUTSIDE, Geometry, to_native
+from cldf_dist.data.slices import OUTSIDE, Geometry, to_native
 from cldf_dist.labels import PixelLabel
 from cldf_dist.maths.scaling import scale_to_unit
 from cldf_dist.method.seeds import seed_labels
 from cldf_dist.methods import method_named
+from cldf_dist.scoring.mask_files import lps_transform, to_lps
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores
 from cldf_dist.system.files import atomic_write
 
@@ -39,7 +39,7 @@ TOP_PERCENTILE = 99.8
 
 @dataclass(frozen=True)
 class PatientResult:
-    """All that is known about one test patient; the masks are in the orientation of its file."""
+    """Scores and masks of one test patient; the masks are in the orientation of its file."""
 
     scores: PatientScores
     geometry: Geometry
@@ -76,11 +76,11 @@ def write_comparison(
 ) -> None:
     """Draw the slice with the largest truth into a PNG: the image, the truth, each method's mask.
 
-    `masks` (x, y, slices) by row and `truth` are in the orientation of the file; of a patient
+    `masks` (x, y, slices) by method and `truth` are in the orientation of the file; of a patient
     without object the slice with the largest mask is drawn. `table` is of the patient's split.
     """
     areas = sum((mask.astype(int) for mask in masks.values()), start=np.zeros(truth.shape, int))
-    shown = _upright(truth if truth.any() else areas, geometry).sum(axis=(0, 1))
+    shown = to_lps(truth if truth.any() else areas, geometry).sum(axis=(0, 1))
     index = max(geometry.indices, key=lambda index: int(shown[index]))
     some = dataclasses.replace(geometry, indices=(index,))
     first = _first_channel(table, geometry.patient, [index], geometry.image_size)
@@ -90,9 +90,8 @@ def write_comparison(
         _contour_panel("truth", image, truth, TRUTH_COLOUR, geometry, [index]),
     ]
     for method, mask in masks.items():
-        panels.append(
-            _contour_panel(method_named(method).title, image, mask, MASK_COLOUR, geometry, [index])
-        )
+        title = method_named(method).title
+        panels.append(_contour_panel(title, image, mask, MASK_COLOUR, geometry, [index]))
     columns = min(COMPARED_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     size = (PANEL_INCHES * columns, (PANEL_INCHES + 0.2) * lines)
@@ -115,15 +114,15 @@ def drawn_slices(result: PatientResult, count: int) -> list[int]:
     """
     kept = np.asarray(result.geometry.indices)
     volume = result.mask if result.truth is None else result.truth
-    area = _upright(volume, result.geometry).sum(axis=(0, 1))[kept].astype(float)
+    area = to_lps(volume, result.geometry).sum(axis=(0, 1))[kept].astype(float)
     if not area.any():  # the middle half
         area[len(kept) // 4 : max(len(kept) - len(kept) // 4, 1)] = 1
     count = min(count, int(np.count_nonzero(area)))
-    shares = (np.arange(count) + 0.5) / count
-    chosen = set(np.searchsorted(np.cumsum(area) / area.sum(), shares).tolist())
+    quantiles = (np.arange(count) + 0.5) / count
+    chosen = set(np.searchsorted(np.cumsum(area) / area.sum(), quantiles).tolist())
     by_area = np.argsort(-area, kind="stable").tolist()
     spare = (position for position in by_area if position not in chosen)
-    while len(chosen) < count:  # one large slice can hold several of the positions
+    while len(chosen) < count:  # one large slice can hold several quantiles
         chosen.add(next(spare))
     return [int(kept[position]) for position in sorted(chosen)]
 
@@ -172,10 +171,7 @@ def _panels(
     ]
     if result.truth is None:
         return [*panels, _Panel("truth (none drawn)", image)]
-    return [
-        *panels,
-        _contour_panel("truth", image, result.truth, TRUTH_COLOUR, geometry, drawn),
-    ]
+    return [*panels, _contour_panel("truth", image, result.truth, TRUTH_COLOUR, geometry, drawn)]
 
 
 def _contour_panel(
@@ -188,7 +184,7 @@ def _contour_panel(
 def _would_be_seeds(
     scores: PatientScores, rows: Sequence[int], config: Config
 ) -> npt.NDArray[np.int8]:
-    """Seeds by the rule of the cache, the slice label replaced by the classifiers' decision."""
+    """Seeds by the rule of the cache, with the gate's decision in place of the slice label."""
     settings: Seeds = config.seeds
     inside = torch.from_numpy(scores.body_mask[rows])
     threshold = config.segment.gate_probability or 0.5
@@ -227,21 +223,11 @@ def _first_channel(
 
 
 def _whole_grey_scale(image: FloatArray) -> FloatArray:
-    """The same picture with its brightest pixels at 1."""
+    """The picture scaled so that its brightest pixels are 1."""
     brightest = float(np.percentile(image, TOP_PERCENTILE))
     if brightest <= OUTSIDE:
         return image
     return (image - OUTSIDE) * (1 - OUTSIDE) / (brightest - OUTSIDE) + OUTSIDE
-
-
-def _upright(volume: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
-    """A volume in its file's orientation, turned to LPS."""
-    return np.asarray(nib.orientations.apply_orientation(volume, _turn(geometry)))
-
-
-def _turn(geometry: Geometry) -> npt.NDArray[Any]:
-    codes = nib.orientations.axcodes2ornt
-    return np.asarray(nib.orientations.ornt_transform(codes(geometry.axes), codes(ORIENTATION)))
 
 
 def _pictures(
@@ -249,13 +235,13 @@ def _pictures(
 ) -> npt.NDArray[Any]:
     """The drawn slices of a volume, cropped to the body: (height, width, slices)."""
     x0, x1, y0, y1 = (max(edge, 0) for edge in geometry.box)
-    cropped = _upright(volume, geometry)[x0:x1, y0:y1, list(drawn)]
+    cropped = to_lps(volume, geometry)[x0:x1, y0:y1, list(drawn)]
     return np.ascontiguousarray(cropped.transpose(1, 0, 2))
 
 
 def _pixel_aspect(geometry: Geometry) -> float:
     """Height of a pixel over its width, as drawn."""
-    place = _turn(geometry)[:, 0].astype(int).tolist()
+    place = lps_transform(geometry)[:, 0].astype(int).tolist()
     return geometry.spacing[place.index(1)] / geometry.spacing[place.index(0)]
 
 
@@ -309,7 +295,7 @@ def _draw(axes: Any, panel: _Panel, row: int, aspect: float) -> None:
 
 def _legend() -> list[Any]:
     return [
-        Line2D([], [], color=MASK_COLOUR, label="CLDF mask"),
+        Line2D([], [], color=MASK_COLOUR, label="mask"),
         Line2D([], [], color=TRUTH_COLOUR, label="truth"),
         Patch(color=OBJECT_SEED, label="object seed"),
         Patch(color=BACKGROUND_SEED, label="background seed"),

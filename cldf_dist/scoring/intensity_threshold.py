@@ -1,12 +1,12 @@
 """The lower bound `oracle_intensity`: one threshold on one channel, chosen with the test masks.
 
-What no method that looks at more than a pixel's brightness should stay below. It is searched among
-both sides of every channel, and of many quantiles of the body's pixels in test slices.
+A method that uses more than a pixel's brightness should score higher. The search covers both sides
+of every channel and many quantiles of the body's pixels in test slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.method.metrics import CaseScore, score_case
 from cldf_dist.method.threshold import OracleSearch
 from cldf_dist.methods import ORACLE_INTENSITY
+from cldf_dist.scoring.mask_files import read_mask, truth_path
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores, native_scores
 
 SAMPLED_PIXELS = 20_000  # per patient; they place the thresholds
@@ -24,22 +25,18 @@ SIGNS = {True: 1.0, False: -1.0}  # object above the threshold, or below
 NUM_EVEN = 65  # thresholds at equal distances from the lowest to the highest pixel
 # fractions of the pixels below a threshold: denser towards both ends, where small objects are
 TAILS = np.geomspace(0.5, 1e-4, 96)
-SHARES = np.unique([*np.linspace(0, 1, 65), *TAILS, *(1 - TAILS)])
+FRACTIONS = np.unique([*np.linspace(0, 1, 65), *TAILS, *(1 - TAILS)])
 
 Choice = tuple[int, bool]  # channel, whether the object is above the threshold
 
 
 def oracle_intensity(
-    shards: ShardSet,
-    scores: Path,
-    patients: Sequence[str],
-    truth_of: Callable[[str], Mask],
-    gate_probability: float,
+    shards: ShardSet, scores: Path, patients: Sequence[str], gate_probability: float
 ) -> tuple[dict[str, Any], list[tuple[str, CaseScore]]]:
-    """The best choice with its mean Dice, and each patient's score under it.
+    """The best channel, side and threshold with their mean Dice, and each patient's score.
 
-    The gate, the grid and the mean are those of the other methods; `ungated` is the best choice on
-    all slices. `scores` is the folder of `PatientScores`.
+    Gate, grid and mean are those of the other methods; `ungated` is the best choice on all slices.
+    `scores` is the folder of `PatientScores`.
     """
     if not patients:
         return {}, []
@@ -49,7 +46,7 @@ def oracle_intensity(
     for gate in dict.fromkeys((gate_probability, 0.0)):
         found = {choice: OracleSearch(tried) for choice, tried in thresholds.items()}
         for patient in patients:
-            truth = truth_of(patient)
+            truth = read_mask(truth_path(shards.folder, patient))
             for choice, values, allowed in _maps(shards, scores, patient, list(thresholds), gate):
                 found[choice].add(values[allowed], truth[allowed], int(truth.sum()))
         best[gate] = _best(found, channels)
@@ -59,10 +56,11 @@ def oracle_intensity(
     choice = (channels.index(chosen["channel"]), bool(chosen["above"]))
     cases = []
     for patient in patients:
+        truth = read_mask(truth_path(shards.folder, patient))
         for _, values, allowed in _maps(shards, scores, patient, [choice], gate_probability):
             mask = (values > SIGNS[choice[1]] * chosen["threshold"]) & allowed
-            spacing = shards.geometry(patient).spacing
-            cases.append((patient, score_case(mask, truth_of(patient), spacing)))
+            score = score_case(mask, truth, shards.geometry(patient).spacing)
+            cases.append((patient, score))
     return {**chosen, "ungated": best[0.0]}, cases
 
 
@@ -81,7 +79,7 @@ def _best(found: dict[Choice, OracleSearch], channels: Sequence[str]) -> dict[st
 def _thresholds(
     shards: ShardSet, scores: Path, patients: Sequence[str], num_channels: int
 ) -> dict[Choice, FloatArray]:
-    """For every choice the thresholds to try, ascending: of signed intensities."""
+    """For each choice the signed intensities to try as thresholds, ascending."""
     sampled: list[FloatArray] = []  # (pixels, channels) of each patient
     for patient in patients:
         images, known = _images(shards, scores, patient)
@@ -91,7 +89,7 @@ def _thresholds(
     if not len(pooled):
         pooled = np.zeros((1, num_channels), dtype=np.float32)
     even = np.linspace(pooled.min(axis=0), pooled.max(axis=0), NUM_EVEN)  # gaps hold no quantile
-    tried = np.concatenate([np.quantile(pooled, SHARES, axis=0), even])  # (thresholds, channels)
+    tried = np.concatenate([np.quantile(pooled, FRACTIONS, axis=0), even])  # (thresholds, channels)
     return {
         (channel, above): np.unique((sign * tried[:, channel]).astype(np.float32))
         for channel in range(num_channels)
@@ -102,7 +100,8 @@ def _thresholds(
 def _maps(
     shards: ShardSet, scores: Path, patient: str, choices: Sequence[Choice], gate: float
 ) -> Iterator[tuple[Choice, FloatArray, Mask]]:
-    """Signed intensities (x, y, slices) on the scan's grid, and where a mask may lie."""
+    """For each choice the signed intensities (x, y, slices) on the scan's grid, and the voxels that
+    a mask may hold."""
     images, known = _images(shards, scores, patient)
     geometry = shards.geometry(patient)
     for channel in dict.fromkeys(channel for channel, _ in choices):
@@ -116,8 +115,9 @@ def _maps(
 
 
 def _images(shards: ShardSet, scores: Path, patient: str) -> tuple[FloatArray, PatientScores]:
-    """All prepared slices of a patient (slices, channels, height, width), and what `segment` knows
-    of them; a slice that was damaged is 0, and holds no subject there."""
+    """All prepared slices of a patient (slices, channels, height, width), and their scores.
+
+    A damaged slice is 0, and its body mask in the scores is empty."""
     table = shards.split("test")
     prepared = list(shards.geometry(patient).indices)
     rows = [row for row, name in enumerate(table.patients) if name == patient]

@@ -2,8 +2,8 @@
 
 Every test slice with an object pixel is scored alone, after Otsu's threshold within it: false
 alarms on other slices cost nothing, an empty prediction has the best distance, pixels have no size.
-The numbers must not stand beside those of the strict protocol. docs/method.md compares the two,
-rule by rule, and says where this differs from the published code.
+The numbers are not comparable with those of the strict protocol. docs/method.md compares the two,
+rule by rule, and lists the differences from the published code.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 
-from cldf_dist.data.slices import ORIENTATION, Geometry, to_native
+from cldf_dist.data.slices import Geometry, to_native
 from cldf_dist.method.slice_metrics import SliceScore, largest_components, slice_score
 from cldf_dist.method.threshold import otsu_threshold
+from cldf_dist.scoring.mask_files import to_lps
 from cldf_dist.scoring.masks import FloatArray, Mask, PatientScores
 
 RULE = (
@@ -50,7 +49,7 @@ def score_slices(
 
     `truth` is (x, y, slices) as in its file. A slice that was not prepared has an empty prediction.
     """
-    truth = _upright(truth, geometry)
+    truth = to_lps(truth, geometry)
     positive: list[int] = np.flatnonzero(truth.any(axis=(0, 1))).tolist()
     found = []
     for method in methods:
@@ -70,20 +69,18 @@ def slice_protocol_summary(
 ) -> dict[str, Any]:
     """The block `slice_protocol` of summary.json: mean and standard deviation over slices; None
     without one."""
-    plain: dict[str, list[SliceScore]] = {method: [] for method in methods}
-    largest: dict[str, list[SliceScore]] = {method: [] for method in methods}
-    for one in slices:
-        plain[one.method].append(one.plain)
-        largest[one.method].append(one.largest_component)
+    by_method = {method: [one for one in slices if one.method == method] for method in methods}
     return {
         "rule": RULE,
-        "methods": _rows(plain),
-        "methods_largest_component": _rows(largest),
+        "methods": {name: _means([s.plain for s in some]) for name, some in by_method.items()},
+        "methods_largest_component": {
+            name: _means([s.largest_component for s in some]) for name, some in by_method.items()
+        },
     }
 
 
 def slice_protocol_csv(slices: Iterable[ProtocolSlice]) -> str:
-    """One line a slice and method, so that any part of the slices can be averaged again."""
+    """One line for each slice and method."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixed = [f"{metric}_largest_component" for metric in METRICS]
@@ -94,20 +91,16 @@ def slice_protocol_csv(slices: Iterable[ProtocolSlice]) -> str:
     return text.getvalue()
 
 
-def _rows(scores: Mapping[str, Sequence[SliceScore]]) -> dict[str, dict[str, Any]]:
-    return {
-        method: {
-            **{metric: _spread([getattr(row, metric) for row in rows]) for metric in METRICS},
-            "num_slices": len(rows),
+def _means(scores: Sequence[SliceScore]) -> dict[str, Any]:
+    """Mean and standard deviation of each metric, and the number of slices."""
+    found: dict[str, Any] = {}
+    for metric in METRICS:
+        values = [getattr(score, metric) for score in scores]
+        found[metric] = {
+            "mean": float(np.mean(values)) if values else None,
+            "std": float(np.std(values)) if values else None,
         }
-        for method, rows in scores.items()
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "std": None}
-    return {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    return {**found, "num_slices": len(scores)}
 
 
 def _native_maps(scores: PatientScores, method: str, geometry: Geometry) -> FloatArray:
@@ -119,17 +112,10 @@ def _native_maps(scores: PatientScores, method: str, geometry: Geometry) -> Floa
     """
     maps, inside = scores.scores[method].astype(np.float32), scores.body_mask
     lowest = np.where(inside, maps, np.inf).min(axis=(1, 2), keepdims=True)
-    return _upright(to_native(np.where(inside, maps - lowest, 0), geometry), geometry)
+    return to_lps(to_native(np.where(inside, maps - lowest, 0), geometry), geometry)
 
 
 def _above_otsu(maps: FloatArray) -> Mask:
-    """Above Otsu's threshold of all pixels (x, y); empty for a constant map, where the published
-    code divides by zero."""
+    """The pixels (x, y) above Otsu's threshold; none of a constant map, where the published code
+    divides by zero."""
     return np.asarray(maps > otsu_threshold(maps.ravel()))
-
-
-def _upright(volume: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
-    """A volume in its file's orientation, turned to LPS: slices are numbered as in their keys."""
-    codes = nib.orientations.axcodes2ornt
-    turn = nib.orientations.ornt_transform(codes(geometry.axes), codes(ORIENTATION))
-    return np.asarray(nib.orientations.apply_orientation(volume, turn))

@@ -14,8 +14,8 @@ from cldf_dist.scoring.masks import PatientScores
 
 WEAK_RULE = (
     "pixels above the headline threshold on the slices of the validation patients, before the "
-    "gate: the area's AUROC for the slice label, and its fraction of the body on negative slices, "
-    "which is near the threshold's own fraction unless a few slices hold most of it"
+    "gate: the area's AUROC for the slice label, and its mean fraction of the body on negative "
+    "slices, which is near the threshold's own fraction unless a few slices hold most of it"
 )
 
 
@@ -24,7 +24,7 @@ def weak_validation_of_methods(
 ) -> dict[str, dict[str, float | int | None]]:
     """{method: area_auroc, false_area, num_slices} of the validation slices of known label."""
     table = shards.split("validation")
-    shares: dict[str, list[Any]] = {method: [] for method in thresholds}
+    fractions: dict[str, list[Any]] = {method: [] for method in thresholds}
     labels = []
     for patient in shards.patients["validation"]:
         scores = PatientScores.load(folder, patient)
@@ -32,12 +32,11 @@ def weak_validation_of_methods(
         prepared = list(shards.geometry(patient).indices)
         places = [prepared.index(int(index)) for index in table.indices[mine]]
         labels.append(table.labels[mine])
+        body_mask = scores.body_mask[places]
         for method, threshold in thresholds.items():
-            found = area_fractions(
-                scores.scores[method][places], scores.body_mask[places], threshold
-            )
-            shares[method].append(found)
+            found = area_fractions(scores.scores[method][places], body_mask, threshold)
+            fractions[method].append(found)
     known = np.concatenate(labels)
     return {
-        method: weak_validation(np.concatenate(parts), known) for method, parts in shares.items()
+        method: weak_validation(np.concatenate(parts), known) for method, parts in fractions.items()
     }

@@ -1,7 +1,4 @@
-"""One HTML page that holds a whole run: scores, pictures, curves, times, settings, provenance.
-
-Everything is inside the file: no script, no font and no picture comes from elsewhere.
-"""
+"""One self-contained HTML page of a run: scores, pictures, curves, times, settings, provenance."""
 
 from __future__ import annotations
 
@@ -22,11 +19,20 @@ from cldf_dist.data.readers.objects import object_title
 from cldf_dist.data.shards.remote import ShardCache
 from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.inference.seed_cam import with_map
-from cldf_dist.methods import METHODS, Role, mark, method_named, names_of
+from cldf_dist.methods import Role, mark, method_named
 from cldf_dist.runs.run import DONE, Run, read_json, seconds_of, write_atomically
 from cldf_dist.scoring.figures import PatientResult, write_overlay
-from cldf_dist.scoring.mask_files import HEADLINE, mask_path, read_mask, truth_path
+from cldf_dist.scoring.mask_files import mask_path, read_mask, truth_path
 from cldf_dist.scoring.masks import PatientScores
+from cldf_dist.scoring.strict_protocol import COMPARISONS, HEADLINE
+from cldf_dist.scoring.table_writer import format_number
+from cldf_dist.scoring.tables import (
+    SEEDS,
+    comparison_table,
+    gate_table,
+    slices_table,
+    strict_table,
+)
 from cldf_dist.stages import STAGES
 from cldf_dist.system.progress import progress
 
@@ -44,7 +50,8 @@ Row = dict[str, str]  # of cases.csv
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
-    """Write overlays/<patient>.png and report.html."""
+    """Write overlays/<patient>.png and report.html; return the page's name and the number of
+    pictures for DONE."""
     evaluated = run.needs("evaluate")
     summary = read_json(evaluated / "summary.json")
     with (evaluated / "cases.csv").open() as file:
@@ -57,7 +64,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
 
 
 def _draw_overlays(config: Config, run: Run, cases: Sequence[Row], method: str) -> dict[str, Path]:
-    """The picture of each test patient with the mask of `method`, the lowest Dice of it first."""
+    """Draw each test patient with the mask of `method`; the files, the lowest Dice first."""
     prepare, segment = run.needs("prepare"), run.needs("segment")
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     table = shards.split("test")
@@ -99,7 +106,6 @@ def _page(
     pictures: Mapping[str, Path],
 ) -> str:
     """The HTML."""
-    method = summary["mask_method"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -107,23 +113,20 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    embedded = _evenly(list(pictures), MAX_EMBEDDED)
+    environment.globals.update(method_named=method_named, mark=mark, number=format_number)
+    method = summary["mask_method"]
     page: str = environment.get_template(TEMPLATE).render(
         config=config,
         channels=ShardSet(folder / "prepare", on_damaged="skip").manifest["channels"],
         target=object_title(config.data),
         strict=summary["strict"],
-        protocol=summary["slice_protocol"],
-        gate=summary["gate"],
-        seeds=summary["seeds"],
-        titles={method.name: method.title for method in METHODS},
-        seeds_plus=summary["seeds_plus"],
-        ours=names_of(Role.OURS),
-        upper_bounds=names_of(Role.UPPER_BOUND),
+        tables=_tables(summary),
+        has_upper_bounds=any(method_named(m).saw_masks for m in summary["strict"]["methods"]),
+        seeds={method_named(ours).title: summary[key] for ours, key in SEEDS.items()},
         dice_chart=_dice_chart(summary["strict"], cases) if cases else "",
         overlays=[
             {"patient": name, "caption": _caption(cases, name, method), "uri": _png(pictures[name])}
-            for name in embedded
+            for name in _evenly(list(pictures), MAX_EMBEDDED)
         ],
         num_pictures=len(pictures),
         curves=_all_curves(folder),
@@ -132,6 +135,21 @@ def _page(
         yaml=to_yaml(config),
     )
     return page
+
+
+def _tables(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of the page by their place."""
+    strict, slices = summary["strict"], summary["slice_protocol"]
+    return {
+        "strict": strict_table(strict["methods"], strict["oracle_threshold"]),
+        "otsu": strict_table(strict["methods_otsu"]),
+        "comparisons": [
+            comparison_table(ours, strict[key]) for ours, key in COMPARISONS.items() if strict[key]
+        ],
+        "slices": slices_table(slices["methods"]),
+        "slices_largest_component": slices_table(slices["methods_largest_component"]),
+        "gate": gate_table(summary["gate"]),
+    }
 
 
 def _evenly(names: list[str], count: int) -> list[str]:
@@ -146,10 +164,10 @@ def _caption(cases: Sequence[Row], patient: str, method: str) -> str:
     if case is None:
         return "no truth mask: not scored"
     truth, found = float(case["truth_ml"]), float(case["predicted_ml"])
-    outcome = OUTCOMES.get(case["outcome"])
-    if outcome is None:
-        outcome = f"Dice {float(case['dice']):.3f}, HD95 {float(case['hd95_mm']):.1f} mm"
-    return f"{outcome}; object {truth:.1f} ml, mask {found:.1f} ml"
+    score = OUTCOMES.get(case["outcome"])
+    if score is None:
+        score = f"Dice {float(case['dice']):.3f}, HD95 {float(case['hd95_mm']):.1f} mm"
+    return f"{score}; object {truth:.1f} ml, mask {found:.1f} ml"
 
 
 def _png(path: Path) -> str:
@@ -270,26 +288,15 @@ def _times(folder: Path) -> list[tuple[str, float]]:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """The last start of each stage: time, host, job, processes, commit."""
-    rows = []
+    """The last start of each stage from its provenance.json, and how many there were."""
+    found = []
     for stage in STAGES:
         path = folder / stage.name / "provenance.json"
-        if not path.is_file():
-            continue
-        starts = read_json(path)["starts"]
-        last = starts[-1]
-        state = last["git"]
-        rows.append(
-            {
-                "stage": stage.name,
-                "num_starts": len(starts),
-                "time": last["time"],
-                "host": last["host"],
-                "slurm_job": last["slurm_job"],
-                "processes": last["processes"],
-                "commit": state["commit"][:10] + (" + changes" if state["dirty"] else ""),
-                "versions": last["versions"],
-                "command": shlex.join(last["command"]),
-            }
-        )
-    return rows
+        if path.is_file():
+            starts = read_json(path)["starts"]
+            state = starts[-1]["git"]
+            commit = state["commit"][:10] + (" + changes" if state["dirty"] else "")
+            command = shlex.join(starts[-1]["command"])
+            own = {"stage": stage.name, "num_starts": len(starts)}
+            found.append({**starts[-1], **own, "commit": commit, "command": command})
+    return found

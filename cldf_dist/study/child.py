@@ -1,4 +1,4 @@
-"""The one process that a study has at work, and the signals that are passed on to it."""
+"""The subprocess of a study, and the signals that are forwarded to it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Child:
-    """Starts commands one at a time; within its block signals are passed on to the one at work.
+    """Executes commands one at a time; within its `with` block it forwards signals to them.
 
-    `asked` holds the signals that came. The command has a session of its own, so that a terminal's
-    Ctrl-C reaches it once; on Linux it is asked to stop where this process is killed.
+    A command has a session of its own, so that a terminal's Ctrl-C reaches it once. On Linux it
+    gets SIGTERM when this process is killed.
     """
 
     def __init__(self, launcher: Sequence[str]) -> None:
-        self.asked: list[int] = []
+        self.received_signals: list[int] = []
         self._launcher = list(launcher)
         self._process: subprocess.Popen[bytes] | None = None
-        self._early: list[int] = []  # signals that came before there was a process to tell
+        self._early: list[int] = []  # signals received while the process was being started
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Child:
-        self._previous = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -51,10 +51,13 @@ class Child:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, words: Sequence[str]) -> int:
-        """The exit code of the launcher's words and these; not started where a stop was asked."""
-        if self.asked:
-            return -self.asked[-1]
+    def execute(self, words: Sequence[str]) -> int:
+        """Start the launcher with these words, wait, and return its exit code.
+
+        After a signal nothing is started, and the code is minus its number.
+        """
+        if self.received_signals:
+            return -self.received_signals[-1]
         self._process = None
         self._process = subprocess.Popen(
             [*self._launcher, *words], start_new_session=True, preexec_fn=_end_with_parent
@@ -63,8 +66,8 @@ class Child:
             self._process.send_signal(number)
         return self._process.wait()
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked.append(number)
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received_signals.append(number)
         if self._process is None:
             self._early.append(number)
         elif self._process.returncode is None:
@@ -73,10 +76,12 @@ class Child:
 
 
 def wait_for_others(folder: Path, child: Child) -> bool:
-    """Wait while another process works in a stage of a run: one that outlived its launcher or its
-    study. Whether there was one."""
+    """Wait while another process, which outlived its launcher or its study, works in a run folder.
+
+    Returns True where there was one.
+    """
     waited = False
-    while not child.asked and (busy := _in_use(folder)):
+    while not child.received_signals and (busy := _in_use(folder)):
         if not waited:
             print(f"study: waits: {busy}", file=sys.stderr, flush=True)
         waited = True
@@ -85,7 +90,7 @@ def wait_for_others(folder: Path, child: Child) -> bool:
 
 
 def _in_use(folder: Path) -> str:
-    """The owner of the lock of a stage of the run; nothing where none is held."""
+    """The message of the lock of a stage that another process works in, or ""."""
     for lock in folder.glob("*/.lock"):
         if (lock.parent / DONE).exists():
             continue

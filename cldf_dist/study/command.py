@@ -1,4 +1,4 @@
-"""`cldf study`: its runs one after the other, each in a process of its own, then the tables."""
+"""The command `cldf study`: runs one after the other, each in a subprocess, then the tables."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from cldf_dist.system.locks import FolderLock
 STOPPED = 75  # all saved, the same command resumes; as in slurm/stage.sbatch
 
 
-def run(words: Sequence[str], *, dry: bool = False, tables_only: bool = False) -> int:
-    """Run what is not finished, report what fails; 0, 1 where a run failed, 75 where stopped.
+def conduct_study(words: Sequence[str], *, dry: bool = False, tables_only: bool = False) -> int:
+    """Finish all runs of a study and make its tables; return the exit code.
 
-    Raises what is wrong in the study itself before anything runs.
+    The code is 0, or 1 where a run failed, or 75 where the study was stopped. Raises ValueError
+    and FileNotFoundError for a wrong study file, before anything runs.
     """
     files = [word for word in words if "=" not in word]
     if len(files) != 1:
@@ -40,31 +41,37 @@ def run(words: Sequence[str], *, dry: bool = False, tables_only: bool = False) -
         print(write_tables(Path(study.results)))
         return 0
     runs = planned_runs(study, Path(files[0]).parent, settings)
-    for name, path in missing_needs(study).items():
-        print(
-            f"study: WARNING: the experiment {name} is LEFT OUT: there is no {path}; give its "
-            f"place with experiments.{name}.needs=PATH",
-            file=sys.stderr,
-        )
-    if study.ablations.variants and all(planned.variant == BASE for planned in runs):
-        _say("no variant is planned: ablations.seeds or ablations.experiments names no run here")
+    _warn_of_missing(study, runs)
     if dry:
         for planned in runs:
             print(f"{planned.name}: {'finished' if _is_finished(planned) else 'to do'}")
         return 0
     results = Path(study.results)
     with ExitStack() as held:
-        # the results' lies beside them, since they are for publishing
+        # the lock of the results lies beside them, since they are for publishing
         for folder in (Path(study.runs) / ".study", results.with_name(f".{results.name}.study")):
             held.callback(study_lock(folder).release)
         return _run_all(study, runs)
 
 
 def study_lock(folder: Path) -> FolderLock:
-    """Keeps a second study out. Not by the lock of the runs' folder itself: its tracker takes that
-    one when it makes its tables."""
+    """A lock that keeps a second study out.
+
+    It is not that of the runs' folder itself, which the tracker takes when it makes its tables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return FolderLock(folder, remedy="give this study other runs=FOLDER and results=FOLDER")
+
+
+def _warn_of_missing(study: Study, runs: Sequence[PlannedRun]) -> None:
+    """Say on stderr which experiments are left out, and whether no variant is planned."""
+    for name, path in missing_needs(study).items():
+        _say(
+            f"WARNING: the experiment {name} is LEFT OUT: there is no {path}; give its place with "
+            f"experiments.{name}.needs=PATH"
+        )
+    if study.ablations.variants and all(planned.variant == BASE for planned in runs):
+        _say("no variant is planned: ablations.seeds or ablations.experiments names no run here")
 
 
 def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
@@ -74,7 +81,7 @@ def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
         for number, planned in enumerate(runs, 1):
             _say(f"{planned.name} ({number} of {len(runs)})")
             problem = _run_one(child, planned, runs)
-            if child.asked:
+            if child.received_signals:
                 _say("stopped; the same command resumes")
                 return STOPPED
             problem = problem or _collect(planned, runs, results)
@@ -89,11 +96,12 @@ def _run_all(study: Study, runs: Sequence[PlannedRun]) -> int:
 
 
 def _run_one(child: Child, planned: PlannedRun, runs: Sequence[PlannedRun]) -> str:
-    """Finish one run; what went wrong, or nothing. A finished run is only compared with what is
-    asked for."""
+    """Finish one run; return what went wrong, or "". A finished run is only checked."""
     try:
         if _is_finished(planned):
-            return _changed(planned) or _of_other_nets(planned, runs)
+            _check_settings(planned)
+            _check_inputs(planned, runs)
+            return ""
         for source in _sources(planned, runs):
             if shared := share_finished_stages(source.config, planned.config):
                 _say(f"{planned.name}: takes over {', '.join(shared)} of {source.name}")
@@ -103,81 +111,77 @@ def _run_one(child: Child, planned: PlannedRun, runs: Sequence[PlannedRun]) -> s
         return "the run that it varies is not finished"
     code: int | None = None
     others = wait_for_others(planned.config.run_folder, child)
-    while not (child.asked or _is_finished(planned)):
+    while not (child.received_signals or _is_finished(planned)):
         if code is not None and not others:
             return f"exit code {code}, its reason is above; the same command tries again"
-        code = child.run(["run", *planned.words])
+        code = child.execute(["run", *planned.words])
         # where only the launcher was killed, its processes may still be at work
         others = wait_for_others(planned.config.run_folder, child)
     return ""
 
 
+def _bases(planned: PlannedRun, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs of the same experiment without a change, one for each seed."""
+    return [run for run in runs if (run.experiment, run.variant) == (planned.experiment, BASE)]
+
+
 def _sources(planned: PlannedRun, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The runs that may have made stages of this one: the run it varies, or an earlier training,
-    for the prepared data."""
-    of_experiment = [
-        run for run in runs if (run.experiment, run.variant) == (planned.experiment, BASE)
-    ]
-    if planned.variant != BASE:
-        return [run for run in of_experiment if run.seed == planned.seed]
-    return [run for run in of_experiment if run.seed != planned.seed]
+    """The runs that this one may share stages with: the run that it varies, or the trainings with
+    other seeds, for the prepared data."""
+    varies = planned.variant != BASE
+    return [run for run in _bases(planned, runs) if (run.seed == planned.seed) == varies]
 
 
 def _is_finished(planned: PlannedRun) -> bool:
     return all((planned.config.run_folder / stage.name / DONE).is_file() for stage in STAGES)
 
 
-def _changed(planned: PlannedRun) -> str:
-    """The differences between a finished run and the study's present request."""
+def _check_settings(planned: PlannedRun) -> None:
+    """Raise ValueError where a finished run has other settings than the study."""
     for stage in STAGES:
         folder = planned.config.run_folder / stage.name
         made_with = read_config(folder / "config.yaml")
         if changed := changed_keys(made_with, planned.config, stage.all_sections):
-            return (
+            raise ValueError(
                 f"{folder} was made with {'; '.join(changed[:3])}; restore the setting, take "
                 "other runs=FOLDER and results=FOLDER, or delete that folder and those of the "
                 "stages after it"
             )
-    return ""
 
 
-def _of_other_nets(planned: PlannedRun, runs: Sequence[PlannedRun]) -> str:
-    """True where a finished run has stages of inputs, or a variant of a base, that have been made
-    anew since; in words, or nothing."""
+def _check_inputs(planned: PlannedRun, runs: Sequence[PlannedRun]) -> None:
+    """Raise ValueError where inputs of a finished run's stages, or the run that it varies, have
+    been made anew since."""
     folder = planned.config.run_folder
     for stage in STAGES:
         for name, identity in read_json(folder / stage.name / "run.json")["inputs"].items():
             if identity != read_json(folder / name / "run.json")["id"]:
-                return (
+                raise ValueError(
                     f"{folder / stage.name} was made from another {name} than the one there is "
                     "now; delete it and the folders of the stages after it"
                 )
-    if planned.variant == BASE:
-        return ""
-    for source in _sources(planned, runs):
+    for source in _sources(planned, runs) if planned.variant != BASE else ():
         if own := stage_of_its_own(source.config, planned.config):
-            return (
+            raise ValueError(
                 f"{folder / own} is not that of {source.name}, with which it is compared; delete "
                 f"{folder} to vary that run anew"
             )
-    return ""
 
 
 def _collect(planned: PlannedRun, runs: Sequence[PlannedRun], results: Path) -> str:
-    """Put the numbers of a finished run into the results, and make the tables anew; what went
-    wrong, or nothing. The pictures are of an experiment's run with the lowest seed, as in the
-    tables, and drawn anew where they show another evaluation than there is now."""
-    seeds = [
-        run.seed for run in runs if (run.experiment, run.variant) == (planned.experiment, BASE)
-    ]
+    """Put a finished run into the results, and make the tables anew; return what went wrong, or "".
+
+    The pictures are of the experiment's run with the lowest seed, as in the tables. They are drawn
+    where they are missing or show an earlier evaluation.
+    """
     folder = planned.config.run_folder
     try:
         merge_rows_of(planned.key, folder, results)
-        if planned.variant == BASE and planned.seed == min(seeds):
+        if planned.variant == BASE and planned.seed == min(r.seed for r in _bases(planned, runs)):
             shown = {**planned.key, "evaluate": read_json(folder / "evaluate" / "run.json")["id"]}
             names = picture_names(planned.experiment)
-            there = all((results / name).is_file() for name in names)
-            if not there or shown not in read_results(results, "pictures"):
+            exist = all((results / name).is_file() for name in names)
+            if not exist or shown not in read_results(results, "pictures"):
                 from cldf_dist.study.pictures import draw_patients  # imports torch
 
                 draw_patients(planned.experiment, planned.config, results)
@@ -185,8 +189,6 @@ def _collect(planned: PlannedRun, runs: Sequence[PlannedRun], results: Path) -> 
         write_tables(results)
     except (ValueError, OSError) as error:
         return f"its results cannot be kept: {error}"
-    except KeyError as error:
-        return f"{folder / 'evaluate'} lacks {error}: an earlier version made it; delete it"
     return ""
 
 

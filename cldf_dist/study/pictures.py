@@ -1,4 +1,4 @@
-"""The best, the median and the worst patient of an experiment: every method's mask side by side."""
+"""Pictures of the best, the median and the worst patient: each method's mask side by side."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.runs.run import read_json
 from cldf_dist.scoring.figures import write_comparison
 from cldf_dist.scoring.mask_files import mask_path, read_mask, truth_path
-from cldf_dist.study.rows import KEY, read_rows
+from cldf_dist.study.rows import read_rows
 from cldf_dist.study.scores import StrictScores, picked_patients
 
 
 def draw_patients(experiment: str, config: Config, results: Path) -> list[Path]:
-    """Write `<experiment>_best.png` and so on into `results`, from a finished run."""
+    """Draw `<experiment>_best.png` and so on into `results` from a finished run; the files."""
     prepare, segment = config.run_folder / "prepare", config.run_folder / "segment"
     rows = read_rows(config.run_folder / "evaluate" / "cases.csv")
-    about = dict.fromkeys(KEY, "")  # the rows of one run need no key
-    scores = StrictScores.of([{**about, **row} for row in rows])
+    scores = StrictScores.of([{**row, "seed": ""} for row in rows])  # of a single training
     shards = ShardSet(prepare, on_damaged=config.data.on_damaged, cache=ShardCache.of(config.data))
     methods = list(read_json(segment / "thresholds.json")["thresholds"])
     written = []

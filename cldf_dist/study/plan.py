@@ -1,4 +1,4 @@
-"""The runs that a study file requests, with their settings and folders."""
+"""The runs of a study file, with their settings and folders."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of a study: the settings that its runs share."""
+    """A data set and settings, run once for each seed."""
 
-    configs: tuple[str, ...] = ()  # YAML files of settings, meant from the study file's folder
+    configs: tuple[str, ...] = ()  # YAML files of settings, relative to the study file's folder
     settings: tuple[str, ...] = ()  # key=value words
-    needs: str = ""  # a file or folder, without which the experiment is left out
+    needs: str = ""  # a file or folder; the experiment is left out where it does not exist
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of the ablations: the settings that it changes."""
+    """A change of settings, applied to finished runs."""
 
     settings: tuple[str, ...] = ()  # key=value words, after those of the experiment
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """Variants of finished runs, which share with them every stage that they do not change."""
+    """Variants of finished runs; they take over every stage whose settings they do not change."""
 
     seeds: tuple[int, ...] = ()
     experiments: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Ablations:
 
 @dataclass(frozen=True)
 class Study:
-    """A study: its experiments, seeds and ablations."""
+    """The content of a study file."""
 
     runs: str = "runs/study"  # folder of all its runs
     results: str = "runs/study-results"  # folder of tables and pictures
@@ -73,16 +73,16 @@ class PlannedRun:
 
     @property
     def key(self) -> dict[str, str]:
-        """The first cells of its rows."""
+        """The columns that say in CSV files which run a row is of."""
         return {"experiment": self.experiment, "seed": str(self.seed), "variant": self.variant}
 
 
 def read_study(path: str, words: Sequence[str]) -> tuple[Study, tuple[str, ...]]:
-    """The study of a file, overlaid by those of the words that are its own; the other words are
-    settings of every run.
+    """The study of a file, overridden by the words that are keys of a study, and the other words,
+    which are settings of every run.
 
-    Raises FileNotFoundError without the file, ValueError for an unknown key, a wrong type or a
-    name that is no folder name.
+    Raises FileNotFoundError without the file, and ValueError for an unknown key, a wrong type or a
+    name that cannot be a folder's.
     """
     own = tuple(word for word in words if _is_own(word))
     for word in words:
@@ -94,7 +94,7 @@ def read_study(path: str, words: Sequence[str]) -> tuple[Study, tuple[str, ...]]
 
 
 def missing_needs(study: Study) -> dict[str, str]:
-    """The experiments that are left out here, each with what is not there."""
+    """{name of an experiment that is left out: the missing path}."""
     return {
         name: experiment.needs
         for name, experiment in study.experiments.items()
@@ -103,10 +103,10 @@ def missing_needs(study: Study) -> dict[str, str]:
 
 
 def planned_runs(study: Study, folder: Path, words: Sequence[str]) -> list[PlannedRun]:
-    """Every run of the study in its order: seed by seed all experiments, then the variants.
+    """All runs of the study in their order: seed by seed all experiments, then the variants.
 
-    `folder` is the study file's, `words` are settings of every run. Raises what `config.load` does
-    for settings that are wrong, before anything has run.
+    `folder` is the study file's, `words` are settings of every run. Raises ValueError and
+    FileNotFoundError for wrong settings, as `config.load` does.
     """
     there = [name for name in study.experiments if name not in missing_needs(study)]
     found = [
@@ -153,8 +153,8 @@ def _planned(
 
 
 def _from_folder(words: Sequence[str], folder: Path) -> list[str]:
-    """The words of a study file, its `data.splits` and `data.labels` meant from its folder, as in
-    every file of settings."""
+    """The settings of a study file; paths in them become absolute where they are relative to the
+    file's folder, as in every file of settings."""
     found = []
     for word in words:
         key, _, value = word.partition("=")
@@ -169,7 +169,7 @@ def _key(word: str) -> str:
 
 
 def _is_own(word: str) -> bool:
-    """True for a word about the study; `seeds.rule` and the like are settings of runs."""
+    """True for a key of the study itself; `seeds.rule` and the like are settings of runs."""
     key = _key(word)
     return key in ("runs", "results", "launcher", "seeds") or key.startswith(
         ("experiments.", "ablations.")
@@ -190,30 +190,9 @@ def _merged(path: str, words: Sequence[str]) -> Any:
 
 
 def _check(study: Study) -> None:
-    broken = [*_broken_names(study), *_broken_seeds(study), *_broken_settings(study)]
-    if not study.experiments:
-        broken.append("experiments must name at least one experiment")
-    for name, experiment in study.experiments.items():
-        if not experiment.configs:
-            broken.append(f"experiments.{name}.configs must name at least one config file")
-    for name in study.ablations.experiments:
-        if name not in study.experiments:
-            known = ", ".join(study.experiments)
-            broken.append(f"ablations.experiments must be of {known}, got {name!r}")
+    broken = [*_broken_seeds(study), *_broken_experiments(study), *_broken_sections(study)]
     if broken:
         raise ValueError("; ".join(broken))
-
-
-def _broken_names(study: Study) -> Iterator[str]:
-    for path, names in (
-        ("experiments", study.experiments),
-        ("ablations.variants", study.ablations.variants),
-    ):
-        for name in names:
-            if not PLAIN_NAME.fullmatch(name):
-                yield f"{path} must have plain folder names (letters, digits, _ . -), got {name!r}"
-    if BASE in study.ablations.variants:
-        yield f"ablations.variants: {BASE!r} is the run without changes; take another name"
 
 
 def _broken_seeds(study: Study) -> Iterator[str]:
@@ -223,17 +202,31 @@ def _broken_seeds(study: Study) -> Iterator[str]:
         if seed not in study.seeds:
             yield f"ablations.seeds must be of seeds {list(study.seeds)}, got {seed}"
     for path in ("seeds", "experiments"):
-        asked = getattr(study.ablations, path)
-        if len(set(asked)) != len(asked):
-            yield f"ablations.{path} must differ, got {list(asked)}"
+        values = getattr(study.ablations, path)
+        if len(set(values)) != len(values):
+            yield f"ablations.{path} must differ, got {list(values)}"
 
 
-def _broken_settings(study: Study) -> Iterator[str]:
-    for path, named in (
-        ("experiments", study.experiments),
-        ("ablations.variants", study.ablations.variants),
-    ):
-        for name, about in named.items():
-            for word in about.settings:
+def _broken_experiments(study: Study) -> Iterator[str]:
+    if not study.experiments:
+        yield "experiments must name at least one experiment"
+    for name, experiment in study.experiments.items():
+        if not experiment.configs:
+            yield f"experiments.{name}.configs must name at least one config file"
+    for name in study.ablations.experiments:
+        if name not in study.experiments:
+            yield f"ablations.experiments must be of {', '.join(study.experiments)}, got {name!r}"
+
+
+def _broken_sections(study: Study) -> Iterator[str]:
+    """Names that cannot be folders, and settings that are the study's own."""
+    variants = study.ablations.variants
+    if BASE in variants:
+        yield f"ablations.variants: {BASE!r} is the run without changes; take another name"
+    for path, sections in (("experiments", study.experiments), ("ablations.variants", variants)):
+        for name, section in sections.items():
+            if not PLAIN_NAME.fullmatch(name):
+                yield f"{path} must have plain folder names (letters, digits, _ . -), got {name!r}"
+            for word in section.settings:
                 if _key(word) in OWN:
                     yield f"{path}.{name}.settings: {REMEDY}; take {word} out"

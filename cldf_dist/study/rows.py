@@ -1,7 +1,4 @@
-"""The numbers of finished runs as CSV files, one row a patient, method or run.
-
-A file is replaced as a whole; rows of a run take the place of those it had before.
-"""
+"""The results of finished runs as CSV files, one row a patient, method or run."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cldf_dist.methods import ORACLE_INTENSITY
 from cldf_dist.runs.run import read_json, seconds_of, write_atomically
+from cldf_dist.scoring.tables import SEEDS
 from cldf_dist.stages import STAGES
 
 KEY = ("experiment", "seed", "variant")
 CASES = ("patient", "method", "rule", "dice", "iou", "hd95_mm", "outcome")
-COMPONENTS = {
-    "all": "methods",
-    "largest": "methods_largest_component",
-}  # of the block `slice_protocol`
+COMPONENTS = {"all": "methods", "largest": "methods_largest_component"}  # of the slice protocol
 
-# the columns that the tables read, where a file has any row
+# the columns that every file with rows must have
 COLUMNS = {
     "cases": (*KEY, *CASES),
     "slice_protocol": (*KEY, "method", "components"),
@@ -36,17 +34,17 @@ Row = dict[str, str]
 
 
 def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
-    """Put the numbers of a finished run into every CSV file of `results`.
+    """Put the results of a finished run into every CSV file of `results`.
 
-    `key` says which run it is: experiment, seed, variant.
+    `key` is the run's experiment, seed and variant.
     """
     summary = read_json(run_folder / "evaluate" / "summary.json")
     tables: dict[str, list[dict[str, Any]]] = {
         "cases": _cases(run_folder / "evaluate" / "cases.csv"),
         "slice_protocol": _slice_protocol(summary["slice_protocol"]),
         "weak_validation": _weak_validation(summary),
-        "seeds": _seeds(summary),
-        "oracle_intensity": _oracle_intensity(summary["strict"]),
+        "seeds": [{"method": m, **summary[name]} for m, name in SEEDS.items() if summary[name]],
+        "oracle_intensity": [_without_sections(summary["strict"].get(ORACLE_INTENSITY) or {})],
         "provenance": [_provenance(run_folder)],
     }
     results.mkdir(parents=True, exist_ok=True)
@@ -55,10 +53,9 @@ def merge_rows_of(key: Row, run_folder: Path, results: Path) -> None:
 
 
 def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
-    """Replace the rows of `key` in a CSV file by `rows`, in their place; the file changes in one
-    step."""
+    """Replace the rows of `key` in a CSV file by `rows`, in their place and in one step."""
     before = read_rows(path, KEY)
-    of_key = [all(row[name] == key[name] for name in KEY) for row in before]
+    of_key = [key.items() <= row.items() for row in before]
     place = of_key.index(True) if any(of_key) else len(before)
     others = [row for row, replaced in zip(before, of_key) if not replaced]
     merged = [*others[:place], *rows, *others[place:]]
@@ -70,15 +67,32 @@ def merge_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def select(rows: Iterable[Row], **wanted: str) -> list[Row]:
+    """The rows that hold these values in these columns."""
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+def values_of(rows: Iterable[Row], column: str) -> list[str]:
+    """The different values of a column, in the order in which they come first."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def column_mean(rows: Iterable[Row], column: str) -> float | None:
+    """The mean of a column of numbers without its empty cells; None where all are empty."""
+    values = [float(row[column]) for row in rows if row.get(column)]
+    return float(np.mean(values)) if values else None
+
+
 def read_results(results: Path, name: str) -> list[Row]:
-    """The rows of one of the study's files; ValueError where what the tables need is not there."""
+    """The rows of one of the study's files; ValueError where a column of the tables is missing."""
     return read_rows(results / f"{name}.csv", COLUMNS[name])
 
 
 def read_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     """The rows of a CSV file; none where there is no file.
 
-    Raises ValueError, with file and line, where it is cut short or holds something else.
+    Raises ValueError, with file and line, where the file is damaged. pandas would fill up short
+    lines and the last line of a file that was cut off.
     """
     if not path.is_file():
         return []
@@ -112,23 +126,21 @@ def _cases(path: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in CASES} for row in read_rows(path)]
 
 
-def _slice_protocol(protocol: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _slice_protocol(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mean of each metric and the number of slices, by method and kept components."""
     return [
-        {"method": method, "components": components, **_means(row)}
+        {
+            "method": method,
+            "components": components,
+            **{name: v["mean"] if isinstance(v, Mapping) else v for name, v in row.items()},
+        }
         for components, block in COMPONENTS.items()
-        for method, row in protocol[block].items()
+        for method, row in summary[block].items()
     ]
 
 
-def _means(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean of each metric, and the counts."""
-    return {
-        name: value["mean"] if isinstance(value, Mapping) else value for name, value in row.items()
-    }
-
-
 def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of weak validation, each with the method's mean strict Dice."""
+    """The agreement of each method with slice labels, and its mean strict Dice."""
     strict = summary["strict"]["methods"]
     return [
         {"method": method, **row, "dice": strict[method]["dice"]["mean"]}
@@ -137,20 +149,13 @@ def _weak_validation(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _seeds(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The quality of the seeds of each of our methods, where training masks are known."""
-    found = {"cldf": summary["seeds"], "cldf_plus": summary["seeds_plus"]}
-    return [{"method": method, **quality} for method, quality in found.items() if quality]
-
-
-def _oracle_intensity(strict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = strict.get("oracle_intensity") or {}
-    return [{name: value for name, value in found.items() if not isinstance(value, Mapping)}]
+def _without_sections(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if not isinstance(value, Mapping)}
 
 
 def _provenance(run_folder: Path) -> dict[str, Any]:
-    """The provenance of a run, without paths; the seconds are those of all its stages,
-    taken over ones too."""
+    """The commit, versions and devices of a run, without paths, and the seconds of all its stages,
+    including those taken over from another run."""
     starts = read_json(run_folder / "evaluate" / "provenance.json")["starts"]
     training = read_json(run_folder / "train-decoder" / "provenance.json")["starts"]
     state = starts[-1]["git"]
@@ -166,8 +171,3 @@ def _provenance(run_folder: Path) -> dict[str, Any]:
 
 def _as_text(row: Mapping[str, Any]) -> Row:
     return {name: "" if value is None else str(value) for name, value in row.items()}
-
-
-def methods_of(rows: Iterable[Row]) -> list[str]:
-    """The methods of these methods, in the order in which they come first."""
-    return list(dict.fromkeys(row["method"] for row in rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import nan
 
@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cldf_dist.methods import CLDF, CLDF_PLUS, Role, method_named
-from cldf_dist.study.rows import Row, methods_of
-
-HEADLINE, ORACLE = "headline", "oracle"  # rules in cases.csv; the second chose with test masks
+from cldf_dist.scoring.strict_protocol import HEADLINE, ORACLE
+from cldf_dist.study.rows import Row, values_of
 
 
 @dataclass(frozen=True)
 class StrictScores:
-    """One experiment and variant: what each training scored for each test patient."""
+    """The scores of the test patients of one experiment and variant in each training."""
 
     seeds: tuple[str, ...]
     patients: tuple[str, ...]
@@ -25,23 +24,21 @@ class StrictScores:
     rows: dict[tuple[str, str, str], Row]  # by method, seed, patient
 
     @classmethod
-    def of(cls, cases: Iterable[Row], seeds: Sequence[str] | None = None) -> StrictScores:
-        """From rows of cases.csv of one experiment and variant; of these seeds, or all."""
-        kept = [
-            row
-            for row in cases
-            if row["rule"] in (HEADLINE, ORACLE) and (seeds is None or row["seed"] in seeds)
-        ]
-        rows = {(row["method"], row["seed"], row["patient"]): row for row in kept}
+    def of(cls, cases: Iterable[Row]) -> StrictScores:
+        """The scores in rows of cases.csv, which are of one experiment and variant.
+
+        They are those of the headline rule; of `oracle_intensity` those of its own rule.
+        """
+        kept = [row for row in cases if row["rule"] in (HEADLINE, ORACLE)]
         return cls(
-            tuple(dict.fromkeys(row["seed"] for row in kept)),
-            tuple(dict.fromkeys(row["patient"] for row in kept)),
-            tuple(methods_of(kept)),
-            rows,
+            seeds=tuple(values_of(kept, "seed")),
+            patients=tuple(values_of(kept, "patient")),
+            methods=tuple(values_of(kept, "method")),
+            rows={(row["method"], row["seed"], row["patient"]): row for row in kept},
         )
 
     def values(self, method: str, metric: str) -> npt.NDArray[np.float64]:
-        """(trainings, patients); NaN for a true negative, and where the row does not exist."""
+        """(trainings, patients); NaN for a true negative and for a method that was left out."""
         return np.array(
             [
                 [self._value(method, seed, patient, metric) for patient in self.patients]
@@ -50,7 +47,8 @@ class StrictScores:
         )
 
     def count(self, method: str, outcome: str) -> list[int | None]:
-        """The number of patients with this outcome, in each training; None without the method."""
+        """The number of patients with this outcome in each training; None where the training left
+        the method out."""
         return [
             sum(
                 self.rows[method, seed, patient]["outcome"] == outcome
@@ -63,7 +61,7 @@ class StrictScores:
         ]
 
     def exists(self, method: str) -> list[bool]:
-        """True for each training that has the method; some may have left one of ours out."""
+        """True for each training that has the method; one of ours may have been left out."""
         return [
             any((method, seed, patient) in self.rows for patient in self.patients)
             for seed in self.seeds
@@ -71,7 +69,7 @@ class StrictScores:
 
     @property
     def ours(self) -> list[str]:
-        """The methods of ours among those scored."""
+        """Those of the methods that are ours."""
         return [method for method in self.methods if method_named(method).role is Role.OURS]
 
     def _value(self, method: str, seed: str, patient: str, metric: str) -> float:
@@ -82,14 +80,14 @@ class StrictScores:
 def picked_patients(scores: StrictScores) -> dict[str, tuple[str, float]]:
     """The best, the median and the worst patient of the first training, each with its Dice.
 
-    By `cldf_plus` where there is such a row, else `cldf`; of an even number the worse of the two
-    in the middle. Nothing where no Dice is defined.
+    By `cldf_plus` where the training has it, else by `cldf`; of an even number the worse of the two
+    in the middle. Empty where no Dice is defined.
     """
     method = picked_by(scores)
     if not scores.seeds or method not in scores.methods:
         return {}
-    dice = dict(zip(scores.patients, scores.values(method, "dice")[0].tolist()))
-    ranked = sorted((value, name) for name, value in dice.items() if not np.isnan(value))
+    dice = zip(scores.values(method, "dice")[0].tolist(), scores.patients)
+    ranked = sorted((value, patient) for value, patient in dice if not np.isnan(value))
     if not ranked:
         return {}
     places = {"best": -1, "median": (len(ranked) - 1) // 2, "worst": 0}

@@ -14,11 +14,11 @@ NOT_SHARED = ".lock"  # its owner writes into it
 
 
 def share_finished_stages(source: Config, target: Config) -> list[str]:
-    """Give the run `target` the finished stages of the run `source` that its settings would make
-    the same; their names.
+    """Link the finished stages of the run `source` into the run `target` where its settings would
+    give the same result; return their names.
 
     The folders hold hard links: the trained nets are the same files, with the same identity, and
-    nothing writes into a finished stage. A stage that `target` has begun stays its own.
+    nothing writes into a finished stage. A stage that `target` has begun is left as it is.
     """
     same: list[str] = []
     shared = []
@@ -36,8 +36,7 @@ def share_finished_stages(source: Config, target: Config) -> list[str]:
 
 
 def stage_of_its_own(source: Config, target: Config) -> str:
-    """The first stage that `target` would take over from `source`, but has made itself; "" where
-    there is none."""
+    """The first stage that `target` could share with `source` but has made itself, or ""."""
     same: list[str] = []
     for stage in STAGES:
         if set(stage.needs) <= set(same) and _would_be_same(source, target, stage):
@@ -51,7 +50,7 @@ def _would_be_same(source: Config, target: Config, stage: Stage) -> bool:
     folder = source.run_folder / stage.name
     if not (folder / DONE).is_file():
         return False
-    # `changed_keys` leaves them to `prepare`, which compares their contents
+    # `changed_keys` skips them, since `prepare` compares their contents
     theirs, ours = flatten(source), flatten(target)
     same_files = all(theirs[key] == ours[key] for key in marked(Config, Mark.FROM_CONFIG_FILE))
     made_with = read_config(folder / "config.yaml")
@@ -59,16 +58,16 @@ def _would_be_same(source: Config, target: Config, stage: Stage) -> bool:
 
 
 def _is_linked(source: Path, target: Path) -> bool:
-    """True where a stage was taken over before: its identity is the same."""
+    """True where both folders hold the same stage, with one identity."""
     one, other = source / "run.json", target / "run.json"
     return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """All files of a folder under another name, whole or not at all; copies where the file system
-    has no hard links."""
+    """Link all files of a folder into another, in one step; copy them where the file system has no
+    hard links."""
     partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():  # of a study that was killed here
+    if partial.exists():  # left by a study that was killed here
         shutil.rmtree(partial)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, partial, copy_function=_link, ignore=shutil.ignore_patterns(NOT_SHARED))

@@ -4,7 +4,7 @@ import pytest
 from cldf_dist.method.weak_validation import area_fractions, weak_validation
 
 
-def test_shares_are_of_the_subject_alone():
+def test_fractions_are_of_the_subject_alone():
     scores = np.array([[[0.9, 0.9], [0.1, 0.9]], [[0.9, 0.9], [0.9, 0.9]]])
     subject = np.array([[[1, 1], [1, 0]], [[0, 0], [0, 0]]], dtype=bool)
     np.testing.assert_allclose(area_fractions(scores, subject, 0.5), [2 / 3, 0])
@@ -13,8 +13,8 @@ def test_shares_are_of_the_subject_alone():
 
 def test_only_slices_of_known_label_count():
     labels = np.array([1, 1, 0, 0, -1, -2])
-    shares = np.array([0.5, 0.1, 0.2, 0.1, 9.0, 9.0])
-    found = weak_validation(shares, labels)
+    fractions = np.array([0.5, 0.1, 0.2, 0.1, 9.0, 9.0])
+    found = weak_validation(fractions, labels)
     assert found["area_auroc"] == pytest.approx((2 + 0 + 0.5) / 4)  # pairs won, and half a tie
     assert found["false_area"] == pytest.approx(0.15)
     assert found["num_slices"] == 4

@@ -228,7 +228,7 @@ def test_it_waits_while_a_process_that_outlived_its_study_works(
     with Child(["true"]) as child:
         assert wait_for_others(tmp_path, child)
         assert not wait_for_others(tmp_path, child)
-        assert child.run([]) == 0
+        assert child.execute([]) == 0
     assert "train-cam is in use by process" in capsys.readouterr().err
     assert FolderLock(tmp_path / "train-cam").release() is None
 

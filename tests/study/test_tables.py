@@ -82,7 +82,7 @@ def test_each_seed_and_the_mean_over_seeds_are_in_the_strict_table(results: Path
     assert table["oracle_intensity †"]["seed 1"] == "0.300"
 
 
-def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> None:
+def test_each_of_our_methods_is_compared_with_each_other_method(results: Path) -> None:
     text = write_tables(results).read_text()
     plus = cells(text, "cldf_plus minus the other methods")
     # a: 0.4 and 0.2, b: 0.4 and 0.4 in the two trainings
@@ -101,7 +101,7 @@ def test_every_row_of_ours_is_compared_with_each_other_row(results: Path) -> Non
     assert set(cells(text, "cldf minus the other methods")) >= {"gradcam", "cldf_plus"}
 
 
-def test_a_row_that_a_training_left_out_is_compared_with_no_claim(results: Path) -> None:
+def test_a_method_that_a_training_left_out_is_compared_with_no_claim(results: Path) -> None:
     """It is left out where it would do badly, so its mean over the others would flatter it."""
     path = results / "cases.csv"
     kept = [r for r in read_rows(path) if (r["method"], r["seed"]) != ("cldf_plus", "1")]
@@ -185,9 +185,9 @@ def test_the_seeds_of_each_training_are_in_a_table(results: Path) -> None:
     assert table["cldf"]["seed 0"] == "0.750, 0.500"
 
 
-def test_rows_that_saw_masks_are_left_out_of_the_rank_correlation(results: Path) -> None:
+def test_methods_that_saw_masks_are_left_out_of_the_rank_correlation(results: Path) -> None:
     table = cells(write_tables(results).read_text(), "Without any mask")
-    assert table["0"] == {"seed": "0", "rank correlation": "+1.000", "rows": "3"}
+    assert table["0"] == {"seed": "0", "rank correlation": "+1.000", "methods": "3"}
     assert rank_correlation([(1, 3), (2, 2), (3, 1)]) == pytest.approx(-1)
     assert rank_correlation([(1, 3), (2, 2)]) is None
     assert rank_correlation([(1, 3), (1, 2), (1, 1)]) is None
@@ -222,7 +222,7 @@ def test_a_run_that_is_read_again_keeps_its_place(results: Path) -> None:
         assert (results / name).read_bytes() == before[name]
 
 
-def test_best_median_and_worst_patient_are_those_of_the_best_row_of_ours() -> None:
+def test_best_median_and_worst_patient_are_those_of_the_best_of_our_methods() -> None:
     key = {"experiment": "e", "seed": "0", "variant": "base"}
     dice = {"a": 0.9, "b": 0.1, "c": None, "d": 0.5, "e": 0.6}
     rows = [{**key, **case(patient, "cldf", value)} for patient, value in dice.items()]
