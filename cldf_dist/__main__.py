@@ -99,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(name: str, words: Sequence[str], dry: bool, own_process: bool) -> int:
     if name == DOCTOR:
-        from cldf_dist.doctor.examination import run
+        from cldf_dist.doctor.examination import examine
 
-        return run(_config_of_doctor(words))
+        return examine(_config_of_doctor(words))
     if name == SYNC:
         from cldf_dist.runs import sync_tracking
 

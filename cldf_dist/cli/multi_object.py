@@ -16,7 +16,7 @@ import numpy as np
 from cldf_dist.config import EACH, Config, Data, Mark, marked
 from cldf_dist.data.formats.nifti import Affine, read_nifti, write_nifti
 from cldf_dist.data.readers.datasets import objects, patients
-from cldf_dist.data.readers.objects import object_parts
+from cldf_dist.data.readers.objects import object_names
 from cldf_dist.data.splits import split_patients
 from cldf_dist.runs.run import read_json, write_atomically
 from cldf_dist.scoring.masks import FloatArray, Mask
@@ -37,7 +37,7 @@ def one_per_object(config: Config) -> list[Config]:
         names = list(objects(config.data))
     elif not config.input:  # new scans come without the data set
         for name in names:
-            object_parts(name, objects(config.data))
+            object_names(name, objects(config.data))
     return [
         dataclasses.replace(
             config,

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from cldf_dist.config import Config, Mark, flatten, marked
-from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.features.store_creation import encoded_key, repair_metadata
 from cldf_dist.inference.cache_parts import store_folder
@@ -24,6 +23,7 @@ from cldf_dist.inference.seed_cam import with_map
 from cldf_dist.method.features import features_dtype
 from cldf_dist.runs.run import Run
 from cldf_dist.system.distributed import accelerator
+from cldf_dist.system.files import DamagedShardError
 
 
 def repair_store(config: Config, run: Run, create: Callable[[Path], None]) -> None:

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 
 from cldf_dist.config import CamMethod, Config
-from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.shards.table import SliceTable
 from cldf_dist.data.slices import body_mask
@@ -36,6 +35,7 @@ from cldf_dist.system.distributed import (
     gather_objects,
     processes,
 )
+from cldf_dist.system.files import DamagedShardError
 from cldf_dist.system.memory_format import fast_memory_format
 
 COMPARED_SLICES = 128  # positive training slices, at most

@@ -189,6 +189,8 @@ def _collect(planned: PlannedRun, runs: Sequence[PlannedRun], results: Path) -> 
         write_tables(results)
     except (ValueError, OSError) as error:
         return f"its results cannot be kept: {error}"
+    except KeyError as error:
+        return f"{folder / 'evaluate'} lacks {error}: an earlier version made it; delete it"
     return ""
 
 

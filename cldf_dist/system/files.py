@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class DamagedShardError(ValueError):
+    """A file of prepared slices or of cached features is lost, cut or changed."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` atomically when the block ends without an exception.

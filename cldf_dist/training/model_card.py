@@ -29,21 +29,31 @@ net.load_state_dict(load_file("net.safetensors"))
 """
 SHOWN = (  # of the settings in `<section>.fit`
     "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
-    "weight_decay",
-    "ema_decay",
+    "weight_decay", "ema_decay",
 )  # fmt: skip
-CUSTOM_LICENSE = "license: other\nlicense_name: terms-of-the-training-data"
 LICENSE = """\
 The software that trained these weights is under Apache-2.0. That does not settle the license of the
-weights: {data}\
+weights: {terms}\
 """
 LIMITS = """\
 * For research only. This is not a medical device, and nothing for diagnosis or treatment.
 * This card claims no accuracy. Validation numbers are those of the training's own objective; masks
   are scored later, by the run's `evaluate` stage, on test patients.
 * Nothing here shows how the net behaves on other scanners, protocols, patients or objects.
-* {data}\
+* {caution}\
 """
+SYNTHETIC = {  # what is said of weights that were trained on the phantom
+    "license": "license: apache-2.0",
+    "terms": "the training data are synthetic, made by that software, and add no terms.",
+    "caution": "The training data are synthetic: what was learnt from them is not meant for scans.",
+}
+OF_PATIENTS = {
+    "license": "license: other\nlicense_name: terms-of-the-training-data",
+    "terms": "those trained on a data set carry its terms of use, which may forbid to share or\n"
+    "sell them. Read the terms of the data before you pass these weights on.",
+    "caution": "Weights can give away images that they were trained on: treat them as you treat "
+    "the scans.",
+}
 
 
 @dataclass(frozen=True)
@@ -70,32 +80,23 @@ def load_with_package(function: str, result: str = "net") -> str:
 
 
 def write_card(run: Run, shards: ShardSet, net: NetCard) -> None:
-    """Write README.md into the run's folder, which must hold provenance and metrics."""
-    write_atomically(run.folder / CARD, _card(run, shards, net))
-
-
-def _card(run: Run, shards: ShardSet, net: NetCard) -> str:
+    """Write README.md into the run's folder, which holds provenance and metrics already."""
     data = run.config.data
-    numbers, step = _last_validation(run)
-    validation = _table(numbers) if numbers else "None: this training is not validated."
+    said = SYNTHETIC if data.dataset == "phantom" else OF_PATIENTS
+    tags = "\n".join(f"- {tag}" for tag in ("medical", "weakly-supervised", *net.tags))
     parts = [
-        _head(data, net),
+        f"---\n{said['license']}\nlibrary_name: {net.library}\ntags:\n{tags}\n---",
         f"# {net.title}\n\n{net.does}",
         "## Training data\n\n" + _table(_training_data(data, shards, net)),
-        "## Settings\n\n" + _table(_settings(run.config, net)) + "\n\n" + _which_weights(run, net),
-        "## Validation" + (f" at step {step}" if numbers else "") + "\n\n" + validation,
+        "## Settings\n\n" + _table(_settings(run.config, net)),
+        _which_weights(run.config, net),
+        _last_validation(run),
         "## Provenance\n\n" + _table(_provenance(run)),
         f"## Loading\n\nIn the folder of these files:\n\n```python\n{net.loading}```",
-        "## License\n\n" + LICENSE.format(data=_terms(data)),
-        "## Limits\n\n" + LIMITS.format(data=_caution(data)),
+        "## License\n\n" + LICENSE.format(**said),
+        "## Limits\n\n" + LIMITS.format(**said),
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _head(data: Data, net: NetCard) -> str:
-    license_lines = "license: apache-2.0" if _is_synthetic(data) else CUSTOM_LICENSE
-    tags = "\n".join(f"- {tag}" for tag in ("medical", "weakly-supervised", *net.tags))
-    return f"---\n{license_lines}\nlibrary_name: {net.library}\ntags:\n{tags}\n---"
+    write_atomically(run.folder / CARD, "\n\n".join(parts) + "\n")
 
 
 def _training_data(data: Data, shards: ShardSet, net: NetCard) -> dict[str, str]:
@@ -123,24 +124,23 @@ def _settings(config: Config, net: NetCard) -> dict[str, str]:
     return {f"`{path}`": str(known[path]) for path in paths}
 
 
-def _which_weights(run: Run, net: NetCard) -> str:
+def _which_weights(config: Config, net: NetCard) -> str:
     if not net.is_trained:
         return "The file does not hold what this training made."
-    decay = flatten(run.config)[f"{net.section}.fit.ema_decay"]
+    decay = flatten(config)[f"{net.section}.fit.ema_decay"]
     weights = "the moving average of the weights" if decay else "the weights after the last step"
     return f"The file holds {weights}. `batch_size` counts over all processes."
 
 
-def _last_validation(run: Run) -> tuple[dict[str, str], int]:
-    """The newest validation numbers in metrics.jsonl, and their step; empty and 0 without any."""
+def _last_validation(run: Run) -> str:
+    """The section of the newest validation numbers in metrics.jsonl."""
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    for line in reversed(lines):
-        entry = json.loads(line)
+    for entry in map(json.loads, reversed(lines)):
         numbers = {name: value for name, value in entry.items() if name.startswith("validation/")}
         if numbers:
             shown = {name.removeprefix("validation/"): f"{v:.4g}" for name, v in numbers.items()}
-            return shown, int(entry["step"])
-    return {}, 0
+            return f"## Validation at step {entry['step']}\n\n{_table(shown)}"
+    return "## Validation\n\nNone: this training is not validated."
 
 
 def _provenance(run: Run) -> dict[str, str]:
@@ -164,27 +164,6 @@ def _commit(git: Mapping[str, Any]) -> str:
 def _in_order(values: Iterable[str]) -> str:
     """Each value once, in the order of the starts of the training."""
     return "; ".join(dict.fromkeys(values))
-
-
-def _is_synthetic(data: Data) -> bool:
-    return data.dataset == "phantom"
-
-
-def _terms(data: Data) -> str:
-    if _is_synthetic(data):
-        return "the training data are synthetic, made by that software, and add no terms."
-    return (
-        "those trained on a data set carry its terms of use, which may forbid to share or\n"
-        "sell them. Read the terms of the data before you pass these weights on."
-    )
-
-
-def _caution(data: Data) -> str:
-    if _is_synthetic(data):
-        return "The training data are synthetic: what was learnt from them is not meant for scans."
-    return (
-        "Weights can give away images that they were trained on: treat them as you treat the scans."
-    )
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -12,10 +12,11 @@ from cldf_dist.__main__ import main
 from cldf_dist.data.formats.nifti import read_nifti, write_nifti
 from cldf_dist.data.readers.brats import CHANNELS
 from cldf_dist.data.readers.phantom import PhantomSettings, phantom_patient
-from cldf_dist.data.shards.table import DamagedShardError, ShardSet
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.methods import CLDF_PLUS, PATCH_FEATURES, Role, names_of
 from cldf_dist.runs.run import read_config
 from cldf_dist.stages import STAGES, Stage
+from cldf_dist.system.files import DamagedShardError
 
 METHODS = names_of(Role.BASELINE, Role.OURS)
 UPPER_BOUNDS = names_of(Role.UPPER_BOUND)

@@ -343,7 +343,7 @@ def test_development_data_returns_to_its_voxels() -> None:
     folder = development_data()
     patients = brats_patients(folder / "brats2021")
     splits = read_splits(folder / "brats_splits.json", patients)
-    volume = read_scan(folder / "brats2021" / splits["validation"][0])
+    volume = read_scan(folder / "brats2021" / splits["validation"][0], Data())
     slices, geometry = prepare_volume(volume, Data(image_size=128))
     assert {item.label for item in slices} >= {0, 1}
     native = to_native(stacked_masks(slices), geometry) > 0.5

@@ -15,12 +15,13 @@ import pytest
 
 from cldf_dist.__main__ import main
 from cldf_dist.config import Config, Fit, Tracking
-from cldf_dist.doctor import folders, machines
-from cldf_dist.doctor.findings import Finding, Seen
+from cldf_dist.doctor import checks, measure
+from cldf_dist.doctor.checks import Finding
+from cldf_dist.doctor.measure import Seen
 
 ROOT = Path(__file__).parents[2]
 SEEN = Seen(
-    rank=0, local_rank=0, host="n1", process=100, python="3.11.7",
+    rank=0, local_rank=0, host="n1", python="3.11.7",
     packages={"torch": "2.13.0", "accelerate": "1", "deepspeed": "0", "monai": "1", "zarr": "3"},
     device="cpu", device_bytes=0, device_free_bytes=0, driver="", shared_memory_bytes=int(8e9),
     processors=4, clock=1000.0,
@@ -88,7 +89,7 @@ def test_damaged_data_are_an_error(debug_run: Any, tmp_path: Path) -> None:
     run = debug_run.copy_to(tmp_path, "prepare")
     next((run.folder / "prepare").glob("*.tar")).write_bytes(b"cut")
     config = Config(name="debug", runs=str(tmp_path))
-    (found,) = folders.of_data(config)
+    (found,) = checks.of_data(config)
     assert found.level == "error"
     assert ".tar" in found.said
 
@@ -103,8 +104,8 @@ def test_too_many_readers_and_too_small_a_disk_are_told(
     )
     usage = shutil.disk_usage(debug_run.runs)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(folders, "bytes_to_come", lambda *_: int(5e9))
-    data, cache = told(folders.of_data(config))
+    monkeypatch.setattr(checks, "bytes_to_come", lambda *_: int(5e9))
+    data, cache = told(checks.of_data(config))
     assert data.startswith("warning  data          42 training slices in 3 shard(s), 8 reader(s)")
     assert "fewer fit.num_workers" in data
     assert cache.startswith("error    cache         features take 5.00 GB more, 0.0 GB are free")
@@ -119,23 +120,23 @@ def test_too_many_readers_and_too_small_a_disk_are_told(
     ],
 )  # fmt: skip
 def test_ranks_that_are_not_what_they_should_be(everyone: list[Seen], said: str) -> None:
-    assert any(line.startswith(said) for line in told(machines.of_processes(everyone)))
+    assert any(line.startswith(said) for line in told(checks.of_processes(everyone)))
 
 
 def test_machines_with_different_numbers_of_processes_are_told() -> None:
     everyone = [SEEN, seen(rank=1), seen(rank=2, host="n2")]
-    lines = told(machines.of_processes(everyone))
+    lines = told(checks.of_processes(everyone))
     assert "3 rank(s), each there once: n1 x 2, n2 x 1" in lines[0]
     assert "different numbers of processes" in lines[1]
 
 
 def test_versions_that_differ_are_named_with_their_machines() -> None:
     other = seen(rank=1, host="n2", packages={**SEEN.packages, "torch": "2.11.0"}, python="3.12.1")
-    (line,) = told(machines.of_versions([SEEN, other]))
+    (line,) = told(checks.of_versions([SEEN, other]))
     assert line.startswith("error    versions      python 3.11.7 on n1, 3.12.1 on n2; ")
     assert "torch 2.11.0 on n2, 2.13.0 on n1; use one environment on all nodes" in line
     missing = seen(packages={**SEEN.packages, "monai": "not installed"})
-    lines = told(machines.of_versions([missing]))
+    lines = told(checks.of_versions([missing]))
     assert lines[1].startswith("warning  versions      monai is not installed; pip install")
 
 
@@ -151,38 +152,38 @@ def test_versions_that_differ_are_named_with_their_machines() -> None:
     ],
 )  # fmt: skip
 def test_gpus_are_compared(everyone: list[Seen], said: str) -> None:
-    assert any(line.startswith(said) for line in told(machines.of_devices(everyone)))
+    assert any(line.startswith(said) for line in told(checks.of_devices(everyone)))
 
 
 def test_little_shared_memory_matters_to_loader_workers_alone() -> None:
     little = [SEEN, seen(rank=1, host="n2", shared_memory_bytes=int(64e6))]
     alone = Config()
-    (line,) = told(machines.of_shared_memory(little, alone))
+    (line,) = told(checks.of_shared_memory(little, alone))
     assert line.startswith("ok       shared memory 0.1 GB free in /dev/shm of n2")
     fit = Fit(num_workers=4)
     workers = dataclasses.replace(alone, cam=dataclasses.replace(alone.cam, fit=fit))
-    (line,) = told(machines.of_shared_memory(little, workers))
+    (line,) = told(checks.of_shared_memory(little, workers))
     assert line.startswith("warning  shared memory")
     assert "fit.num_workers=4; enlarge it" in line
 
 
 def test_clocks_that_differ_are_told() -> None:
-    assert not told(machines.of_clocks([SEEN]))
-    (line,) = told(machines.of_clocks([SEEN, seen(rank=1, clock=1000.2)]))
+    assert not told(checks.of_clocks([SEEN]))
+    (line,) = told(checks.of_clocks([SEEN, seen(rank=1, clock=1000.2)]))
     assert line.startswith("ok       clocks        within 0.20 s")
-    (line,) = told(machines.of_clocks([SEEN, seen(rank=1, clock=1090.0)]))
+    (line,) = told(checks.of_clocks([SEEN, seen(rank=1, clock=1090.0)]))
     assert line.startswith("warning  clocks        they differ by 90.0 s")
 
 
 def test_slurm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert not told(machines.of_slurm())
+    assert not told(checks.of_slurm())
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/sbatch")
-    assert "outside of an allocation" in told(machines.of_slurm())[0]
+    assert "outside of an allocation" in told(checks.of_slurm())[0]
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    assert "job 17: 2 node(s), " in told(machines.of_slurm())[0]
+    assert "job 17: 2 node(s), " in told(checks.of_slurm())[0]
 
 
 def test_a_tracking_server_is_asked() -> None:
@@ -198,30 +199,30 @@ def test_a_tracking_server_is_asked() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{server.server_port}"
         there = Config(tracking=Tracking(uri=uri))
-        assert told(folders.of_tracking(there)) == [f"ok       mlflow        {uri} answers (200)"]
+        assert told(checks.of_tracking(there)) == [f"ok       mlflow        {uri} answers (200)"]
         server.shutdown()
-    (line,) = told(folders.of_tracking(there))
+    (line,) = told(checks.of_tracking(there))
     assert line.startswith(f"warning  mlflow        {uri} does not answer")
     assert "metrics.jsonl holds everything" in line
     off = Config(tracking=Tracking(enabled=False))
-    assert "switched off" in told(folders.of_tracking(off))[0]
+    assert "switched off" in told(checks.of_tracking(off))[0]
 
 
 def test_a_folder_that_others_do_not_see_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "SEEN_SECONDS", 0.2)
-    assert not told(folders._one_folder(tmp_path))
-    monkeypatch.setattr(folders, "gather_objects", lambda sees: [sees, False])
-    (line,) = told(folders._one_folder(tmp_path))
+    monkeypatch.setattr(measure, "SEEN_SECONDS", 0.2)
+    assert not told(checks._one_folder(tmp_path))
+    monkeypatch.setattr(checks, "gather_objects", lambda sees: [sees, False])
+    (line,) = told(checks._one_folder(tmp_path))
     assert line.startswith("error    disk          processes [1] do not see what process 0 writes")
-    assert not folders._appears(tmp_path / "never")
+    assert not measure.appears(tmp_path / "never")
 
 
 def test_slow_disks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(runs=str(tmp_path))
-    monkeypatch.setattr(folders, "_pace", lambda folder: (5e6, 1000.0))
-    lines = told(folders.of_folder(config))
+    monkeypatch.setattr(checks, "disk_pace", lambda folder: (5e6, 1000.0))
+    lines = told(checks.of_folder(config))
     assert lines[0].startswith(f"warning  disk          {tmp_path}: ")
     assert "5 MB/s written" in lines[0]
     assert "put runs= on the scratch file system" in lines[0]

@@ -455,6 +455,21 @@ def test_pictures_of_another_evaluation_are_drawn_anew(finished: FinishedStudy) 
 
 
 @pytest.mark.slow
+def test_a_summary_of_an_earlier_version_is_one_line(
+    finished: FinishedStudy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.folder / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs" / "phantom" / "base" / "seed0" / "evaluate"
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["slice_protocol"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    words = [f"runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", "launcher=/bin/false"]
+    assert main(["study", finished.file, *words]) == 1
+    said = capfd.readouterr().err
+    assert f"{folder} lacks 'slice_protocol': an earlier version made it; delete it" in said
+
+
+@pytest.mark.slow
 def test_a_run_of_nets_that_were_made_anew_is_reported(
     finished: FinishedStudy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,17 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cldf_dist.data.features.memory_map import map_file
-from cldf_dist.system.files import atomic_write
+from cldf_dist.system.files import DamagedShardError, atomic_write
 
 Array = npt.NDArray[Any]
 ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
 CHECKSUM_BYTES = 4
 REPAIR = "run: cldf cache CONFIG cache.verify=true"
 INDEX_ENTRY_BYTES = 16
-
-
-class DamagedShardError(ValueError):
-    """Raised where a file of the cache is missing, truncated or changed."""
 
 
 class MappedShard:

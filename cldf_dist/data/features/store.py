@@ -18,7 +18,6 @@ import zarr
 
 from cldf_dist.data.features.chunk_file import (
     REPAIR,
-    DamagedShardError,
     MappedShard,
     as_bytes,
     read_shard_file,
@@ -26,6 +25,7 @@ from cldf_dist.data.features.chunk_file import (
     write_shard_file,
 )  # fmt: skip
 from cldf_dist.data.features.store_creation import FORMAT, OWN, VERSION, create_store, encoded_key
+from cldf_dist.system.files import DamagedShardError
 
 Array = npt.NDArray[Any]
 SCALE = ".scale"  # suffix of the array by which another one's integers are multiplied

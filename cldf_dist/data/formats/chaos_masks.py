@@ -1,15 +1,14 @@
 """The masks of CHAOS: one PNG per slice, whose gray values name the organs."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_parts, object_values
+from cldf_dist.data.formats.listing import is_visible, natural_order
+from cldf_dist.data.readers.objects import USUAL_OBJECTS, label_values, object_names
 from cldf_dist.data.slices import Geometry
 from cldf_dist.system.files import atomic_write
 
@@ -38,14 +37,7 @@ def mask_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (file for file in folder.iterdir() if file.suffix.lower() == ".png")
-    return sorted((file for file in found if not file.name.startswith(".")), key=natural_order)
-
-
-def natural_order(file: Path) -> tuple[Any, ...]:
-    """A sort key: numbers in the name count as numbers."""
-    parts = re.split(r"([0-9]+)", file.name)  # text and digits by turns
-    numbers = [int(part) if index % 2 else part for index, part in enumerate(parts)]
-    return (numbers, file.name)
+    return sorted(filter(is_visible, found), key=natural_order)
 
 
 def read_masks(
@@ -58,13 +50,13 @@ def read_masks(
     value that names no organ.
     """
     table = GRAY_VALUES[scanner]
-    wanted = list(object_values(object_name, table, usual=USUAL_OBJECT))
+    wanted = list(label_values(object_name, table, usual=USUAL_OBJECT))
     return np.stack([np.isin(_gray_values(file, table, shape), wanted) for file in files], axis=2)
 
 
 def can_be_written(object_name: str, *, scanner: str) -> bool:
     """True where gray values can hold the object: one organ, or both kidneys."""
-    parts = object_parts(object_name, GRAY_VALUES[scanner], usual=USUAL_OBJECT)
+    parts = object_names(object_name, GRAY_VALUES[scanner], usual=USUAL_OBJECT)
     return len(parts) == 1 or set(parts) == BY_SIDE
 
 
@@ -96,7 +88,7 @@ def _written_values(
             f"the masks of CHAOS have one gray value per organ and none for {object_name}; "
             "take the NIfTI masks, or a run for each organ"
         )
-    parts = object_parts(object_name, gray, usual=USUAL_OBJECT)
+    parts = object_names(object_name, gray, usual=USUAL_OBJECT)
     if len(parts) == 1:
         return np.where(mask, gray[parts[0]], 0).astype(np.uint8)
     sides = np.where(_right_side(geometry), gray["right_kidney"], gray["left_kidney"])

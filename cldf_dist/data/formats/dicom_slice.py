@@ -21,11 +21,6 @@ MAGIC, MAGIC_OFFSET = b"DICM", 128  # PS3.10, 7.1
 ORIENTATION_TOLERANCE = 1e-3  # of direction cosines, often given with few digits
 CODE_STRING = re.compile(r"[A-Z0-9 _]{0,16}")  # PS3.5, 6.2
 LARGEST = 1e15  # no number of a header is; what is computed from them stays finite
-DECODERS = (  # part of the transfer syntax's name, what to install
-    ("JPEG-LS", "pyjpegls"),
-    ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
-    ("JPEG", "pylibjpeg pylibjpeg-libjpeg"),
-)
 _SERIES_TAGS = ["SeriesInstanceUID", "EchoTime"]
 _HEADER_TAGS = [
     *_SERIES_TAGS,
@@ -107,7 +102,7 @@ def read_header(file: Path) -> Header:
         slope = _number(dataset, "RescaleSlope", file)
         if slope == 0:
             raise ValueError(f"{file}: RescaleSlope must not be 0; repair or export it again")
-        pixel_spacing = _required(dataset, "PixelSpacing", 2, file)
+        pixel_spacing = _numbers(dataset, "PixelSpacing", file, count=2)
         if pixel_spacing.min() <= 0:
             raise ValueError(
                 f"{file}: PixelSpacing must be > 0, got {pixel_spacing.tolist()}; export it again"
@@ -120,7 +115,7 @@ def read_header(file: Path) -> Header:
             echo_time=_number(dataset, "EchoTime", file),
             field_strength=_number(dataset, "MagneticFieldStrength", file),
             shape=shape,
-            position=_required(dataset, "ImagePositionPatient", 3, file),
+            position=_numbers(dataset, "ImagePositionPatient", file, count=3),
             orientation=_orientation(dataset, file),
             pixel_spacing=pixel_spacing,
             thickness=spacing or _number(dataset, "SliceThickness", file),
@@ -167,41 +162,32 @@ def _code(dataset: Dataset, keyword: str, file: Path) -> str:
     return code
 
 
-def _numbers(dataset: Dataset, keyword: str, file: Path) -> Vector:
+def _number(dataset: Dataset, keyword: str, file: Path) -> float | None:
+    """The first number of an element, None where it is missing or empty."""
+    numbers = _numbers(dataset, keyword, file)
+    return float(numbers[0]) if numbers.size else None
+
+
+def _numbers(dataset: Dataset, keyword: str, file: Path, *, count: int | None = None) -> Vector:
+    """The numbers of an element; exactly `count` of them where given."""
     value = _value(dataset, keyword, file)
     try:
         numbers = np.atleast_1d(np.asarray([] if value is None else value, np.float64))
     except (TypeError, ValueError) as error:
         raise _damaged(keyword, file) from error
     if numbers.ndim != 1 or not (np.abs(numbers) < LARGEST).all():
-        raise ValueError(
-            f"{file}: {keyword} must be numbers below {LARGEST:g}, got {numbers.tolist()}; "
-            "export the file again"
-        )
-    return numbers
-
-
-def _number(dataset: Dataset, keyword: str, file: Path) -> float | None:
-    numbers = _numbers(dataset, keyword, file)
-    return float(numbers[0]) if numbers.size else None
-
-
-def _required(dataset: Dataset, keyword: str, count: int, file: Path) -> Vector:
-    numbers = _numbers(dataset, keyword, file)
-    if not numbers.size:
-        raise ValueError(
-            f"{file}: {keyword} is missing, without it the slice has no place in space; "
-            "export the series again or convert it to NIfTI"
-        )
-    if numbers.size != count:
-        raise ValueError(
-            f"{file}: {keyword} must be {count} numbers, got {numbers.tolist()}; export it again"
-        )
-    return numbers
+        rule = f"must be numbers below {LARGEST:g}, got {numbers.tolist()}"
+    elif count is not None and not numbers.size:
+        rule = "is missing, without it the slice has no place in space"
+    elif count is not None and numbers.size != count:
+        rule = f"must be {count} numbers, got {numbers.tolist()}"
+    else:
+        return numbers
+    raise ValueError(f"{file}: {keyword} {rule}; export the file again or convert it to NIfTI")
 
 
 def _orientation(dataset: Dataset, file: Path) -> Vector:
-    orientation = _required(dataset, "ImageOrientationPatient", 6, file).reshape(2, 3)
+    orientation = _numbers(dataset, "ImageOrientationPatient", file, count=6).reshape(2, 3)
     if np.abs(orientation @ orientation.T - np.eye(2)).max() > 2 * ORIENTATION_TOLERANCE:
         raise ValueError(
             f"{file}: ImageOrientationPatient must be two perpendicular unit vectors, "
@@ -251,15 +237,12 @@ def _stored_values(header: Header) -> npt.NDArray[np.float64]:
         if "PixelData" not in dataset:
             raise ValueError(f"{file} has no pixel data: truncated or stripped; fetch it again")
         syntax = _transfer_syntax(dataset)
-        _check_decoder(syntax, file)
+        if not syntax.is_valid:
+            raise _damaged("TransferSyntaxUID", file)
         try:
             stored = pixel_array(dataset)
         except Exception as error:  # decoders have no common exception
-            install = _how_to_install(syntax)
-            raise ValueError(
-                f"{file} ({syntax.name}) cannot be decoded: {_one_line(error)}; "
-                f"fetch it again{f', or try another decoder: {install}' if install else ''}"
-            ) from error
+            raise _undecodable(syntax, file, error) from error
     if stored.shape != header.shape:
         raise ValueError(
             f"{file}: pixel data must be {header.shape}, got {stored.shape}; fetch it again"
@@ -278,22 +261,20 @@ def _transfer_syntax(dataset: Dataset) -> UID:
     return syntax
 
 
-def _how_to_install(syntax: UID) -> str:
-    packages = (package for part, package in DECODERS if part in syntax.name)
-    found = next(packages, "")
-    return f"pip install {found}" if found else ""
-
-
-def _check_decoder(syntax: UID, file: Path) -> None:
-    if not syntax.is_valid:
-        raise _damaged("TransferSyntaxUID", file)
+def _undecodable(syntax: UID, file: Path, error: Exception) -> ValueError:
+    """The error for pixels of a transfer syntax, with the decoders that could be installed."""
     try:
-        available = get_decoder(syntax).is_available
+        decoder = get_decoder(syntax)
+        is_available, missing = decoder.is_available, "; ".join(decoder.missing_dependencies)
     except NotImplementedError:
-        available = False
-    if not available:
-        install = _how_to_install(syntax)
-        raise ValueError(
-            f"{file}: for transfer syntax {syntax.name} ({syntax}) no decoder is installed; "
-            f"{f'{install}, or ' if install else ''}decompress it with gdcmconv --raw or dcmdjpeg"
+        is_available, missing = False, ""
+    install = f"pip install what one decoder needs ({missing})"
+    if is_available:
+        another = f", or {install}" if missing else ""
+        return ValueError(
+            f"{file} ({syntax.name}) cannot be decoded: {_one_line(error)}; fetch it again{another}"
         )
+    return ValueError(
+        f"{file}: for transfer syntax {syntax.name} ({syntax}) no decoder is installed; "
+        f"{f'{install}, or ' if missing else ''}decompress it with gdcmconv --raw or dcmdjpeg"
+    )

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cldf_dist.data.formats.nifti import Affine
-from cldf_dist.data.readers.objects import object_parts
+from cldf_dist.data.readers.objects import object_names
 from cldf_dist.labels import SliceLabel
 
 PATIENT, SLICE = "patient", "slice"  # columns; every other one is an object
@@ -56,11 +56,11 @@ class LabelTable:
         """The names of a patient's slices in the file; none for labels of volumes."""
         return tuple(self.rows.get(patient, ())) if self.has_slices else ()
 
-    def parts(self, object_name: str) -> tuple[str, ...]:
+    def object_names(self, object_name: str) -> tuple[str, ...]:
         """The columns that `data.object` names, the only one where it is empty."""
         usual = self.objects[0] if len(self.objects) == 1 else ""
         try:
-            return object_parts(object_name, self.objects, usual=usual)
+            return object_names(object_name, self.objects, usual=usual)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -70,9 +70,9 @@ class LabelTable:
         """Per slice: 1 if any part of the object is there, 0 if none is, -2 if that is unknown.
 
         `slices` is how many there are, called 0, 1, ..., or all the names that each goes by.
-        Raises ValueError, with the line, for a method that names no slice or one that has a row.
+        Raises ValueError, with the line, for a row that names no slice or one that has a row.
         """
-        columns = [self.objects.index(part) for part in self.parts(object_name)]
+        columns = [self.objects.index(part) for part in self.object_names(object_name)]
         names = [{str(number)} for number in range(slices)] if isinstance(slices, int) else slices
         labels = np.full(len(names), SliceLabel.UNLABELLED, np.int8)
         places = _places(names)
@@ -95,7 +95,7 @@ class LabelTable:
         return labels
 
     def check_patients(self, known: Collection[str]) -> None:
-        """Raise ValueError for methods that name patients whom the data set does not have."""
+        """Raise ValueError for rows that name patients whom the data set does not have."""
         strange = [
             f"{name!r} (line {min(row.line for row in rows.values())})"
             for name, rows in self.rows.items()
@@ -114,7 +114,7 @@ def read_labels(path: str | Path) -> LabelTable:
     """The table of a CSV file.
 
     Raises ValueError, with the line, for a header without `patient` or an object, values other
-    than 0, 1 and empty, and methods that say something twice.
+    than 0, 1 and empty, and rows that say something twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,7 +146,7 @@ def _read(path: Path, size: int, changed: int) -> LabelTable:
         name = "" if slice_column is None else cells[slice_column]
         if not patient or (slice_column is not None and not name):
             missing = SLICE if patient else PATIENT
-            raise ValueError(f"{where}: {missing} is empty; every method must name one")
+            raise ValueError(f"{where}: {missing} is empty; every row must name one")
         for column in object_columns:
             if cells[column] not in VALUES:
                 raise ValueError(
@@ -175,7 +175,7 @@ def _text(path: Path) -> str:
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every method that is not empty."""
+    """Line number and cells of every row that is not empty."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(DELIMITERS, key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -6,12 +6,14 @@ The usual object is the whole tumour: every label above 0.
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from cldf_dist.config import Data
-from cldf_dist.data.formats.nifti import Volume, check_same_grid, read_nifti, stack_channels
-from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
-from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_mask, object_values
+from cldf_dist.data.formats.listing import NIFTI_ENDINGS, is_visible, nifti_files, subfolders
+from cldf_dist.data.formats.nifti import Volume, check_same_grid, read_nifti
+from cldf_dist.data.readers.objects import USUAL_OBJECTS, label_values, mask_of_labels
+from cldf_dist.data.readers.volumes import volume_of_scans
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 WHOLE_TUMOUR = USUAL_OBJECTS["brats"]
@@ -63,8 +65,7 @@ def listing_faults(settings: Data, patient: str) -> list[str]:
 
 def read_patient(settings: Data, patient: str) -> Volume:
     """One patient; channels in the order of CHANNELS."""
-    folder = Path(settings.root) / patient
-    return read_scan(folder, object_name=settings.object, subject=body_mask_rule(settings))
+    return read_scan(Path(settings.root) / patient, settings)
 
 
 def brats_patients(root: str | Path) -> list[str]:
@@ -77,7 +78,7 @@ def brats_patients(root: str | Path) -> list[str]:
         raise FileNotFoundError(
             f"data.root is not a folder: {root}; expected {LAYOUT}; set it to the folder <root>"
         )
-    found = [folder.name for folder in sorted(root.iterdir()) if is_patient_folder(folder)]
+    found = [folder.name for folder in subfolders(root) if is_patient_folder(folder)]
     if not found:
         raise ValueError(
             f"data.root={root} holds no BraTS scans; expected {LAYOUT}; {_where_else(root)}"
@@ -90,48 +91,36 @@ def is_patient_folder(folder: Path) -> bool:
     return folder.is_dir() and any(_files(folder, channel) for channel in CHANNELS)
 
 
-def read_scan(
-    path: str | Path, *, with_mask: bool = True, object_name: str = "", subject: str = "nonzero"
-) -> Volume:
+def read_scan(path: str | Path, settings: Data, *, with_mask: bool = True) -> Volume:
     """One patient folder anywhere; `mask` is None where it has no segmentation.
 
-    `with_mask=False` does not open the segmentation; `object_name` is `data.object`. Raises
+    `with_mask=False` does not open the segmentation. Raises
     FileNotFoundError for a missing modality, ValueError for files that disagree in shape or affine
     and for unknown labels.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected {LAYOUT}")
-    paths = {channel: _only_file(folder, channel) for channel in CHANNELS}
-    scans = {channel: read_nifti(file) for channel, file in paths.items()}
-    reference = CHANNELS[0]
-    for channel in CHANNELS[1:]:
-        check_same_grid(paths[reference], scans[reference], paths[channel], scans[channel])
-    image = stack_channels([scans[channel][0] for channel in CHANNELS])
-    mask = None
-    if with_mask and _files(folder, "seg"):
-        mask_path = _only_file(folder, "seg")
-        labels = read_nifti(mask_path)
-        check_same_grid(paths[reference], scans[reference], mask_path, labels)
-        table = SINCE_2023 if "-seg" in mask_path.name else UNTIL_2021
-        wanted = object_values(object_name, table, usual=WHOLE_TUMOUR)
-        allowed = (0, *table[WHOLE_TUMOUR])
-        mask = object_mask(labels[0], mask_path, wanted=wanted, allowed=allowed)
-    return Volume(
-        patient=folder.name,
-        image=image,
-        body_mask=body_mask_of(image, subject),
-        mask=mask,
-        affine=scans[reference][1],
-        sources=tuple(str(paths[channel]) for channel in CHANNELS),
-    )
+    paths = [_only_file(folder, channel) for channel in CHANNELS]
+    scans = [read_nifti(file) for file in paths]
+    volume = volume_of_scans(folder.name, scans, paths, settings)
+    if not (with_mask and _files(folder, "seg")):
+        return volume
+    mask_path = _only_file(folder, "seg")
+    labels = read_nifti(mask_path)
+    check_same_grid(paths[0], scans[0], mask_path, labels)
+    table = SINCE_2023 if "-seg" in mask_path.name else UNTIL_2021
+    wanted = label_values(settings.object, table, usual=WHOLE_TUMOUR)
+    allowed = (0, *table[WHOLE_TUMOUR])
+    mask = mask_of_labels(labels[0], mask_path, wanted=wanted, allowed=allowed)
+    return dataclasses.replace(volume, mask=mask)
 
 
 def _where_else(root: Path) -> str:
     """A remedy for a folder without patients."""
     if is_patient_folder(root):
         return f"it is one patient's folder, set data.root={root.parent}"
-    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    entries = sorted(filter(is_visible, root.iterdir()))
     for folder in entries:
         with contextlib.suppress(OSError):  # folders that are not ours to read
             if folder.is_dir() and any(is_patient_folder(inner) for inner in folder.iterdir()):
@@ -141,13 +130,9 @@ def _where_else(root: Path) -> str:
 
 
 def _files(folder: Path, kind: str) -> list[Path]:
-    """Files of one modality; hidden ones (as some systems leave behind) do not count."""
-    endings = tuple(ending + suffix for ending in ENDINGS[kind] for suffix in (".nii.gz", ".nii"))
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.endswith(endings) and not file.name.startswith(".")
-    )
+    """Files of one modality."""
+    endings = tuple(ending + suffix for ending in ENDINGS[kind] for suffix in NIFTI_ENDINGS)
+    return [file for file in nifti_files(folder) if file.name.endswith(endings)]
 
 
 def _only_file(folder: Path, kind: str) -> Path:

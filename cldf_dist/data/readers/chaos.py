@@ -13,17 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from cldf_dist.config import Data
-from cldf_dist.data.formats.chaos_masks import (
-    GRAY_VALUES,
-    mask_files,
-    natural_order,
-    read_masks,
-)
+from cldf_dist.data.formats.chaos_masks import GRAY_VALUES, mask_files, read_masks
 from cldf_dist.data.formats.dicom import Series, dicom_files, group_series, read_series
-from cldf_dist.data.formats.nifti import Volume, check_same_grid, stack_channels
-from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
+from cldf_dist.data.formats.listing import natural_order, subfolders
+from cldf_dist.data.formats.nifti import Volume
 from cldf_dist.data.readers.chaos_phases import PHASE_FOLDERS, phases
-from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_parts
+from cldf_dist.data.readers.objects import USUAL_OBJECTS, object_names
+from cldf_dist.data.readers.volumes import volume_of_scans
 
 CHANNELS = {"mr_t1": ("in_phase", "out_phase"), "mr_t2": ("t2_spir",), "ct": ("ct",)}
 SEQUENCES = {"mr_t1": ("MR", "T1DUAL"), "mr_t2": ("MR", "T2SPIR"), "ct": ("CT", "")}
@@ -62,7 +58,7 @@ def patients(settings: Data) -> list[str]:
     Raises FileNotFoundError where `data.root` holds no such folder, ValueError where it is empty.
     """
     folder = _scanner_folder(settings)
-    found = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    found = subfolders(folder)
     if not found:
         raise ValueError(f"{folder} is empty; expected a folder per patient: {_layout(settings)}")
     return [f"{folder.name}_{item.name}" for item in sorted(found, key=natural_order)]
@@ -85,7 +81,7 @@ def read_patient(settings: Data, patient: str) -> Volume:
     Raises ValueError, with the file or folder, for files that do not make one scan, or masks that
     do not fit it.
     """
-    object_parts(settings.object, objects(settings), usual=USUAL_OBJECTS["chaos"])
+    object_names(settings.object, objects(settings), usual=USUAL_OBJECTS["chaos"])
     return _read(_scan(settings, patient), settings)
 
 
@@ -116,21 +112,21 @@ def _read(scan: _Scan, settings: Data) -> Volume:
     if faults:
         raise ValueError("; ".join(faults))
     series = _channel_series(scan)
-    image = stack_channels([one.image for one in series])
+    volume = volume_of_scans(
+        scan.patient,
+        [(one.image, one.affine) for one in series],
+        [one.folder for one in series],
+        settings,
+        hounsfield=scan.scanner == "CT",
+    )
     masks = _masks_by_slice(scan, series)
     mask = None
     if scan.masks:
-        size = (image.shape[1], image.shape[2])
+        size = (volume.image.shape[1], volume.image.shape[2])
         mask = read_masks(masks, scanner=scan.scanner, object_name=settings.object, shape=size)
-    hounsfield = scan.scanner == "CT"
-    return Volume(
-        patient=scan.patient,
-        image=image,
-        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
+    return dataclasses.replace(
+        volume,
         mask=mask,
-        affine=series[0].affine,
-        sources=tuple(str(_folder(one)) for one in series),
-        hounsfield=hounsfield,
         mask_names=tuple(f"{scan.place}/Ground/{file.name}" for file in masks),
         dicom_files=series[0].files,
     )
@@ -225,7 +221,7 @@ def _faults(scan: _Scan) -> list[str]:
 
 
 def _channel_series(scan: _Scan) -> tuple[Series, ...]:
-    """The series in the order of the channels, on one grid."""
+    """The series in the order of the channels."""
     if scan.modality == "mr_t1":
         found = [
             read_series(files, name=str(folder))
@@ -233,16 +229,12 @@ def _channel_series(scan: _Scan) -> tuple[Series, ...]:
             for files in group_series(all_files).values()
         ]
         series: tuple[Series, ...] = phases(found)
-        one, other = series
-        check_same_grid(
-            _folder(one), (one.image, one.affine), _folder(other), (other.image, other.affine)
-        )
     else:
         series = tuple(read_series(files, name=str(top)) for top, files in scan.images.items())
     for one in series:
         if one.modality not in ("", scan.scanner):
             raise ValueError(
-                f"{_folder(one)}: data.modality={scan.modality} needs DICOM files of Modality "
+                f"{one.folder}: data.modality={scan.modality} needs DICOM files of Modality "
                 f"{scan.scanner}, got {one.modality}; fetch the right series"
             )
     return series
@@ -280,7 +272,3 @@ def _masks_by_stem(masks: Collection[Path], series: Sequence[Series]) -> list[Pa
         f"{(strange or list(masks))[0]} must be named like a DICOM file of the same series as the "
         "folder's other masks; rename it, or fetch the folder again"
     )
-
-
-def _folder(series: Series) -> Path:
-    return series.files[0].parent

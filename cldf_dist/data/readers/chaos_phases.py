@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from cldf_dist.data.formats.dicom import Series
 
@@ -21,7 +20,7 @@ def phases(series: Sequence[Series]) -> tuple[Series, Series]:
     names of the folders, InPhase and OutPhase, count, and that is said on stderr. Raises
     ValueError where neither tells.
     """
-    where = " and ".join(dict.fromkeys(str(_folder(one)) for one in series))
+    where = " and ".join(dict.fromkeys(str(one.folder) for one in series))
     if len(series) != 2:
         raise ValueError(
             f"{where}: T1 in and out of phase must be 2 series or echoes, found {len(series)}; "
@@ -58,7 +57,7 @@ def phases(series: Sequence[Series]) -> tuple[Series, Series]:
 
 
 def _phases_by_folder(series: Sequence[Series]) -> tuple[Series, Series] | None:
-    named = {_folder(one).name.lower(): one for one in series}
+    named = {one.folder.name.lower(): one for one in series}
     found = [named.get(name.lower()) for name in PHASE_FOLDERS]
     return (found[0], found[1]) if found[0] and found[1] else None
 
@@ -71,10 +70,6 @@ def _turns_per_second(series: Series) -> float:
 def _is_in_phase(series: Series) -> bool:
     turns = (series.echo_time or 0.0) / 1000 * _turns_per_second(series)
     return abs(turns - round(turns)) < 0.25
-
-
-def _folder(series: Series) -> Path:
-    return series.files[0].parent
 
 
 @cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cldf_dist.config import Data, Mark, marked
+from cldf_dist.data.formats.listing import first_faults
 from cldf_dist.data.formats.nifti import Volume
 from cldf_dist.data.slices import slice_key
 
@@ -23,7 +24,6 @@ READERS = {  # name -> module of this folder; DICOM is imported where it is read
     "nnunet": "nnunet",
     "phantom": "phantom_scans",
 }
-FAULTS_SHOWN = 5  # of a folder, in one error
 
 
 def channels(settings: Data) -> tuple[str, ...]:
@@ -70,12 +70,8 @@ def check_listing(settings: Data, names: Sequence[str]) -> None:
             faults.append(str(error))
         faults += _reader(settings).listing_faults(settings, name)
     if faults:
-        shown = "; ".join(faults[:FAULTS_SHOWN])
-        more = len(faults) - FAULTS_SHOWN
-        raise ValueError(
-            f"the data has {len(faults)} {'fault' if len(faults) == 1 else 'faults'}: {shown}"
-            + (f"; and {more} more" if more > 0 else "")
-        )
+        counted = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ValueError(f"the data has {counted}: {first_faults(faults)}")
 
 
 def _state(file: Path) -> tuple[str, int, int]:

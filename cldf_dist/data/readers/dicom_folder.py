@@ -10,22 +10,23 @@ serves the evaluation alone. Of the files' headers only geometry is kept; patien
 their folders.
 """
 
-import os
+import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from cldf_dist.config import Data
-from cldf_dist.data.formats.dicom import Series, dicom_files, read_series
+from cldf_dist.data.formats.dicom import Series, dicom_files, dicom_folders, read_series
 from cldf_dist.data.formats.dicom_slice import quiet, read_dataset
 from cldf_dist.data.formats.label_table import LabelTable, axis_to_head, read_labels
-from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
-from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
-from cldf_dist.data.readers.objects import object_mask
+from cldf_dist.data.formats.listing import subfolders
+from cldf_dist.data.formats.nifti import Volume, check_same_grid, read_nifti
+from cldf_dist.data.readers.objects import mask_of_labels
+from cldf_dist.data.readers.volumes import Scan, volume_of_scans
 
 MASKS = ("mask.nii.gz", "mask.nii")
 LAYOUT = "<root>/<patient>/<file> of one series, or <root>/<patient>/<channel>/<file> of several"
@@ -52,7 +53,7 @@ def patients(settings: Data) -> list[str]:
     """
     folders = list(_patient_folders(settings.root))
     table = _table(settings)
-    table.parts(settings.object)
+    table.object_names(settings.object)
     table.check_patients([folder.name for folder in folders])
     masks = [mask for folder in folders for mask in _masks(folder)]
     if masks and len(table.objects) > 1:
@@ -90,19 +91,12 @@ def read_patient(settings: Data, patient: str) -> Volume:
     _check_channels(settings, folder, files)
     series = [read_series(found, name=str(folder / name)) for name, found in files.items()]
     sources = [folder / name for name in files]
-    first = (series[0].image, series[0].affine)
-    for source, other in zip(sources[1:], series[1:]):
-        check_same_grid(sources[0], first, source, (other.image, other.affine))
-    image = stack_channels([item.image for item in series])
+    scans = [(item.image, item.affine) for item in series]
     hounsfield = all(item.modality == CT for item in series)
-    return Volume(
-        patient=patient,
-        image=image,
-        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
-        mask=_mask(folder, sources[0], first),
-        affine=series[0].affine,
-        sources=tuple(str(source) for source in sources),
-        hounsfield=hounsfield,
+    volume = volume_of_scans(patient, scans, sources, settings, hounsfield=hounsfield)
+    return dataclasses.replace(
+        volume,
+        mask=_mask(folder, sources[0], scans[0]),
         slice_labels=_slice_labels(settings, folder, series) if settings.labels else None,
         dicom_files=series[0].files,
     )
@@ -119,7 +113,7 @@ def _patient_folders(root: str | Path) -> Iterator[Path]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root is not a folder: {root}; expected {LAYOUT}")
-    folders = (folder for folder in _folders(root) if any(_files_below(folder)))
+    folders = (folder for folder in subfolders(root) if any(dicom_folders(folder)))
     first = next(folders, None)
     if first is None:
         raise ValueError(f"{root} holds no folders with DICOM files; expected {LAYOUT}")
@@ -127,27 +121,11 @@ def _patient_folders(root: str | Path) -> Iterator[Path]:
     yield from folders
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(item for item in folder.iterdir() if item.is_dir() and _counts(item.name))
-
-
-def _counts(name: str) -> bool:
-    """Not hidden, nor what another system leaves behind."""
-    return not name.startswith((".", "__MACOSX"))
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """DICOM files at any depth, in an order of their own."""
-    for place, names, _ in os.walk(folder):
-        names[:] = sorted(name for name in names if _counts(name))
-        yield from dicom_files(place)
-
-
 def _series_files(folder: Path) -> dict[str, list[Path]]:
     """DICOM files by sub-folder, sorted by its name; those of a single series under "" alone."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected {LAYOUT}")
-    below = {item.name: list(_files_below(item)) for item in _folders(folder)}
+    below = {item.name: list(chain(*dicom_folders(item))) for item in subfolders(folder)}
     found = {name: files for name, files in below.items() if files}
     own = dicom_files(folder)
     if own or len(found) < 2:
@@ -187,9 +165,7 @@ def _masks(folder: Path) -> list[Path]:
     return [folder / name for name in MASKS if (folder / name).is_file()]
 
 
-def _mask(
-    folder: Path, source: Path, scan: tuple[npt.NDArray[Any], Affine]
-) -> npt.NDArray[np.bool_] | None:
+def _mask(folder: Path, source: Path, scan: Scan) -> npt.NDArray[np.bool_] | None:
     """The mask on the grid of the series, whichever way its own axes run."""
     found = _masks(folder)
     if not found:
@@ -200,7 +176,7 @@ def _mask(
     turned = nib.orientations.apply_orientation(labels, turn)
     turned_affine = affine @ nib.orientations.inv_ornt_aff(turn, labels.shape)
     check_same_grid(source, scan, found[0], (turned, turned_affine))
-    return object_mask(turned, found[0], wanted={1}, allowed={0, 1})
+    return mask_of_labels(turned, found[0], wanted={1}, allowed={0, 1})
 
 
 def _slice_labels(settings: Data, folder: Path, series: Sequence[Series]) -> npt.NDArray[np.int8]:

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from cldf_dist.config import Data
 from cldf_dist.data.formats import dicom
-from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
+from cldf_dist.data.formats.listing import NIFTI_ENDINGS, nifti_files, subfolders
+from cldf_dist.data.formats.nifti import Volume, read_nifti
 from cldf_dist.data.readers import brats
-from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
+from cldf_dist.data.readers.volumes import volume_of_scans
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
 # what lies beside scans but is none: masks as several tools name them, and what we write
 NO_SCANS = ("mask", "seg", "probability", "labels")
 NO_SCAN_FOLDERS = ("labelsTr", "labelsTs")
@@ -87,9 +84,8 @@ def _scans_below(folder: Path, kind: ScanKind, leave_out: Path | None) -> Iterat
     """The scans of the folder, or of those in it where it is none itself, at any depth."""
     found = list(_scans_in(folder, kind))
     yield from found
-    for below in () if found else sorted(folder.iterdir()):
-        hidden = below.name.startswith(".") or below.name in NO_SCAN_FOLDERS
-        if below.is_dir() and not hidden and below != leave_out:
+    for below in () if found else subfolders(folder):
+        if below.name not in NO_SCAN_FOLDERS and below != leave_out:
             yield from _scans_below(below, kind, leave_out)
 
 
@@ -106,7 +102,7 @@ def _scans_in(folder: Path, kind: ScanKind) -> list[Scan]:
             return [Scan(name, read, folder) for name, read in found]
     channels = [folder / name for name in kind.channels]
     if len(channels) > 1 and all(channel.is_dir() for channel in channels):
-        series = [_dicom_below(channel) for channel in channels]
+        series = [next(dicom.dicom_folders(channel), []) for channel in channels]
         if all(series):
             return [_dicom_scan(folder, series, kind)]
     files = dicom.dicom_files(folder)
@@ -153,7 +149,7 @@ def _parts_below(scan: Scan, top: Path) -> tuple[str, ...]:
 
 
 def _brats_scan(folder: Path, kind: ScanKind) -> Scan:
-    read = partial(brats.read_scan, folder, with_mask=False, subject=body_mask_rule(kind.settings))
+    read = partial(brats.read_scan, folder, kind.settings, with_mask=False)
     return Scan(folder.name, read, folder)
 
 
@@ -161,11 +157,8 @@ def _nifti_files(folder: Path) -> list[Path]:
     """The files that may be scans, by their names."""
     return [
         file
-        for file in sorted(folder.iterdir())
-        if file.name.endswith(NIFTI_ENDINGS)
-        and not file.name.startswith(".")
-        and _stem(file).lower().replace("-", "_").split("_")[-1] not in NO_SCANS
-        and file.is_file()
+        for file in nifti_files(folder)
+        if _stem(file).lower().replace("-", "_").split("_")[-1] not in NO_SCANS and file.is_file()
     ]
 
 
@@ -214,16 +207,7 @@ def _read_nifti(case: str, parts: dict[int, Path], kind: ScanKind) -> Volume:
         )
     files = [parts[number] for number in wanted]
     scans = [read_nifti(file) for file in files]
-    return _volume(case, scans, [str(file) for file in files], kind)
-
-
-def _dicom_below(folder: Path) -> list[Path]:
-    """The DICOM files of the folder, or of the first below it that has some."""
-    for place in (folder, *sorted(item for item in folder.rglob("*") if item.is_dir())):
-        files = dicom.dicom_files(place)
-        if files:
-            return files
-    return []
+    return volume_of_scans(case, scans, files, kind.settings, hounsfield=kind.hounsfield)
 
 
 def _dicom_scan(folder: Path, series: Sequence[Sequence[Path]], kind: ScanKind) -> Scan:
@@ -235,28 +219,8 @@ def _read_dicom(name: str, groups: Sequence[Sequence[Path]], kind: ScanKind) -> 
     places = [str(files[0].parent) for files in groups]
     series = [dicom.read_series(files, name=place) for files, place in zip(groups, places)]
     scans = [(item.image, item.affine) for item in series]
-    volume = _volume(name, scans, places, kind)
+    volume = volume_of_scans(name, scans, places, kind.settings, hounsfield=kind.hounsfield)
     return dataclasses.replace(volume, dicom_files=series[0].files)
-
-
-def _volume(
-    name: str,
-    scans: Sequence[tuple[npt.NDArray[Any], Affine]],
-    places: Sequence[str],
-    kind: ScanKind,
-) -> Volume:
-    for place, scan in zip(places[1:], scans[1:]):
-        check_same_grid(Path(places[0]), scans[0], Path(place), scan)
-    image = stack_channels([array for array, _ in scans])
-    return Volume(
-        patient=name,
-        image=image,
-        body_mask=body_mask_of(image, body_mask_rule(kind.settings), hounsfield=kind.hounsfield),
-        mask=None,
-        affine=scans[0][1],
-        sources=tuple(places),
-        hounsfield=kind.hounsfield,
-    )
 
 
 def _expected(kind: ScanKind) -> str:

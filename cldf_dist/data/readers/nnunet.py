@@ -11,6 +11,7 @@ A case counts as a patient. Where one person has several cases, `data.splits` mu
 split.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -23,16 +24,15 @@ import numpy.typing as npt
 
 from cldf_dist.config import Data
 from cldf_dist.data.formats.label_table import axis_to_head, read_labels
-from cldf_dist.data.formats.nifti import Affine, Volume, check_same_grid, read_nifti, stack_channels
-from cldf_dist.data.readers.body_mask import body_mask_of, body_mask_rule
-from cldf_dist.data.readers.objects import object_mask, object_parts
+from cldf_dist.data.formats.listing import NIFTI_ENDINGS, first_faults, nifti_files
+from cldf_dist.data.formats.nifti import Volume, check_same_grid, read_nifti
+from cldf_dist.data.readers.objects import mask_of_labels, object_names
+from cldf_dist.data.readers.volumes import Scan, volume_of_scans
 
 IMAGES, MASKS, DESCRIPTION = "imagesTr", "labelsTr", "dataset.json"
 LAYOUT = f"<root>/{DESCRIPTION}, <root>/{IMAGES}/<case>_0000.nii.gz, <root>/{MASKS}/<case>.nii.gz"
-ENDINGS = (".nii.gz", ".nii")
 BACKGROUND, IGNORE = "background", "ignore"
 CASE_AND_CHANNEL = re.compile(r"(.+)_(\d{4})")
-FAULTS_SHOWN = 5  # in one error
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def patients(settings: Data) -> list[str]:
     without images, an object that is not there, rows of labels that name no case.
     """
     root, description = Path(settings.root), read_description(settings.root)
-    _object_parts(settings, description)
+    _object_names(settings, description)
     found, faults = _cases(root, description)
     if not found and not faults:
         raise ValueError(
@@ -78,10 +78,7 @@ def patients(settings: Data) -> list[str]:
             "data.labels=FILE.csv"
         )
     if faults:
-        more = len(faults) - FAULTS_SHOWN
-        raise ValueError(
-            f"{'; '.join(faults[:FAULTS_SHOWN])}" + (f"; and {more} more" if more > 0 else "")
-        )
+        raise ValueError(first_faults(faults))
     if settings.labels:
         read_labels(settings.labels).check_patients(found)
     return sorted(found)
@@ -111,26 +108,15 @@ def read_patient(settings: Data, patient: str) -> Volume:
     description = read_description(settings.root)
     paths = _image_paths(settings, patient, description)
     scans = [read_nifti(path) for path in paths]
-    for path, scan in zip(paths[1:], scans[1:]):
-        check_same_grid(paths[0], scans[0], path, scan)
-    affine = scans[0][1]
-    image = stack_channels([scan[0] for scan in scans])
     hounsfield = all(name.upper() == "CT" for name in description.channels)
+    volume = volume_of_scans(patient, scans, paths, settings, hounsfield=hounsfield)
     slice_labels = None
     if settings.labels:
-        num_slices = scans[0][0].shape[axis_to_head(affine)]
+        num_slices = scans[0][0].shape[axis_to_head(volume.affine)]
         table = read_labels(settings.labels)
         slice_labels = table.slice_labels(patient, num_slices, settings.object)
-    return Volume(
-        patient=patient,
-        image=image,
-        body_mask=body_mask_of(image, body_mask_rule(settings), hounsfield=hounsfield),
-        mask=_mask(settings, patient, description, paths[0], scans[0]),
-        affine=affine,
-        sources=tuple(str(path) for path in paths),
-        hounsfield=hounsfield,
-        slice_labels=slice_labels,
-    )
+    mask = _mask(settings, patient, description, paths[0], scans[0])
+    return dataclasses.replace(volume, mask=mask, slice_labels=slice_labels)
 
 
 def read_description(root: str | Path) -> Description:
@@ -147,11 +133,11 @@ def read_description(root: str | Path) -> Description:
         raise ValueError(f"{path} is not JSON: {error}; correct it there") from error
     if not isinstance(said, dict):
         raise ValueError(f"{path} must be a JSON object, with channel_names, labels, file_ending")
-    ending = said.get("file_ending", ENDINGS[0])
-    if ending not in ENDINGS:
+    ending = said.get("file_ending", NIFTI_ENDINGS[0])
+    if ending not in NIFTI_ENDINGS:
         raise ValueError(
-            f"{path}: file_ending must be {' or '.join(ENDINGS)}, got {ending!r}; convert the "
-            "files to NIfTI"
+            f"{path}: file_ending must be {' or '.join(NIFTI_ENDINGS)}, got {ending!r}; convert "
+            "the files to NIfTI"
         )
     return Description(path, _channels(said, path), _labels(said, path), ending)
 
@@ -195,17 +181,17 @@ def _labels(said: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
     return known
 
 
-def _object_parts(settings: Data, description: Description) -> tuple[str, ...]:
+def _object_names(settings: Data, description: Description) -> tuple[str, ...]:
     """The labels that make up the object; ValueError unless labels and masks know them all."""
     has_masks = (Path(settings.root) / MASKS).is_dir()
     known = description.labels
     if not settings.labels:
         usual = next(iter(known)) if len(known) == 1 else ""
         try:
-            return object_parts(settings.object, known, usual=usual)
+            return object_names(settings.object, known, usual=usual)
         except ValueError as error:
             raise ValueError(f"{description.path}: {error}") from error
-    parts = read_labels(settings.labels).parts(settings.object)
+    parts = read_labels(settings.labels).object_names(settings.object)
     unknown = [part for part in parts if part not in known]
     if has_masks and unknown:
         raise ValueError(
@@ -229,17 +215,17 @@ def _mask(
     case: str,
     description: Description,
     image_path: Path,
-    scan: tuple[npt.NDArray[Any], Affine],
+    scan: Scan,
 ) -> npt.NDArray[np.bool_] | None:
     path = _mask_path(settings, case, description)
     if not path.is_file():
         return None
-    parts = _object_parts(settings, description)
+    parts = _object_names(settings, description)
     labels = read_nifti(path)
     check_same_grid(image_path, scan, path, labels)
     wanted = {value for part in parts for value in description.labels[part]}
     allowed = {0, *(value for values in description.labels.values() for value in values)}
-    return object_mask(labels[0], path, wanted=wanted, allowed=allowed)
+    return mask_of_labels(labels[0], path, wanted=wanted, allowed=allowed)
 
 
 def _cases(root: Path, description: Description) -> tuple[set[str], list[str]]:
@@ -249,7 +235,7 @@ def _cases(root: Path, description: Description) -> tuple[set[str], list[str]]:
         raise FileNotFoundError(f"{folder} is not a folder; expected {LAYOUT}")
     last = len(description.channels) - 1
     cases, faults = set(), []
-    for name in _nifti_names(folder):
+    for name in (file.name for file in nifti_files(folder)):
         stem = name.removesuffix(description.ending)
         found = CASE_AND_CHANNEL.fullmatch(stem) if name.endswith(description.ending) else None
         if found is None or int(found[2]) > last:
@@ -265,13 +251,7 @@ def _cases(root: Path, description: Description) -> tuple[set[str], list[str]]:
 
 def _stray_masks(folder: Path, cases: set[str], ending: str) -> list[str]:
     return [
-        f"{folder / name} belongs to no case of {IMAGES}; add the images or remove it"
-        for name in _nifti_names(folder)
-        if name.removesuffix(ending) not in cases
+        f"{file} belongs to no case of {IMAGES}; add the images or remove it"
+        for file in nifti_files(folder)
+        if file.name.removesuffix(ending) not in cases
     ]
-
-
-def _nifti_names(folder: Path) -> list[str]:
-    """Sorted; hidden files (as some systems leave behind) do not count."""
-    names = (file.name for file in folder.iterdir())
-    return sorted(name for name in names if name.endswith(ENDINGS) and not name.startswith("."))

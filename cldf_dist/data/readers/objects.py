@@ -19,7 +19,7 @@ def object_title(settings: Data) -> str:
     return name.replace("_", " ").replace("+", " and ")
 
 
-def object_parts(name: str, known: Collection[str], *, usual: str = "") -> tuple[str, ...]:
+def object_names(name: str, known: Collection[str], *, usual: str = "") -> tuple[str, ...]:
     """The names in `data.object`; `usual` where it is empty. ValueError unless all are `known`."""
     if not known:
         raise ValueError('labels must name at least one object, such as {"tumour": 1}; got none')
@@ -33,13 +33,13 @@ def object_parts(name: str, known: Collection[str], *, usual: str = "") -> tuple
     return parts
 
 
-def object_values(name: str, labels: Mapping[str, Collection[int]], *, usual: str = "") -> set[int]:
+def label_values(name: str, labels: Mapping[str, Collection[int]], *, usual: str = "") -> set[int]:
     """The label values that `data.object` names, by a table of names to values."""
-    parts = object_parts(name, labels, usual=usual)
+    parts = object_names(name, labels, usual=usual)
     return {value for part in parts for value in labels[part]}
 
 
-def object_mask(
+def mask_of_labels(
     labels: npt.NDArray[Any], path: Path, *, wanted: Collection[int], allowed: Collection[int]
 ) -> npt.NDArray[np.bool_]:
     """The mask of the rounded labels that are `wanted`; ValueError for one not `allowed`."""

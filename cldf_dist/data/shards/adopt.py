@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cldf_dist.config import Data, Mark, marked, to_plain
-from cldf_dist.data.shards.remote import Record, ShardCache, read_remote
-from cldf_dist.data.shards.table import MANIFEST, DamagedShardError, parse_manifest
+from cldf_dist.data.shards.remote import ManifestEntry, ShardCache, read_remote
+from cldf_dist.data.shards.table import MANIFEST, parse_manifest
 from cldf_dist.data.slices import KEY_PATTERN
 from cldf_dist.data.splits import SPLITS, read_splits
-from cldf_dist.system.files import atomic_write
+from cldf_dist.system.files import DamagedShardError, atomic_write
 
 
-def adopt_shards(settings: Data, folder: Path) -> Record:
+def adopt_shards(settings: Data, folder: Path) -> ManifestEntry:
     """Fetch the manifest of `data.shards` and the true masks into `folder`; returns the manifest.
 
     The manifest gets the shards' location. Raises FileNotFoundError where there is no manifest, and
@@ -41,7 +41,7 @@ def adopt_shards(settings: Data, folder: Path) -> Record:
     return manifest
 
 
-def _fetch_manifest(location: str) -> Record:
+def _fetch_manifest(location: str) -> ManifestEntry:
     url = f"{location}/{MANIFEST}"
     try:
         manifest = parse_manifest(read_remote(url), url)
@@ -64,7 +64,7 @@ def _fetch_manifest(location: str) -> Record:
     return manifest
 
 
-def _check_settings(settings: Data, manifest: Record, location: str) -> None:
+def _check_settings(settings: Data, manifest: ManifestEntry, location: str) -> None:
     differing = list(_differing(settings, manifest["settings"]))
     if differing:
         raise ValueError(
@@ -87,7 +87,7 @@ def _differing(settings: Data, theirs: Mapping[str, Any]) -> Iterator[str]:
             yield f"data.{key}={theirs.get(key)!r}, not {ours!r}"
 
 
-def _check_splits(settings: Data, manifest: Record, location: str) -> None:
+def _check_splits(settings: Data, manifest: ManifestEntry, location: str) -> None:
     held = manifest["splits"]
     if settings.splits:
         said = read_splits(settings.splits, [name for split in SPLITS for name in held[split]])
@@ -101,7 +101,7 @@ def _check_splits(settings: Data, manifest: Record, location: str) -> None:
         print(f"prepare: the split is that of {location}, read from a file", file=sys.stderr)
 
 
-def _fetch_truth(manifest: Record, location: str, folder: Path) -> None:
+def _fetch_truth(manifest: ManifestEntry, location: str, folder: Path) -> None:
     """Fetch the true masks of test patients, for the evaluation alone."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.nii.gz"):

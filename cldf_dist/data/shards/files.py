@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cldf_dist.data.shards.remote import DamagedShardError, Record, RemoteShards
+from cldf_dist.data.shards.remote import ManifestEntry, RemoteShards
+from cldf_dist.system.files import DamagedShardError
 
 MAX_OPEN_FILES = 64  # per process and table
 NUM_PROBES = 16  # of a file, whether it is in memory
@@ -22,7 +23,9 @@ REMEDY = "delete the folder and prepare the data again, or set data.on_damaged=s
 class ShardFiles:
     """The most recently read shards, kept open; a pickled copy opens its own."""
 
-    def __init__(self, folder: Path, shards: Sequence[Record], remote: RemoteShards | None) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[ManifestEntry], remote: RemoteShards | None
+    ) -> None:
         about = ("name", "size", "sha256")  # the samples are the table's
         self._folder, self._remote = folder, remote
         self._shards = [{key: shard[key] for key in about} for shard in shards]

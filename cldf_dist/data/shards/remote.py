@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from cldf_dist.config import Data
+from cldf_dist.system.files import DamagedShardError
 
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubled before each further one
@@ -30,12 +31,8 @@ SILENCE_SECONDS = 60.0  # an http connection without a byte for so long is broke
 WAIT_SECONDS = 0.1  # between looks for room that other downloads hold
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-Record = dict[str, Any]  # one entry of the manifest
+ManifestEntry = dict[str, Any]  # one entry of the manifest
 T = TypeVar("T")
-
-
-class DamagedShardError(ValueError):
-    """Raised where a shard differs from the manifest."""
 
 
 def read_remote(url: str) -> bytes:
@@ -65,7 +62,7 @@ class ShardCache:
         """The cache by the default settings."""
         return cls.of(Data())
 
-    def check_size(self, shards: Sequence[Record]) -> None:
+    def check_size(self, shards: Sequence[ManifestEntry]) -> None:
         """Raise ValueError where the largest shard does not fit; warn where not all fit."""
         for shard in shards:
             self._check_fits(shard)
@@ -78,14 +75,14 @@ class ShardCache:
                 stacklevel=3,
             )
 
-    def path(self, shard: Record) -> Path:
+    def path(self, shard: ManifestEntry) -> Path:
         """The path of a shard's copy, whether or not it exists."""
         digest = str(shard["sha256"])
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"{shard['name']}: its sha256 in the manifest is none: {digest!r}")
         return self.folder / f"{digest}.tar"
 
-    def open(self, url: str, shard: Record) -> int:
+    def open(self, url: str, shard: ManifestEntry) -> int:
         """A descriptor of the copy of the shard at `url`; it stays readable when evicted.
 
         Raises DamagedShardError where the shard is missing or differs from the manifest, and
@@ -101,7 +98,7 @@ class ShardCache:
             descriptor = _open_whole(path, shard["size"])  # others may have fetched it meanwhile
             return self._fetch(url, shard, path) if descriptor is None else descriptor
 
-    def _fetch(self, url: str, shard: Record, path: Path) -> int:
+    def _fetch(self, url: str, shard: ManifestEntry, path: Path) -> int:
         partial = path.with_suffix(f".{shard['size']}.partial")
         partial.unlink(missing_ok=True)
         self._reserve(partial, shard["size"])
@@ -151,7 +148,7 @@ class ShardCache:
                     total += int(size)
         return total
 
-    def _check_fits(self, shard: Record) -> None:
+    def _check_fits(self, shard: ManifestEntry) -> None:
         if shard["size"] > self.max_bytes:
             raise ValueError(
                 f"data.shard_cache_gb must hold at least one shard, got {self.max_bytes} bytes for "
@@ -172,16 +169,16 @@ class RemoteShards:
     location: str
     cache: ShardCache
 
-    def url(self, shard: Record) -> str:
+    def url(self, shard: ManifestEntry) -> str:
         """The URL of a shard."""
         return f"{self.location}/{shard['name']}"
 
-    def open(self, shard: Record) -> int:
+    def open(self, shard: ManifestEntry) -> int:
         """A descriptor of the shard's copy; see `ShardCache.open`."""
         return self.cache.open(self.url(shard), shard)
 
 
-def _download(url: str, target: Path, shard: Record) -> None:
+def _download(url: str, target: Path, shard: ManifestEntry) -> None:
     remedy = "prepare the data again, or set data.on_damaged=skip"
     size = int(shard["size"])
 

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cldf_dist.data.shards.files import REMEDY, ShardFiles
-from cldf_dist.data.shards.remote import DamagedShardError as DamagedShardError
-from cldf_dist.data.shards.remote import Record as Record
+from cldf_dist.data.shards.remote import ManifestEntry as ManifestEntry
 from cldf_dist.data.shards.remote import RemoteShards, ShardCache
 from cldf_dist.data.slices import Floats, Geometry, Mask, dequantise
+from cldf_dist.system.files import DamagedShardError
 
 FORMAT = "cldf-shards"
 VERSION = 1
@@ -35,7 +35,7 @@ ON_DAMAGED = ("error", "skip")
 Stored = npt.NDArray[np.int16]
 
 
-def parse_manifest(content: bytes, source: str) -> Record:
+def parse_manifest(content: bytes, source: str) -> ManifestEntry:
     """A manifest from its bytes; raises ValueError, with the source, for another format."""
     try:
         manifest = json.loads(content)
@@ -115,7 +115,10 @@ class SliceTable:
     """
 
     def __init__(
-        self, folder: str | Path, shards: Sequence[Record], remote: RemoteShards | None = None
+        self,
+        folder: str | Path,
+        shards: Sequence[ManifestEntry],
+        remote: RemoteShards | None = None,
     ) -> None:
         samples = [sample for shard in shards for sample in shard["samples"]]
         self.keys = tuple(str(sample["key"]) for sample in samples)
@@ -256,13 +259,13 @@ def _npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _spans(samples: Sequence[Record], member: str) -> npt.NDArray[np.int64]:
+def _spans(samples: Sequence[ManifestEntry], member: str) -> npt.NDArray[np.int64]:
     """Offset, length and crc32c of a member, (samples, 3); -1 where a sample has no such member."""
     spans = [sample[member] or (-1, -1, -1) for sample in samples]
     return np.array(spans, np.int64).reshape(len(spans), 3)
 
 
-def _read_manifest(folder: Path) -> Record:
+def _read_manifest(folder: Path) -> ManifestEntry:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
@@ -271,7 +274,7 @@ def _read_manifest(folder: Path) -> Record:
     return parse_manifest(path.read_bytes(), str(path))
 
 
-def _check_size(folder: Path, shard: Record) -> Path:
+def _check_size(folder: Path, shard: ManifestEntry) -> Path:
     path = folder / str(shard["name"])
     if not path.is_file():
         raise DamagedShardError(f"{path} is missing; {REMEDY}")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from cldf_dist.data.shards.remote import Record
+from cldf_dist.data.shards.remote import ManifestEntry
 from cldf_dist.data.shards.table import FORMAT, IMAGE, MANIFEST, MASK, META, VERSION
 from cldf_dist.data.slices import Geometry, Slice, quantise
 from cldf_dist.system.files import atomic_write
@@ -24,8 +24,8 @@ from cldf_dist.system.files import atomic_write
 
 def write_shards(
     folder: str | Path, split: str, slices: Iterable[Slice], slices_per_shard: int
-) -> list[Record]:
-    """Write `<split>-00000.tar`, ...; returns their records for the manifest.
+) -> list[ManifestEntry]:
+    """Write `<split>-00000.tar`, ...; returns their entries for the manifest.
 
     The same slices give the same bytes. Each shard is written under a temporary name, read back,
     then renamed. Older shards of this split are removed first. Raises ValueError unless
@@ -37,12 +37,12 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}-*.tar.partial")):
         old.unlink()
-    records: list[Record] = []
+    entries: list[ManifestEntry] = []
     remaining = iter(slices)
     while group := list(islice(remaining, slices_per_shard)):
-        name = f"{split}-{len(records):05d}.tar"
-        records.append(_write_shard(folder, name, split, group))
-    return records
+        name = f"{split}-{len(entries):05d}.tar"
+        entries.append(_write_shard(folder, name, split, group))
+    return entries
 
 
 def write_manifest(
@@ -52,7 +52,7 @@ def write_manifest(
     channels: Sequence[str],
     splits: Mapping[str, Sequence[str]],
     geometry: Mapping[str, Geometry],
-    shards: Sequence[Record],
+    shards: Sequence[ManifestEntry],
     truth: Mapping[str, str] | None = None,
 ) -> Path:
     """Write manifest.json atomically, once all shards are written; returns its path.
@@ -75,7 +75,7 @@ def write_manifest(
     return path
 
 
-def _write_shard(folder: Path, name: str, split: str, slices: list[Slice]) -> Record:
+def _write_shard(folder: Path, name: str, split: str, slices: list[Slice]) -> ManifestEntry:
     members = [_members(item) for item in slices]
     partial = folder / f"{name}.partial"
     try:

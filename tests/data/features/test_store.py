@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 import zarr
 
-from cldf_dist.data.features.chunk_file import DamagedShardError
 from cldf_dist.data.features.store import FeatureCache
 from cldf_dist.data.features.store_creation import KEY_BYTES, repair_metadata
+from cldf_dist.system.files import DamagedShardError
 
 NUM_SLICES, PER_SHARD = 7, 3  # the last shard is not full
 ARRAYS = {

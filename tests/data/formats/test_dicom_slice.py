@@ -263,7 +263,8 @@ def test_a_syntax_without_decoder_says_what_to_install(
         syntax.name,
         syntax,
         "no decoder",
-        f"pip install pylibjpeg {package}",
+        "pip install",
+        f"pylibjpeg>=2.0 and {package}",
         "gdcmconv --raw",
     )
 

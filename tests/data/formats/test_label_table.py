@@ -178,8 +178,8 @@ def test_unknown_object_is_told(tmp_path: Path) -> None:
     table = table_of(tmp_path, "patient,liver,spleen\na,1,0\n")
     for name, said in (("kidney", "got 'kidney'"), ("liver+lung", "got"), ("", "it is empty")):
         with pytest.raises(ValueError, match=rf"labels\.csv: data\.object must be one of .*{said}"):
-            table.parts(name)
-    assert table.parts("spleen+liver") == ("spleen", "liver")
+            table.object_names(name)
+    assert table.object_names("spleen+liver") == ("spleen", "liver")
 
 
 @pytest.mark.parametrize("axis", range(3))

@@ -64,7 +64,7 @@ def make_patient(
 @pytest.mark.parametrize("year", [2021, 2023])
 def test_both_naming_schemes_give_the_same_volume(tmp_path: Path, year: int, suffix: str) -> None:
     make_patient(tmp_path, "case_1", year, suffix)
-    volume = read_scan(tmp_path / "case_1")
+    volume = read_scan(tmp_path / "case_1", Data())
     assert volume.patient == "case_1"
     assert volume.image.shape == (4, *SHAPE)
     assert volume.image.dtype == np.int16
@@ -117,21 +117,21 @@ def test_folder_without_scans_tells_the_expected_layout(tmp_path: Path) -> None:
 
 def test_scan_without_segmentation_has_no_mask(tmp_path: Path) -> None:
     make_patient(tmp_path, "case_1", seg=False)
-    assert read_scan(tmp_path / "case_1").mask is None
+    assert read_scan(tmp_path / "case_1", Data()).mask is None
 
 
 def test_segmentation_is_not_opened_unless_asked_for(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     (folder / "case_1_seg.nii.gz").write_bytes(b"damaged")
-    assert read_scan(tmp_path / "case_1", with_mask=False).mask is None
+    assert read_scan(tmp_path / "case_1", Data(), with_mask=False).mask is None
     with pytest.raises(ValueError, match=r"case_1_seg\.nii\.gz is truncated or damaged"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 def test_new_scan_may_lie_in_a_folder_of_another_name(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1").rename(tmp_path / "new_scan")
     (folder / "._case_1_t1.nii.gz").write_bytes(b"left behind by another system")
-    assert read_scan(folder).patient == "new_scan"
+    assert read_scan(folder, Data()).patient == "new_scan"
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -140,14 +140,14 @@ def test_missing_modality_is_named(tmp_path: Path, channel: str) -> None:
     (folder / f"case_1_{channel}.nii.gz").unlink()
     assert brats_patients(tmp_path) == ["case_1"]
     with pytest.raises(FileNotFoundError, match=rf"case_1 has no {channel} scan"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 def test_two_files_of_one_modality_are_named(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / "case_1-t1n.nii.gz", np.ones(SHAPE, np.int16))
     with pytest.raises(ValueError, match=r"case_1-t1n\.nii\.gz, case_1_t1\.nii\.gz; keep one"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 @pytest.mark.parametrize("kind", ["t2", "seg"])
@@ -155,7 +155,7 @@ def test_other_shape_names_both_files(tmp_path: Path, kind: str) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / f"case_1_{kind}.nii.gz", np.ones((6, 5, 3), np.uint8))
     with pytest.raises(ValueError, match=rf"case_1_flair.*case_1_{kind}\.nii\.gz.*same shape"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 @pytest.mark.parametrize("kind", ["t1ce", "seg"])
@@ -165,14 +165,14 @@ def test_other_affine_names_both_files(tmp_path: Path, kind: str) -> None:
     moved[2, 3] = 4
     save(folder / f"case_1_{kind}.nii.gz", np.ones(SHAPE, np.uint8), moved)
     with pytest.raises(ValueError, match=rf"case_1_flair.*case_1_{kind}\.nii\.gz.*same affine"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 def test_truncated_scan_is_named(tmp_path: Path) -> None:
     path = make_patient(tmp_path, "case_1") / "case_1_t2.nii.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"case_1_t2\.nii\.gz is truncated or damaged"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 def test_labels_saved_as_scaled_floats_are_rounded(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_labels_saved_as_scaled_floats_are_rounded(tmp_path: Path) -> None:
     nib.save(image, folder / "case_1_seg.nii.gz")
     stored = np.asanyarray(nib.load(folder / "case_1_seg.nii.gz").dataobj)
     assert 4 < stored.max() < 4.001  # the trap is set
-    mask = read_scan(tmp_path / "case_1").mask
+    mask = read_scan(tmp_path / "case_1", Data()).mask
     assert mask is not None
     np.testing.assert_array_equal(mask, labels(1, 2, 4) > 0)
 
@@ -194,7 +194,7 @@ def test_unknown_label_is_named(tmp_path: Path, value: float) -> None:
     array[-1, -1, -1] = value
     save(folder / "case_1_seg.nii.gz", array)
     with pytest.raises(ValueError, match=rf"case_1_seg\.nii\.gz: labels must be.*found \[{value}"):
-        read_scan(tmp_path / "case_1")
+        read_scan(tmp_path / "case_1", Data())
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_the_object_is_named_and_labels_of_another_year_are_refused(
         assert int(mask.sum()) == count
     save(file, labels(*stored, other))
     with pytest.raises(ValueError, match=rf"labels must be one of .*found \[{other}"):
-        read_scan(folder)
+        read_scan(folder, Data())
 
 
 def test_channels_that_16_bits_cannot_hold_become_float32(tmp_path: Path) -> None:
     folder = make_patient(tmp_path, "case_1")
     save(folder / "case_1_t1.nii.gz", np.full(SHAPE, 40000, np.uint16))
-    volume = read_scan(tmp_path / "case_1")
+    volume = read_scan(tmp_path / "case_1", Data())
     assert volume.image.dtype == np.float32
     assert volume.image[1].max() == 40000
 
@@ -231,7 +231,7 @@ def test_development_data_is_read() -> None:
     root = development_data() / "brats2021"
     patients = brats_patients(root)
     assert len(patients) == 24
-    volume = read_scan(root / patients[0])
+    volume = read_scan(root / patients[0], Data())
     assert volume.image.shape == (4, 240, 240, 32)
     assert volume.mask is not None
     assert not (volume.mask & ~volume.body_mask).any()

@@ -20,10 +20,11 @@ import torch
 from cldf_dist.__main__ import main
 from cldf_dist.config import Augment, Data, load
 from cldf_dist.data.shards.remote import RemoteShards, ShardCache
-from cldf_dist.data.shards.table import DamagedShardError, ShardSet
+from cldf_dist.data.shards.table import ShardSet
 from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Slice
 from cldf_dist.data.stream import LabelledSlices, Stream
+from cldf_dist.system.files import DamagedShardError
 
 NUM_SLICES, PER_SHARD = 12, 3
 READ_ALL = """

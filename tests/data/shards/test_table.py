@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from cldf_dist.data.shards.table import DamagedShardError, ShardSet, SliceTable
+from cldf_dist.data.shards.table import ShardSet, SliceTable
 from cldf_dist.data.shards.write import write_manifest, write_shards
 from cldf_dist.data.slices import Geometry, Slice
+from cldf_dist.system.files import DamagedShardError
 
 # webdataset leaves closing its files to the garbage collector
 webdataset_leaks = pytest.mark.filterwarnings(
