@@ -18,9 +18,9 @@ DOCTOR, SYNC, STUDY = "doctor", "sync-tracking", "study"
 EPILOG = """\
 stages, in order:
 {stages}
-  run                    all of them; finished ones are skipped
-  study                  runs of several experiments and seeds, and their tables: a study file
-  doctor                 does what a run needs work here, on all processes of the launch?
+  run                    all stages; finished ones are skipped
+  study                  runs of several experiments and seeds, and their tables: takes a study file
+  doctor                 check that everything a run needs works, on all processes of the launch
   sync-tracking          send the metrics of all runs in a folder to MLflow: to=http://HOST:PORT
 
 examples:
@@ -32,7 +32,7 @@ examples:
   cldf doctor configs/brats.yaml data.root=/data/brats
   cldf study configs/study.yaml experiments.brats2021.needs=/data/brats
 
-Later files override earlier ones, words override files. To resume, run the same command again.
+Later files override earlier ones, key=value overrides files. To resume, run the same command again.
 """
 
 

@@ -145,8 +145,8 @@ def _controls_of_cldf(config: Config, cache: FeatureCache) -> list[OtherMethod]:
 
 
 def _trusts_patch_logits(config: Config, cache: FeatureCache) -> bool:
-    """False, and said, where evidence and activation map, two views that should show one object,
-    show different things."""
+    """False, with a message, where patch logits and activation map, two views of one object,
+    disagree."""
     seed_cam, least = cache.attributes["seed_cam"], config.plus.min_agreement
     found = patch_logit_agreement(seed_cam)
     if config.plus.cam_threshold == 0 or least == -1 or (found is not None and found >= least):

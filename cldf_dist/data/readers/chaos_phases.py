@@ -30,11 +30,11 @@ def phases(series: Sequence[Series]) -> tuple[Series, Series]:
     if not all(one.echo_time for one in series):
         if named is None:
             raise ValueError(
-                f"{where}: EchoTime is missing, which tells in phase from out of phase; put the "
+                f"{where}: EchoTime is missing, by which in and out of phase are known; put the "
                 f"two series into folders named {' and '.join(PHASE_FOLDERS)}"
             )
         _say_once(
-            "mr_t1: headers without EchoTime; in and out of phase are told by the folders "
+            "mr_t1: headers without EchoTime; in and out of phase are known by the folders "
             f"{' and '.join(PHASE_FOLDERS)}"
         )
         return named
