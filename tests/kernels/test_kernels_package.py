@@ -68,7 +68,7 @@ def test_the_temperature_goes_from_yaml_to_the_launch_of_a_kernel_through_five_f
     other_ways = {
         f"{kernels}/{n}.py" for n in ("torch_passes", "definition", "reference", "module")
     }
-    assert handle - other_ways - {"cldf_dist/doctor/machines.py"} == {
+    assert handle - other_ways - {"cldf_dist/doctor/measure.py"} == {
         "cldf_dist/config/nets.py",
         "cldf_dist/stages/train_decoder.py",
         "cldf_dist/tasks/contrast.py",
